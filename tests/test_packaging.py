@@ -1,0 +1,35 @@
+"""What an installed fa3 is made of, and which names it must leave alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_kernels_is_a_link_inside_the_package():
+    link = ROOT / "fa3" / "kernels"
+    assert link.is_symlink() and link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
+
+
+def test_kernels_has_one_name(tmp_path):
+    """A real package called `kernels` wins over our folder, even from the repository's root."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("get_kernel = 'theirs'\n")
+    script = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, fa3.kernels.signature; "
+    script += "print(kernels.get_kernel, fa3.kernels.signature.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["theirs", "fa3.kernels.signature"]
+
+
+def test_import_is_light():
+    """`import fa3` loads neither the DSL nor the emulator: both cost time, one needs a compiler."""
+    script = "import fa3, sys; print([m for m in ('cutlass', 'fa3.emulator') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
