@@ -1,0 +1,170 @@
+"""What a sweep leaves behind: a terminal table, a CSV file, a PNG chart."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+from .backends import OURS
+from .cases import Case
+
+BOLD, PLAIN = "\033[1m", "\033[0m"
+COLOURS = {"fa3": "#c0392b", "fa3-cpp": "#2c3e50", "fa4": "#2980b9", "cudnn": "#27ae60"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and when a sweep ran."""
+
+    device: str
+    driver: str
+    torch: str
+    dsl: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one case. Where it has no time, `note` says why and the numbers are None."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    length: int
+    batch: int
+    heads: int
+    backend: str
+    ms: float | None = None  # median
+    ms_low: float | None = None  # quartiles
+    ms_high: float | None = None
+    tflops: float | None = None
+    matmul_tflops: float | None = None  # of the matrix product timed among the same rounds
+    percent_of_matmul: float | None = None
+    row_error: float | None = None
+    sm_mhz: int | None = None  # under load, after the case
+    memory_mhz: int | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, case: Case, backend: str, **measured) -> "Row":
+        return cls(
+            case.dtype,
+            case.head_dim,
+            case.causal,
+            case.length,
+            case.batch,
+            case.heads,
+            backend,
+            **measured,
+        )
+
+    @property
+    def panel(self) -> tuple[str, int, bool]:
+        return self.dtype, self.head_dim, self.causal
+
+    @property
+    def title(self) -> str:
+        return f"{self.dtype} head dim {self.head_dim} {'causal' if self.causal else 'full'}"
+
+
+def panels(rows: Iterable[Row]) -> list[list[Row]]:
+    return [list(group) for _, group in groupby(rows, key=lambda row: row.panel)]
+
+
+def names(rows: Iterable[Row]) -> list[str]:
+    """The backends that have at least one time, in the order of the rows."""
+    return list(dict.fromkeys(row.backend for row in rows if row.tflops is not None))
+
+
+def table(rows: list[Row], bold: bool = False) -> str:
+    """TFLOPs/s by length and backend; ours in percent of the matrix product and of the best peer.
+
+    bold marks the fastest of each line with terminal codes.
+    """
+    columns = names(rows)
+    lines = []
+    for panel in panels(rows):
+        head = ["length", *columns, "matmul", "% matmul", "% best peer"]
+        lines += ["", panel[0].title, "  ".join(f"{word:>11}" for word in head)]
+        for length, group in groupby(panel, key=lambda row: row.length):
+            lines.append(_line(length, {row.backend: row for row in group}, columns, bold))
+    reasons = dict.fromkeys(f"{row.backend}: {row.note}" for row in rows if row.note)
+    if reasons:
+        lines += ["", "without a time:", *(f"  {reason}" for reason in reasons)]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _line(length: int, by_name: dict[str, Row], columns: list[str], bold: bool) -> str:
+    speed = {name: row.tflops for name, row in by_name.items() if row.tflops is not None}
+    best = max(speed.values(), default=None)
+    cells = [f"{length:>11}"]
+    for name in columns:
+        text = f"{speed[name]:>11.1f}" if name in speed else f"{'-':>11}"
+        cells.append(f"{BOLD}{text}{PLAIN}" if bold and best and speed.get(name) == best else text)
+    any_row = next((row for row in by_name.values() if row.matmul_tflops is not None), None)
+    cells.append(f"{any_row.matmul_tflops:>11.1f}" if any_row else f"{'-':>11}")
+    ours = by_name.get(OURS)
+    peers = [value for name, value in speed.items() if name != OURS]
+    for value in (
+        ours.percent_of_matmul if ours else None,
+        100 * speed[OURS] / max(peers) if OURS in speed and peers else None,
+    ):
+        cells.append(f"{'-':>11}" if value is None else f"{value:>10.1f}%")
+    return "  ".join(cells)
+
+
+def write_csv(path: Path, rows: Iterable[Row], machine: Machine) -> None:
+    """One line per backend and case; each carries the machine, so that files can be joined."""
+    columns = [f.name for f in fields(Row)] + [f.name for f in fields(Machine)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**asdict(row), **asdict(machine)})
+
+
+def write_chart(path: Path, rows: list[Row], machine: Machine) -> None:
+    """Bars by length and backend, a panel per dtype, head dim and mask; a line for the matmul."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = [panel for panel in panels(rows) if names(panel)]
+    backends = names(rows)
+    wide = 2 if len(groups) > 1 else 1
+    high = -(-len(groups) // wide)
+    figure = Figure(figsize=(7 * wide, 3.4 * high + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(high, wide, squeeze=False)
+    for axis, panel in zip(axes.flat, groups, strict=False):
+        _draw_panel(axis, panel, backends)
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=8, ncols=3, loc="lower right")
+    figure.suptitle(
+        f"Attention forward, TFLOPs/s: {machine.device}, driver {machine.driver}, "
+        f"{machine.date}, commit {machine.commit}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _draw_panel(axis, panel: list[Row], backends: list[str]) -> None:
+    lengths = list(dict.fromkeys(row.length for row in panel))
+    place = {length: i for i, length in enumerate(lengths)}
+    width = 0.84 / len(backends)
+    for i, name in enumerate(backends):
+        rows = [row for row in panel if row.backend == name and row.tflops is not None]
+        x = [place[row.length] - 0.42 + (i + 0.5) * width for row in rows]
+        bars = axis.bar(x, [row.tflops for row in rows], width, label=name, color=COLOURS.get(name))
+        axis.bar_label(bars, fmt="%.0f", fontsize=5)
+    ceiling = [(place[row.length], row.matmul_tflops) for row in panel if row.matmul_tflops]
+    if ceiling:
+        ceiling = sorted(dict(ceiling).items())
+        x, y = zip(*ceiling, strict=True)
+        axis.plot(x, y, color="grey", linestyle="--", linewidth=1, label="matrix product")
+    axis.set_title(panel[0].title, fontsize=9)
+    axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
+    axis.set_ylabel("TFLOPs/s", fontsize=8)
+    axis.grid(axis="y", linewidth=0.3)

@@ -1,0 +1,211 @@
+"""Attention forward speed beside other kernels, in the setting of the FlashAttention-3 paper.
+
+    python -m perf.sweep                          bf16, head dims 64 128 256, lengths 512 to 16k
+    python -m perf.sweep --head-dims 128 --lengths 1024 16384 --causal no --dtype bf16 fp16
+
+16k tokens in all, hidden size 2048, random normal inputs. Every backend's output is first compared
+with fp32; then all backends and a large matrix product are timed in interleaved rounds, each call
+with a cold L2. Prints a table, writes a CSV file and a PNG chart. Needs a CUDA GPU; without one it
+says so and does nothing else.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import check, timing
+from .backends import BACKENDS, Absent, Call, Prepare
+from .cases import HEAD_DIMS, LENGTHS, Case, flops, paper_cases
+from .report import Machine, Row, names, table, write_chart, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CAUSAL = {"no": (False,), "yes": (True,), "both": (False, True)}
+QUICK = {"lengths": [1024, 16_384], "rounds": 2}
+WARM_UP_SECONDS = 3.0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m perf.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), metavar="D")
+    add("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="N")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    add("--causal", choices=CAUSAL, default="both")
+    add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    add("--rounds", type=int, default=5, help="interleaved rounds of each case (default 5)")
+    add("--out", type=Path, default=ROOT / "perf" / "out", help="folder of the CSV and the chart")
+    add("--quick", action="store_true", help="two lengths and two rounds")
+    options = parser.parse_args(argv)
+    if options.quick:
+        vars(options).update(QUICK)
+    for option in ("head_dims", "lengths"):
+        if min(getattr(options, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be positive")
+    if options.rounds < 1:
+        parser.error("--rounds must be positive")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if not torch.cuda.is_available():
+        print("perf.sweep: there is no CUDA GPU here, so nothing was measured or written.")
+        return 0
+    machine = this_machine()
+    stem = f"sweep-{machine.date.replace(':', '')}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for new in sweep(options):
+        rows += new
+        write_csv(options.out / f"{stem}.csv", rows, machine)
+    print(f"{machine.device}, driver {machine.driver}, {machine.date}, commit {machine.commit}\n")
+    print(table(rows, bold=sys.stdout.isatty()))
+    if names(rows):
+        write_chart(options.out / f"{stem}.png", rows, machine)
+    print(f"\nwritten: {options.out / stem}.csv and .png")
+    return 0 if names(rows) else 1
+
+
+def sweep(options: argparse.Namespace):
+    """The rows of one case after the other, behind a progress bar."""
+    from tqdm import tqdm
+
+    cases = paper_cases(options.dtype, options.head_dims, CAUSAL[options.causal], options.lengths)
+    backends = {name: BACKENDS[name] for name in options.backends}
+    sample = timing.GpuTimer()
+    products = {name: timing.matmul_call(DTYPES[name]) for name in options.dtype}
+    timing.warm_up(products[options.dtype[0]][0], WARM_UP_SECONDS)
+    with tqdm(cases, unit="case", file=sys.stderr) as bar:
+        for case in bar:
+            bar.set_description(str(case))
+            product = products[case.dtype]
+            rows = run_case(case, backends, product, options.rounds, sample)
+            bar.set_postfix({row.backend: f"{row.tflops:.0f}" for row in rows if row.tflops})
+            yield rows
+
+
+def run_case(
+    case: Case,
+    backends: dict[str, Prepare],
+    product: tuple[Callable[[], object], float],
+    rounds: int,
+    sample: timing.Sample,
+    device: str = "cuda",
+) -> list[Row]:
+    """Check, then time every backend on one case; product: a matrix product and its operations."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(case.shape, device=device).to(DTYPES[case.dtype]) for _ in range(3))
+    expected = check.exact(case, q, k, v)
+    calls, errors, notes = {}, {}, {}
+    for name, prepare in backends.items():
+        try:
+            calls[name], errors[name] = admit(case, prepare, (q, k, v), expected)
+        except Exception as error:  # one backend's failure is a line of the report
+            notes[name] = reason(error)
+    del expected
+
+    multiply, operations = product
+    times = timing.interleave({**calls, "matmul": multiply}, rounds, sample)
+    ceiling = operations / statistics.median(times["matmul"]) / 1e9
+    clocks = clocks_under_load(multiply) if device == "cuda" else {}
+    rows = []
+    for name in backends:
+        if name not in calls:
+            rows.append(Row.of(case, name, note=notes[name]))
+            continue
+        low, middle, high = statistics.quantiles(times[name], n=4)
+        speed = flops(case) / middle / 1e9
+        rows.append(
+            Row.of(
+                case,
+                name,
+                ms=middle,
+                ms_low=low,
+                ms_high=high,
+                tflops=speed,
+                matmul_tflops=ceiling,
+                percent_of_matmul=100 * speed / ceiling,
+                row_error=errors[name],
+                **clocks,
+            )
+        )
+    return rows
+
+
+def admit(case: Case, prepare: Prepare, qkv, expected) -> tuple[Call, float]:
+    """The backend's call and its error; raises where the output is not right."""
+    call = prepare(case, *qkv)
+    out = call()
+    if out.shape != expected.shape:
+        raise ValueError(f"wrong shape {tuple(out.shape)}, expected {tuple(expected.shape)}")
+    error = check.row_error(out, expected)
+    if error > check.ROW_ERROR[case.dtype]:
+        raise ValueError(f"wrong output at {case}: a row is off by {error:.2g} of its length")
+    return call, error
+
+
+def reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, Absent):
+        text = f"{type(error).__name__}: {text}"
+    return text[:200]
+
+
+def this_machine() -> Machine:
+    driver = nvidia_smi("driver_version")
+    return Machine(
+        device=torch.cuda.get_device_name(),
+        driver=driver[0] if driver else "unknown",
+        torch=torch.__version__,
+        dsl=importlib.metadata.version("nvidia-cutlass-dsl"),
+        commit=commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    )
+
+
+def commit() -> str:
+    """The short commit of this tree, with -dirty where it was changed since."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def nvidia_smi(fields: str, during: Callable[[], object] | None = None) -> list[str]:
+    """The current GPU's fields; empty where nvidia-smi is missing. during() keeps the GPU busy."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command.append(f"--id=GPU-{uuid.removeprefix('GPU-')}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while during is not None and process.poll() is None:
+            during()
+            torch.cuda.synchronize()
+        output = process.communicate()[0]
+    return [value.strip() for value in output.split(",")] if process.returncode == 0 else []
+
+
+def clocks_under_load(call: Callable[[], object]) -> dict[str, int]:
+    values = nvidia_smi("clocks.sm,clocks.mem", during=call)
+    if len(values) != 2 or not all(value.isdigit() for value in values):
+        return {}
+    return {"sm_mhz": int(values[0]), "memory_mhz": int(values[1])}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

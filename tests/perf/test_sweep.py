@@ -1,0 +1,146 @@
+"""The sweep's command line, its order of measuring, and that a wrong kernel gets no time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from perf import check, sweep, timing
+from perf.backends import BACKENDS, OURS, Absent
+from perf.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = Case("bf16", 64, True, length=96, batch=2, heads=3)
+
+
+def sdpa(case, q, k, v):
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def call():
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=case.causal)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def one_row_off(case, q, k, v):
+    def call():
+        out = sdpa(case, q, k, v)().contiguous()
+        out[1, 5, 2] *= 1.1
+        return out
+
+    return call
+
+
+def absent(case, q, k, v):
+    raise Absent("not installed")
+
+
+def broken(case, q, k, v):
+    raise RuntimeError("no\nkernel")
+
+
+def run(backends, case=CASE):
+    """By a stand-in clock: every call takes 2 ms, so does the matrix product of 8e9 operations."""
+    rows = sweep.run_case(
+        case, backends, (lambda: None, 8e9), 3, lambda call, n: [2.0] * n, device="cpu"
+    )
+    return {row.backend: row for row in rows}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the sweep would run")
+def test_without_a_gpu_it_says_so_and_does_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "perf.sweep", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "perf.sweep: there is no CUDA GPU here, so nothing was measured or written.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--dtype", "fp8"], ["--backends", "mine"], ["--lengths", "0"], ["--rounds", "0"]]
+)
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_quick_takes_fewer_lengths_and_rounds():
+    quick, plain = sweep.parse(["--quick"]), sweep.parse([])
+    assert set(quick.lengths) < set(plain.lengths) and quick.rounds < plain.rounds
+
+
+def test_a_wrong_kernel_gets_no_time():
+    rows = run({"fa3": one_row_off, "fa2": sdpa})
+    assert rows["fa3"].tflops is None and "wrong output" in rows["fa3"].note
+    assert rows["fa2"].tflops is not None and rows["fa2"].note == ""
+
+
+def test_a_backend_that_fails_leaves_its_reason():
+    rows = run({"fa3": absent, "fa4": broken, "fa2": sdpa})
+    assert rows["fa3"].note == "not installed"
+    assert rows["fa4"].note == "RuntimeError: no kernel"
+    assert rows["fa2"].tflops is not None
+
+
+def test_rates():
+    row = run({"fa2": sdpa})["fa2"]
+    assert row.ms == 2.0
+    assert row.tflops == pytest.approx(4 * 2 * 3 * 64 * 96 * 96 / 2 / 2e-3 / 1e12)
+    assert row.matmul_tflops == pytest.approx(4.0)
+    assert row.percent_of_matmul == pytest.approx(100 * row.tflops / 4.0)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0), (4, 30)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_exact_output_is_torchs(causal, window):
+    case = Case("bf16", 32, causal, length=50, batch=2, heads=2, window=window)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(case.shape) for _ in range(3))
+    ahead = torch.arange(50) - torch.arange(50)[:, None]
+    left, right = (1000 if bound < 0 else bound for bound in window)
+    seen = (ahead >= -left) & (ahead <= (0 if causal else right))
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2).double() for x in (q, k, v)), attn_mask=seen
+    )
+    out = check.exact(case, q, k, v)
+    assert check.row_error(out, expected.transpose(1, 2).float()) < 1e-5
+
+
+def test_nan_is_an_error():
+    expected = torch.ones(1, 4, 1, 8)
+    out = expected.clone()
+    out[0, 2, 0, 3] = float("nan")
+    assert check.row_error(out, expected) == float("inf")
+
+
+def test_rounds_are_interleaved_and_rotated():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+
+    def sample(call, repeats):
+        call()
+        return [timing.ROUND_MS] * repeats
+
+    times = timing.interleave(calls, 3, sample)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {len(samples) for samples in times.values()} == {9}
+
+
+def test_every_backend_says_why_it_is_absent(monkeypatch):
+    """Those of other packages; a plain machine has none of them."""
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delenv("FA3_CPP_LIBRARY", raising=False)
+    for name in set(sys.modules) & {"flash_attn", "flash_attn_interface"}:
+        monkeypatch.delitem(sys.modules, name)
+    qkv = torch.zeros(3, *CASE.shape)
+    for name, package in (("fa4", "flash_attn"), ("fa3-cpp", "flash_attn_interface")):
+        with pytest.raises(Absent, match=package):
+            BACKENDS[name](CASE, *qkv)
+    assert OURS in BACKENDS
