@@ -18,8 +18,10 @@ def test_kernels_has_one_name(tmp_path):
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("get_kernel = 'theirs'\n")
-    script = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, fa3.kernels.signature; "
-    script += "print(kernels.get_kernel, fa3.kernels.signature.__name__)"
+    script = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, fa3.kernels.signature; "
+        "print(kernels.get_kernel, fa3.kernels.signature.__name__)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
