@@ -1,0 +1,100 @@
+"""Run the sm_90a code of CuTe DSL kernels on the CPU, without a GPU or a driver.
+
+    from fa3 import emulator
+    emulator.install()                  # before anything is compiled
+    kernel = cute.compile(...)
+    with emulator.options(checks=emulator.ALL_CHECKS):
+        kernel(*cpu_tensors)
+
+The PTX of a compiled function is executed over host memory; see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from .errors import (
+    BarrierMisuse,
+    Deadlock,
+    EmulatorError,
+    KernelError,
+    Misaligned,
+    MissingProxyFence,
+    OutOfBounds,
+    RegisterInFlight,
+    Runaway,
+    SetupError,
+    Uninitialized,
+    Unsupported,
+)
+from .settings import ALL_CHECKS, CHECKS, Options, configure, options
+
+__all__ = [
+    "ALL_CHECKS", "CHECKS", "BarrierMisuse", "Deadlock", "EmulatorError", "KernelError",
+    "Misaligned", "MissingProxyFence", "Options", "OutOfBounds", "RegisterInFlight", "Runaway",
+    "SetupError", "Uninitialized", "Unsupported", "call", "configure", "install", "installed",
+    "launches", "options", "register", "remember",
+]
+
+launches: list[dict] = []
+"""One dict per launch: kernel, grid, block, cluster, smem, seconds, instructions, segments."""
+
+_device = None
+_arch = None
+_lock = threading.Lock()
+
+
+def install(arch: str = "sm_90a") -> None:
+    """Make this process compile for arch and run its kernels on the CPU; does nothing twice.
+
+    Raises SetupError where that cannot work: another DSL version than the known ones, no C
+    compiler, or another arch than the first time.
+    """
+    global _device, _arch
+    with _lock:
+        if _device is not None:
+            if arch != _arch:
+                raise SetupError(f"the emulator was installed for {_arch}, not {arch}")
+            return
+        from . import dsl, shim
+        from .device import Device
+
+        dsl.check_version()
+        library = shim.build()
+        dsl.check_runtime(library)
+        dsl.set_environment(arch, library)
+        device = Device(library)
+        device.launches = launches
+        dsl.patch(device)
+        _device, _arch = device, arch
+
+
+def installed() -> bool:
+    return _device is not None
+
+
+def _installed_device():
+    if _device is None:
+        raise SetupError("call emulator.install() first")
+    return _device
+
+
+def remember(cubin: bytes, ptx: str) -> None:
+    """Pair a cubin from outside this process (a disk cache) with the PTX it was assembled from."""
+    _installed_device().images.remember(cubin, ptx)
+
+
+def register(*tensors) -> None:
+    """Let kernels touch the memory of torch or numpy arrays for as long as those live.
+
+    Needed only for memory that a kernel reaches by other ways than its arguments.
+    """
+    _installed_device().register(*tensors)
+
+
+def call(fn, *args):
+    """fn(*args), where kernels may touch the tensors in args; raises the emulator's own errors.
+
+    Functions made by cute.compile do this themselves; ones loaded from an object file do not.
+    """
+    return _installed_device().call(fn, *args)

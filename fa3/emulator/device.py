@@ -1,0 +1,175 @@
+"""The stand-in device: libraries and kernels that host code loads, memory it may touch, launches."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from . import settings
+from .errors import SetupError
+from .images import Images
+from .memory.regions import GlobalMemory
+from .shim import Launch, Shim
+
+_LAUNCH_FAILURE = 719       # cudaErrorLaunchFailure
+_SM_COUNT = 16
+MAX_LAUNCHES_KEPT = 10_000
+
+# cudaDeviceAttr -> value, an H200 as far as generated code cares
+ATTRIBUTES = {1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 49152,
+              10: 32, 12: 65536, 39: 2048, 75: 9, 76: 0, 81: 233472, 82: 65536, 95: 1,
+              97: 232448, 106: 32, 111: 1024, 120: 1}
+
+
+def _storages(value) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of the memory behind the tensors inside a call argument."""
+    if hasattr(value, "untyped_storage"):
+        if value.device.type == "cpu":
+            storage = value.untyped_storage()
+            yield storage.data_ptr(), storage.nbytes()
+    elif isinstance(value, np.ndarray):
+        low, high = np.lib.array_utils.byte_bounds(value)
+        yield low, high - low
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _storages(item)
+    elif isinstance(value, dict):
+        yield from _storages(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _storages([getattr(value, f.name) for f in dataclasses.fields(value)])
+
+
+class Device:
+    """What the shim's callbacks talk to.  One launch runs at a time, whatever thread it is from."""
+
+    def __init__(self, shim: Path):
+        self.memory = GlobalMemory()
+        self.images = Images()
+        self.launches: list[dict] = []      # statistics, the latest MAX_LAUNCHES_KEPT launches
+        self._libraries: dict[int, str | None] = {}     # handle -> PTX
+        self._kernels: dict[int, tuple[str | None, str]] = {}       # handle -> PTX, entry name
+        self._modules: dict[bytes, object] = {}         # digest of PTX -> parsed module
+        self._allocations: dict[int, int] = {}          # address -> token
+        self._lock = threading.RLock()
+        self._failed = threading.local()
+        self.shim = Shim(shim)
+        self.shim.connect(load=self._load, kernel=self._kernel, launch=self._launch,
+                          attribute=self._attribute, alloc=self._alloc)
+
+    def register(self, *tensors) -> None:
+        """Let kernels touch the memory behind torch or numpy arrays for as long as those live."""
+        for tensor in tensors:
+            for address, nbytes in _storages(tensor):
+                self.register_range(tensor, address, nbytes)
+
+    def register_range(self, owner, address: int, nbytes: int) -> None:
+        """Let kernels touch a range of memory until `owner` is collected."""
+        weakref.finalize(owner, self.memory.remove, self.memory.add(address, nbytes))
+
+    @contextlib.contextmanager
+    def visible(self, *arguments) -> Iterator[None]:
+        """Let kernels touch the tensors among call arguments inside a with block.
+
+        What a launch in the block raised comes out in place of the CUDA error that the
+        host code made of it.
+        """
+        tokens = [self.memory.add(*storage) for storage in _storages(arguments)]
+        self._failed.error = None
+        try:
+            try:
+                yield
+            except Exception:
+                self.reraise()
+                raise
+            self.reraise()
+        finally:
+            for token in tokens:
+                self.memory.remove(token)
+
+    def call(self, fn, *args):
+        """fn(*args) with the memory of args visible to its kernels."""
+        with self.visible(*args):
+            return fn(*args)
+
+    def reraise(self) -> None:
+        """Raise what the last launch of this thread raised: its C frames only carried a code."""
+        error = getattr(self._failed, "error", None)
+        self._failed.error = None
+        if error is not None:
+            raise error from None
+
+    # callbacks of the shim; an exception must not leave them
+
+    def _load(self, address: int, size: int) -> int:
+        handle = len(self._libraries) + 1
+        self._libraries[handle] = self.images.find(ctypes.string_at(address, size))
+        return handle
+
+    def _kernel(self, library: int, name: bytes) -> int:
+        handle = len(self._kernels) + 1
+        self._kernels[handle] = (self._libraries[library], name.decode())
+        return handle
+
+    def _attribute(self, number: int) -> int:
+        return settings.current().sms if number == _SM_COUNT else ATTRIBUTES.get(number, 0)
+
+    def _alloc(self, address: int, nbytes: int, add: int) -> None:
+        if add:
+            self._allocations[address] = self.memory.add(address, nbytes)
+        else:
+            self.memory.remove(self._allocations.pop(address, 0))
+
+    def _launch(self, info) -> int:
+        try:
+            with self._lock:
+                self._run(info.contents)
+            return 0
+        except BaseException as error:      # noqa: BLE001 - kept for reraise()
+            self._failed.error = error
+            return _LAUNCH_FAILURE
+
+    # launches
+
+    def _parsed(self, handle: int, edit):
+        from .ptx import parse
+
+        text, name = self._kernels[handle]
+        if text is None:
+            raise SetupError(
+                f"no PTX is known for kernel {name}: it was compiled before the emulator was "
+                "installed or in another process (see emulator.remember)")
+        text = edit(text) if edit else text
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in self._modules:
+            self._modules[digest] = parse(text)
+        return self._modules[digest].kernels[name]
+
+    def _run(self, launch: Launch) -> None:
+        from .machine import run_grid
+
+        chosen = settings.current()
+        kernel = self._parsed(launch.kernel, chosen.edit)
+        params = np.zeros(max(16, kernel.param_bytes), np.uint8)
+        for i, p in enumerate(kernel.params):
+            params[p.offset : p.offset + p.size] = np.frombuffer(
+                ctypes.string_at(launch.params[i], p.size), np.uint8)
+        start = time.perf_counter()
+        shape = tuple(launch.grid), tuple(launch.block), tuple(launch.cluster)
+        stats = run_grid(kernel, *shape, launch.smem_bytes, params, self.memory,
+                         checks=chosen.checks)
+        seconds = time.perf_counter() - start
+        self.launches.append({
+            "kernel": kernel.name, "grid": shape[0], "block": shape[1], "cluster": shape[2],
+            "smem": launch.smem_bytes, "seconds": seconds, **stats})
+        del self.launches[:-MAX_LAUNCHES_KEPT]
+
+

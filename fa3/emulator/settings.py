@@ -1,0 +1,73 @@
+"""How launches run: which checks are on, how late asynchronous work completes, how big the device is."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+
+CHECKS = {
+    "proxy": "generic writes that the async proxy reads without the writer's fence.proxy.async",
+    "uninit": "reads of shared memory that nothing wrote (some kernels do so on purpose and mask later)",
+    "poison": "shared memory and registers start as NaN patterns, so that using them shows in the result",
+    "wgmma": "registers of a wgmma in flight used or overwritten before wait_group",
+    "late": "asynchronous work completes as late as it may: TMA loads when nothing else can run, wgmma, "
+    "bulk stores and cp.async at the wait that covers them",
+    "mbarrier": "ordinary stores over a live mbarrier",
+}
+ALL_CHECKS = tuple(CHECKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    checks: tuple[str, ...] = ()
+    sms: int = 132
+    """Streaming multiprocessors that HardwareInfo and %nsmid report."""
+    instruction_limit: int = 20_000_000
+    """Warpgroup instructions of one cluster after which it counts as an endless loop."""
+    edit: Callable[[str], str] | None = None
+    """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "checks", tuple(self.checks))
+        if unknown := set(self.checks) - set(CHECKS):
+            raise ValueError(f"unknown checks {sorted(unknown)}; known are {', '.join(CHECKS)}")
+        if self.sms < 1:
+            raise ValueError(f"sms must be at least 1, not {self.sms}")
+
+
+_default = Options()
+_scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("emulator_options", default=None)
+
+
+def current() -> Options:
+    """The options of the innermost options() block of this context, or the configured defaults."""
+    return _scoped.get() or _default
+
+
+def _changed(base: Options, late: bool | None, changes: dict) -> Options:
+    base = dataclasses.replace(base, **changes)
+    if late is None or late == ("late" in base.checks):
+        return base
+    others = tuple(c for c in base.checks if c != "late")
+    return dataclasses.replace(base, checks=(*others, "late") if late else others)
+
+
+def configure(*, late: bool | None = None, **changes) -> None:
+    """Change the defaults of every later launch: checks, sms, instruction_limit, edit (see Options).
+
+    late switches the check of that name on or off and leaves the others alone.
+    """
+    global _default
+    _default = _changed(_default, late, changes)
+
+
+@contextlib.contextmanager
+def options(*, late: bool | None = None, **changes) -> Iterator[Options]:
+    """Run launches with other options inside a with block; arguments as in configure()."""
+    token = _scoped.set(_changed(current(), late, changes))
+    try:
+        yield current()
+    finally:
+        _scoped.reset(token)
