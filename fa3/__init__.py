@@ -1,0 +1,19 @@
+"""FlashAttention-3 for Hopper in CuTe DSL Python; the same kernels run on a CPU in an emulator.
+
+    out = fa3.flash_attn_func(q, k, v, causal=True)
+
+Importing this package registers `torch.ops.fa3` and imports neither the CuTe DSL nor the emulator.
+"""
+
+import importlib
+
+from .interface import flash_attn_func
+
+__version__ = "0.1.0"
+__all__ = ["emulator", "flash_attn_func"]
+
+
+def __getattr__(name: str):
+    if name == "emulator":
+        return importlib.import_module(".emulator", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

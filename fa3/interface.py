@@ -1,0 +1,145 @@
+"""The public functions: FA3's names, order, defaults and meaning."""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import ops
+from .problem import check_tensors
+
+# Tensor types whose memory a kernel can be given; others go through torch's dispatcher.
+_PLAIN = {Tensor, Parameter}
+
+# Arguments of FA3 that wait for their feature, with the value that means "not used".
+_NOT_YET = {
+    "qv": None,
+    "q_descale": None,
+    "k_descale": None,
+    "v_descale": None,
+    "attention_chunk": 0,
+    "softcap": 0.0,
+    "num_splits": 1,
+    "pack_gqa": None,
+}
+
+
+def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    out=None,
+):
+    """softmax(softmax_scale * q k^T) v in fp16 or bf16.
+
+    q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); h_q is a multiple of
+    h_k, query head h reads key head h // (h_q // h_k). Head dims are multiples of 8 up to 256.
+    Last dimensions are contiguous, other strides multiples of 16 bytes (or any, if the size is 1).
+
+    causal: query i sees the keys j <= i + s_k - s_q (aligned to the bottom right).
+    window_size: query i sees i + s_k - s_q - left <= j <= i + s_k - s_q + right; -1 is no bound;
+    causal sets right to 0. softmax_scale: 1 / sqrt(d) by default.
+    A query that sees no key gives zeros and an lse of -inf.
+    sm_margin: number of SMs that the kernel leaves to others.
+    deterministic: accepted; the forward pass always is.
+    out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
+
+    Returns out, or with return_attn_probs=True the pair out and lse (batch, h_q, s_q), fp32, the
+    natural logarithm of each row's sum of exponentials.
+
+    Raises:
+        TypeError, ValueError: the message names the argument; nothing was launched or written.
+        NotImplementedError: an argument that is not supported yet, a tensor that requires grad, or
+            a GPU without a kernel for the case.
+    """
+    if (
+        qv is not None
+        or q_descale is not None
+        or k_descale is not None
+        or v_descale is not None
+        or attention_chunk
+        or softcap
+        or num_splits not in (0, 1)
+        or pack_gqa
+    ):
+        _refuse(
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+        )
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
+    if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+        check_tensors(q=q, k=k, v=v)
+    if out is not None:
+        _check_out(out)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_grad(q=q, k=k, v=v)
+    if _needs_dispatcher(q, k, v, out):
+        out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    else:
+        out, lse = ops.run(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    return (out, lse) if return_attn_probs else out
+
+
+def _needs_dispatcher(q, k, v, out) -> bool:
+    """Under torch.compile, for tensor subclasses (fake ones too), where a mode sees operators."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or type(q) not in _PLAIN
+        or type(k) not in _PLAIN
+        or type(v) not in _PLAIN
+        or (out is not None and type(out) not in _PLAIN)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _dispatched(q, k, v, out, *options):
+    if out is None:
+        return torch.ops.fa3.forward(q, k, v, *options)
+    return out, torch.ops.fa3.forward_out(q, k, v, out, *options)
+
+
+def _check_out(out) -> None:
+    check_tensors(out=out)
+    if out.requires_grad:
+        raise ValueError("out has requires_grad=True, expected False")
+
+
+def _refuse(**arguments) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or (value not in (None, 0) and value != _NOT_YET[name]):
+            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(
+                f"{name} is {shown}: only {_NOT_YET[name]!r} is supported so far"
+            )
+
+
+def _refuse_grad(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} has requires_grad=True, but there is no backward pass yet: "
+                "call within torch.no_grad(), or detach it"
+            )

@@ -1,0 +1,264 @@
+"""Compile a kernel once: in memory for this process, on disk for all others.
+
+A kernel is a string "module:Class". The class follows a small protocol, and nothing else is known
+of it here: `Class(signature, config)` makes the kernel, `example_args()` gives what `cute.compile`
+needs to see of the arguments (no memory, no GPU).
+
+An entry on disk is one zip file with the object (host code and cubin), the cubin, the PTX and the
+SHA-256 of each. Its name is a hash of everything that could change them. An entry is written under
+another name and renamed into place; one that fails its checksums is deleted and rebuilt. What runs
+is always what was loaded from such an entry, even in the process that compiled it.
+
+    FA3_CACHE_DIR   the folder, default $XDG_CACHE_HOME/fa3 or ~/.cache/fa3
+    FA3_CACHE=0     no disk cache
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Hashable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # no advisory locks on this system: processes may compile the same thing twice
+    fcntl = None
+
+ARCH = "sm_90a"
+ENTRY_POINT = "fa3_entry"
+LOCK_SECONDS = 120.0  # a compilation takes a few seconds
+# Line numbers in the PTX let the emulator name the line of the kernel that an error comes from.
+OPTIONS = {"gpu": "", "emulator": "--generate-line-info"}
+
+
+class Artifacts(NamedTuple):
+    """What a compilation produces."""
+
+    object: bytes  # relocatable ELF: host code around the cubin, with a TVM-FFI entry point
+    cubin: bytes
+    ptx: str
+
+
+_runs: dict[Hashable, Callable] = {}
+_compiling = threading.RLock()  # the DSL keeps its state in globals
+
+
+def compile(kernel: str, signature, config, target: str) -> Callable:
+    """The function that runs `kernel`, taking the arguments of its `__call__` without the stream.
+
+    target: "gpu", or "emulator" for CPU tensors.
+    """
+    key = kernel, signature, config, target
+    run = _runs.get(key)
+    if run is None:
+        with _compiling:
+            run = _runs.get(key)
+            if run is None:
+                _check_process(target)
+                run = _runs[key] = _load(_obtain(kernel, signature, config, target), target)
+    return run
+
+
+def artifacts(kernel: str, signature, config) -> Artifacts:
+    """What `compile` would load, for reading; needs neither a GPU nor the emulator."""
+    with _compiling:
+        return _obtain(kernel, signature, config, "emulator" if _emulating() else "gpu")
+
+
+def cache_dir() -> Path | None:
+    """The folder of the entries; None when the disk is not to be used."""
+    if os.environ.get("FA3_CACHE", "1") == "0":
+        return None
+    if path := os.environ.get("FA3_CACHE_DIR"):
+        return Path(path).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fa3"
+
+
+def entry_path(folder: Path, kernel: str, signature, config, target: str) -> Path:
+    """Where the entry lies; its name covers all that the compiled code depends on."""
+    facts = {
+        "kernel": kernel,
+        "signature": repr(signature),
+        "config": repr(config),
+        "target": target,
+        "options": OPTIONS[target],
+        "source": source_fingerprint(kernel, target),
+        "dsl": version("nvidia-cutlass-dsl"),
+        "tvm_ffi": version("apache-tvm-ffi"),
+        "python": sys.version_info[:2],
+        "machine": _machine(),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:40]}.zip"
+
+
+@functools.cache
+def source_fingerprint(kernel: str, target: str) -> str:
+    """A hash of the sources that generated code depends on."""
+    here = Path(__file__).resolve().parent
+    # rglob does not follow links, and fa3/kernels is one in a checkout: walk what it points at
+    folders = [(here / "kernels").resolve()]
+    if target == "emulator":
+        folders.append(here / "emulator")  # it patches the DSL's code generation
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    origin = importlib.util.find_spec(kernel.partition(":")[0]).origin
+    files.append(Path(origin).resolve())
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _machine() -> str:
+    """Object files hold host code that was generated for this processor."""
+    cpu = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {cpu}"
+
+
+def _emulating() -> bool:
+    emulator = sys.modules.get(f"{__package__}.emulator")
+    return emulator is not None and emulator.installed()
+
+
+def _check_process(target: str) -> None:
+    """The emulator takes the place of the CUDA runtime for the whole process."""
+    if target == "gpu" and _emulating():
+        raise RuntimeError(
+            "target is 'gpu', but the emulator is installed in this process and replaces the CUDA "
+            "runtime: run CUDA tensors in a process without FA3_CPU=emulate"
+        )
+
+
+def _obtain(kernel: str, signature, config, target: str) -> Artifacts:
+    """From the disk if possible, else compiled and put there."""
+    folder = cache_dir()
+    if folder is None:
+        return _build(kernel, signature, config, target)
+    path = entry_path(folder, kernel, signature, config, target)
+    found = _read(path)
+    if found is not None:
+        return found
+    with _lock(path.with_suffix(".lock")):
+        found = _read(path)  # another process may have been quicker
+        if found is None:
+            found = _build(kernel, signature, config, target)
+            _write(path, found)
+    return found
+
+
+def _build(kernel: str, signature, config, target: str) -> Artifacts:
+    os.environ.setdefault("CUTE_DSL_ARCH", ARCH)  # or the DSL asks the driver, which may be absent
+    import cutlass.cute as cute
+
+    module, _, name = kernel.partition(":")
+    instance = getattr(importlib.import_module(module), name)(signature, config)
+    with tempfile.TemporaryDirectory(prefix="fa3-") as folder:
+        options = f"--enable-tvm-ffi --gpu-arch {ARCH} --keep-ptx --keep-cubin --dump-dir {folder}"
+        compiled = cute.compile(
+            instance, *instance.example_args(), options=f"{options} {OPTIONS[target]}"
+        )
+        file = Path(folder) / "kernel.o"
+        compiled.export_to_c(object_file_path=str(file), function_name=ENTRY_POINT)
+        return Artifacts(file.read_bytes(), compiled.__cubin__, compiled.__ptx__)
+
+
+def _load(found: Artifacts, target: str) -> Callable:
+    os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
+    import cutlass.cute as cute
+
+    with tempfile.TemporaryDirectory(prefix="fa3-") as folder:
+        file = Path(folder) / "kernel.o"
+        file.write_bytes(found.object)
+        module = cute.runtime.load_module(str(file), enable_tvm_ffi=True)
+        function = module[ENTRY_POINT]
+    if target == "gpu":
+        return function
+    from . import emulator
+
+    emulator.remember(found.cubin, found.ptx)
+    return functools.partial(emulator.call, function)
+
+
+def _read(path: Path) -> Artifacts | None:
+    """The entry, or None if there is none or it is damaged; then it is deleted."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as entry:
+            sums = json.loads(entry.read("sha256.json"))
+            parts = {name: entry.read(name) for name in Artifacts._fields}
+        for name, part in parts.items():
+            if hashlib.sha256(part).hexdigest() != sums[name]:
+                raise ValueError(f"wrong checksum of {name}")
+        return Artifacts(parts["object"], parts["cubin"], parts["ptx"].decode())
+    except Exception as error:  # whatever a damaged zip or JSON file leads to
+        warnings.warn(f"cache entry {path} is damaged ({error}): compiling again", stacklevel=2)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+
+
+def _write(path: Path, found: Artifacts) -> None:
+    """Put the entry in place as a whole; a disk that refuses costs only the cache."""
+    parts = {"object": found.object, "cubin": found.cubin, "ptx": found.ptx.encode()}
+    sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    fresh = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(fresh, "w") as entry:
+            for name, part in parts.items():
+                entry.writestr(name, part)
+            entry.writestr("sha256.json", json.dumps(sums))
+        os.replace(fresh, path)
+    except OSError as error:
+        warnings.warn(f"cannot write the cache entry {path}: {error}", stacklevel=2)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    """Held by the process that compiles.
+
+    Without it, or when it cannot be had in time, the work is done twice and nothing breaks.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError:
+        yield
+        return
+    with handle:  # closing gives the lock back
+        deadline = time.monotonic() + LOCK_SECONDS
+        while fcntl is not None and time.monotonic() < deadline:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield

@@ -1,0 +1,288 @@
+"""Problem: one attention call, checked once, its facts named once.
+
+Every check that needs no pointer is here and works on `Layout`s alone, so that it can be cached,
+runs on fake tensors and is tested without memory. Each message names the argument and both values.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+
+from .kernels.signature import HEAD_DIM_TILES, Signature, head_dim_tile
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+ALIGNMENT = 16  # bytes: TMA's unit for addresses and strides
+MAX_HEAD_DIM = HEAD_DIM_TILES[-1]
+NO_BOUND = 2**30  # a window this wide has no bound
+# Positions are int32 in the kernel: tiles may reach past the length, a window is added on top.
+MAX_LENGTH = 2**31 - 1024
+MAX_LENGTH_LOCAL = NO_BOUND - 1024
+MAX_STRIDE = 2**39  # elements; TMA's strides have 40 bits of bytes
+
+Q_SHAPE = "(batch, s_q, h_q, d)"
+K_SHAPE = "(batch, s_k, h_k, d)"
+V_SHAPE = "(batch, s_k, h_k, dv)"
+
+
+class Layout(NamedTuple):
+    """What a check may know of a tensor: everything but its address."""
+
+    shape: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Layout":
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Options(NamedTuple):
+    """The arguments of a call that are no tensors."""
+
+    softmax_scale: float | None = None  # None: 1 / sqrt(d)
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    sm_margin: int = 0  # SMs left to other kernels
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv)."""
+
+    batch: int
+    s_q: int
+    s_k: int
+    h_q: int
+    h_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    softmax_scale: float
+    mask: str  # full, causal or local
+    window_left: int  # as the kernel wants it: NO_BOUND where there is none
+    window_right: int
+    sm_margin: int
+
+    @classmethod
+    def of(cls, q: Layout, k: Layout, v: Layout, options: Options) -> "Problem":
+        """Check everything that does not depend on strides or addresses.
+
+        Raises:
+            TypeError: a dtype or an option has the wrong type.
+            ValueError: anything else; nothing has been launched.
+        """
+        _check_types(q, k, v)
+        _check_shapes(q, k, v)
+        batch, s_q, h_q, head_dim = q.shape
+        _, s_k, h_k, head_dim_v = v.shape
+        mask, left, right = _mask_of(options)
+        for name, length in (("q", s_q), ("k", s_k)):
+            limit = MAX_LENGTH_LOCAL if mask == "local" else MAX_LENGTH
+            if length > limit:
+                raise ValueError(
+                    f"{name} has length {length}, over the limit of {limit} (mask {mask})"
+                )
+        return cls(
+            batch,
+            s_q,
+            s_k,
+            h_q,
+            h_k,
+            head_dim,
+            head_dim_v,
+            q.dtype,
+            q.device,
+            _scale_of(options.softmax_scale, head_dim),
+            mask,
+            left,
+            right,
+            _count_of("sm_margin", options.sm_margin, minimum=0),
+        )
+
+    @property
+    def signature(self) -> Signature:
+        """The part of the problem that a kernel is compiled for."""
+        return Signature(
+            DTYPES[self.dtype],
+            head_dim_tile(self.head_dim),
+            head_dim_tile(self.head_dim_v),
+            self.mask,
+        )
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.s_q, self.h_q, self.head_dim_v
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.h_q, self.s_q
+
+    @property
+    def is_empty(self) -> bool:
+        """There is no query, hence no output."""
+        return self.batch == 0 or self.s_q == 0 or self.h_q == 0
+
+
+def check_tensors(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+
+
+def check_strides(name: str, layout: Layout) -> None:
+    """TMA reads rows that are contiguous and start at multiples of 16 bytes."""
+    shape, stride = layout.shape, layout.stride
+    if 0 in shape:
+        return
+    if stride[-1] != 1:
+        raise ValueError(f"{name} has stride {stride[-1]} in its last dimension, expected 1")
+    size = layout.dtype.itemsize
+    for dim in range(len(shape) - 1):
+        step = stride[dim] * size
+        if shape[dim] > 1 and (step % ALIGNMENT or stride[dim] >= MAX_STRIDE):
+            raise ValueError(
+                f"{name} has stride {stride[dim]} in dimension {dim}, that is {step} bytes, "
+                f"expected a multiple of {ALIGNMENT} bytes below {MAX_STRIDE * size}"
+            )
+
+
+def tma_strides(layout: Layout) -> tuple[int, ...] | None:
+    """Strides that TMA accepts where a dimension of size 1 has an arbitrary one; else None."""
+    unit = ALIGNMENT // layout.dtype.itemsize
+    fixed = tuple(
+        layout.shape[-1] if n == 1 and (step % unit or step >= MAX_STRIDE) else step
+        for n, step in zip(layout.shape, layout.stride, strict=True)
+    )
+    return None if fixed == tuple(layout.stride) else fixed
+
+
+def check_address(name: str, tensor: torch.Tensor) -> None:
+    offset = tensor.data_ptr() % ALIGNMENT
+    if offset:
+        raise ValueError(
+            f"{name} starts {offset} bytes past a multiple of {ALIGNMENT} bytes, expected 0"
+        )
+
+
+def check_out(out: Layout, problem: Problem) -> None:
+    """The result must fit the tensor that the caller brought, element by element."""
+    for what, given, wanted in (
+        ("shape", tuple(out.shape), problem.out_shape),
+        ("dtype", out.dtype, problem.dtype),
+        ("device", out.device, problem.device),
+    ):
+        if given != wanted:
+            raise ValueError(f"out has {what} {given}, expected {wanted}")
+    check_strides("out", out)
+    ordered = sorted((step, n) for step, n in zip(out.stride, out.shape, strict=True) if n > 1)
+    reach = 0
+    for step, n in ordered:
+        if step <= reach:
+            raise ValueError(
+                f"out has strides {tuple(out.stride)} for shape {tuple(out.shape)}, "
+                "so that some of its elements share memory"
+            )
+        reach += step * (n - 1)
+
+
+def check_disjoint(out: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """out may share its storage with an input, but not the span of memory that it covers."""
+    start, end = _span(out)
+    for name, tensor in inputs.items():
+        first, last = _span(tensor)
+        if start < last and first < end:
+            raise ValueError(
+                f"out covers the addresses {start:#x} to {end:#x}, which overlap those of {name}, "
+                f"{first:#x} to {last:#x}"
+            )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address and the one after the last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    count = 1 + sum((n - 1) * step for n, step in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + count * tensor.itemsize
+
+
+def _check_types(q: Layout, k: Layout, v: Layout) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
+    if q.device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(f"q is on device {q.device}, expected cuda or cpu")
+    for name, layout in (("k", k), ("v", v)):
+        if layout.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {layout.dtype} but q has {q.dtype}")
+        if layout.device != q.device:
+            raise ValueError(f"{name} is on device {layout.device} but q is on {q.device}")
+
+
+def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
+    for name, layout, shape in (("q", q, Q_SHAPE), ("k", k, K_SHAPE), ("v", v, V_SHAPE)):
+        if len(layout.shape) != 4:
+            raise ValueError(
+                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, "
+                f"expected 4: {shape}"
+            )
+    for what, name, dim, other, reference in (
+        ("batch", "k", 0, "q", q),
+        ("batch", "v", 0, "q", q),
+        ("length", "v", 1, "k", k),
+        ("number of heads", "v", 2, "k", k),
+        ("head dim", "k", 3, "q", q),
+    ):
+        given, wanted = {"k": k, "v": v}[name].shape[dim], reference.shape[dim]
+        if given != wanted:
+            raise ValueError(
+                f"{name} has {what} {given} but {other} has {wanted} (dimension {dim})"
+            )
+    for name, layout in (("q", q), ("v", v)):
+        d = layout.shape[3]
+        if d <= 0 or d > MAX_HEAD_DIM or d % 8:
+            raise ValueError(
+                f"{name} has head dim {d}, expected a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+            )
+    h_q, h_k = q.shape[2], k.shape[2]
+    if (h_k == 0 and h_q > 0) or (h_k > 0 and h_q % h_k):
+        raise ValueError(f"q has {h_q} heads, expected a multiple of the {h_k} heads of k")
+
+
+def _mask_of(options: Options) -> tuple[str, int, int]:
+    """Mask kind and the two bounds; the kind never depends on lengths, or they would recompile."""
+    if not isinstance(options.causal, bool):
+        raise TypeError(f"causal is {options.causal!r}, expected True or False")
+    bounds = []
+    for side, bound in (("left", options.window_left), ("right", options.window_right)):
+        bounds.append(_count_of(f"window_size ({side})", bound, minimum=-1))
+    left, right = bounds
+    if options.causal:
+        right = 0
+    if left < 0 and right <= 0:
+        return ("full" if right < 0 else "causal"), NO_BOUND, NO_BOUND
+    return "local", *(NO_BOUND if bound < 0 else min(bound, NO_BOUND) for bound in (left, right))
+
+
+def _scale_of(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, Real):
+        raise TypeError(f"softmax_scale is {softmax_scale!r}, expected a number or None")
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number above 0")
+    return float(softmax_scale)
+
+
+def _count_of(name: str, value: int, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, expected at least {minimum}")
+    return value

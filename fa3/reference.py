@@ -1,0 +1,55 @@
+"""Attention in plain torch for CPU tensors: fp32 arithmetic, one block of query rows at a time."""
+
+import functools
+import math
+
+import torch
+
+from .kernels.signature import Signature
+
+SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
+
+
+def bind(signature: Signature):
+    """A function that is called as the kernel compiled for `signature` is."""
+    return functools.partial(_forward, signature.mask)
+
+
+def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num_ctas):
+    """out = softmax(scale * q k^T) v under the mask, lse its logarithmic denominator.
+
+    q (b, s_q, h_q, d), k (b, s_k, h_k, d), v (b, s_k, h_k, dv) -> out (b, s_q, h_q, dv) and
+    lse (b, h_q, s_q). `num_ctas` has no meaning here.
+    """
+    b, s_q, h_q, d = q.shape
+    s_k, h_k = k.shape[1:3]
+    group = h_q // h_k
+    scale = scale_log2 * math.log(2)
+    keys = k.permute(0, 2, 3, 1).float()  # (b, h_k, d, s_k)
+    values = v.transpose(1, 2).float()  # (b, h_k, s_k, dv)
+    rows = max(1, SCORE_BYTES // (4 * b * h_q * s_k))
+    for start in range(0, s_q, rows):
+        stop = min(start + rows, s_q)
+        block = q[:, start:stop].float().view(b, stop - start, h_k, group, d)
+        block = block.permute(0, 2, 3, 1, 4).reshape(b, h_k, group * (stop - start), d)
+        scores = (block @ keys).mul_(scale).view(b, h_q, stop - start, s_k)
+        hidden = _hidden(mask, start, stop, s_q, s_k, window_left, window_right)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -math.inf)
+        row_lse = torch.logsumexp(scores, dim=-1)  # -inf where a row sees no key
+        lse[:, :, start:stop] = row_lse
+        shift = row_lse.masked_fill(row_lse == -math.inf, 0.0)
+        p = scores.sub_(shift[..., None]).exp_().view(b, h_k, group * (stop - start), s_k)
+        o = (p @ values).view(b, h_q, stop - start, -1)
+        out[:, start:stop] = o.transpose(1, 2)
+
+
+def _hidden(mask, start, stop, s_q, s_k, window_left, window_right):
+    """Which keys rows start..stop do not see, (stop - start, s_k); None: they see all."""
+    if mask == "full":
+        return None
+    position = torch.arange(start, stop)[:, None] + (s_k - s_q)  # the key on the row's diagonal
+    key = torch.arange(s_k)[None, :]
+    if mask == "causal":
+        return key > position
+    return (key < position - window_left) | (key > position + window_right)
