@@ -1,0 +1,102 @@
+"""BlockRange: which key blocks a query tile visits, and which of them need a mask.
+
+Plain arithmetic on non-negative divisions only, so that the same code runs on Python ints (tests
+compare it with brute force) and on the DSL's Int32 (kernels).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arithmetic import ceil_div, clamp, maximum, minimum
+from .signature import MaskKind
+
+UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
+
+
+@dataclass(frozen=True)
+class Window:
+    """Query i sees key j iff  i + shift - left <= j <= i + shift + right  and  0 <= j < s_k.
+
+    `shift` = s_k - s_q aligns the last query with the last key (bottom right).
+    """
+
+    kind: MaskKind  # compile-time; "full" reads no bound, "causal" only the right one (0)
+    s_q: Any
+    s_k: Any
+    left: Any
+    right: Any
+
+    @property
+    def shift(self):
+        return self.s_k - self.s_q
+
+    def first_key(self, row):
+        """The first key that query `row` may see (may be negative)."""
+        return row + self.shift - self.left
+
+    def end_key(self, row):
+        """One past the last key that query `row` may see (may be negative or beyond s_k)."""
+        right = 0 if self.kind == "causal" else self.right
+        return row + self.shift + right + 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Blocks n_begin <= n < n_end, visited downwards."""
+
+    n_begin: Any
+    n_end: Any
+    is_masked: bool  # compile-time
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Key blocks of one query tile, visited from n_max - 1 down to n_min.
+
+    The first one visited is always masked: it holds the end of the keys.  A tile that sees no key
+    visits one block, all of it masked, so that no role needs a special case.
+
+        n_min <= n_edge <= n_diagonal <= n_max - 1
+        |  edge  |  interior  |  diagonal  | first |
+          masked    no mask      masked      masked
+    """
+
+    kind: MaskKind  # compile-time
+    n_min: Any
+    n_edge: Any
+    n_diagonal: Any
+    n_max: Any
+
+    @staticmethod
+    def of(window: Window, m_block, tile_m: int, tile_n: int) -> "BlockRange":
+        first_row = m_block * tile_m
+        last_row = minimum(first_row + tile_m, window.s_q) - 1
+        n_min, n_edge = 0, 0
+        n_max = ceil_div(window.s_k, tile_n)
+        n_diagonal = n_max - 1
+        if window.kind != "full":
+            end = clamp(window.end_key(last_row), 0, window.s_k)
+            end_for_all = clamp(window.end_key(first_row), 0, window.s_k)
+            if window.kind == "local":
+                n_min = clamp(window.first_key(first_row), 0, window.s_k) // tile_n
+                n_edge = ceil_div(clamp(window.first_key(last_row), 0, window.s_k), tile_n)
+            n_max = maximum(ceil_div(end, tile_n), n_min + 1)
+            n_diagonal = clamp(end_for_all // tile_n, n_min, n_max - 1)
+            n_edge = clamp(n_edge, n_min, n_diagonal)
+        return BlockRange(window.kind, n_min, n_edge, n_diagonal, n_max)
+
+    @property
+    def count(self):
+        """Blocks visited; at least 1."""
+        return self.n_max - self.n_min
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The blocks after the first one; which phases exist is known at compile time."""
+        diagonal = Phase(self.n_diagonal, self.n_max - 1, True)
+        interior = Phase(self.n_edge, self.n_diagonal, False)
+        edge = Phase(self.n_min, self.n_edge, True)
+        return {
+            "full": (interior,),
+            "causal": (diagonal, interior),
+            "local": (diagonal, interior, edge),
+        }[self.kind]

@@ -1,0 +1,294 @@
+"""FlashAttention-3 forward for Hopper: host side, shared memory and the table of roles.
+
+Roles of a CTA (tile_m = 64 x consumers query rows):
+
+    producer   warp 0 of warpgroup 0     TMA: Q (1 stage), K ring, V ring
+    consumers  warpgroups 1, 2 (, 3)     S = Q K^T, online softmax, O += P V, O and LSE out
+
+One step of a consumer, for key block n, while the other consumers' GEMMs wait for their turn:
+
+    tensor cores   |  S_n = Q K_n^T  |  O += P_{n+1} V_{n+1}  |   (other warpgroups' GEMMs)
+    this warpgroup |  issue, wait S  |  P_n = softmax(S_n)    | wait O, (rescale), convert P_n
+
+Sources: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from ..barriers import WARPGROUP, WarpgroupTurn
+from ..blocks import BlockRange, Window
+from ..config import FwdConfig
+from ..mask import Mask
+from ..scheduler import L2_BUDGET, Deal, TileOrder
+from ..signature import Signature
+from ..softmax import OnlineSoftmax
+from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
+from .fwd_load import load
+from .fwd_mma import FwdFragments, attend
+from .fwd_store import store_lse, store_output
+from .rings import FwdRings, Ring
+from .wgmma import ELEMENT, FwdMma, FwdSmem
+
+
+@dataclass(frozen=True)
+class FwdPlan:
+    """The compile-time numbers that the roles share."""
+
+    signature: Signature
+    config: FwdConfig
+
+    @property
+    def element(self):
+        return ELEMENT[self.signature.dtype]
+
+    @property
+    def tile_m(self) -> int:
+        return self.config.tile_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.config.tile_n
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.signature.head_dim_v
+
+    @property
+    def num_mma_warpgroups(self) -> int:
+        return self.config.num_mma_warpgroups
+
+    @property
+    def q_tile(self):
+        return (self.config.tile_m, self.signature.head_dim)
+
+    @property
+    def k_tile(self):
+        return (self.config.tile_n, self.signature.head_dim)
+
+    @property
+    def v_tile(self):
+        return (self.signature.head_dim_v, self.config.tile_n)
+
+    @property
+    def o_tile(self):
+        return (64, self.signature.head_dim_v)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """wave -> (WorkTile, BlockRange) of this CTA."""
+
+    order: TileOrder
+    deal: Deal
+    block_range: partial
+
+    @property
+    def count(self):
+        return self.deal.count
+
+    def __getitem__(self, wave):
+        tile = self.order[self.deal[wave]]
+        return tile, self.block_range(tile.m_block)
+
+
+class ForwardSm90:
+    """The forward kernel of one Signature, laid out by one FwdConfig."""
+
+    def __init__(self, signature: Signature, config: FwdConfig):
+        self.plan = FwdPlan(signature, config)
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
+        element = self.plan.element
+        batch, heads_q, heads_k, s_q, s_k = (cute.sym_int32() for _ in range(5))
+        d, dv = cute.sym_int32(divisibility=8), cute.sym_int32(divisibility=8)
+
+        def tensor(length, heads, width):
+            strides = tuple(cute.sym_int64(divisibility=8) for _ in range(3))
+            return make_fake_tensor(
+                element, (batch, length, heads, width), (*strides, 1), assumed_align=16
+            )
+
+        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
+        return (
+            tensor(s_q, heads_q, d),
+            tensor(s_k, heads_k, d),
+            tensor(s_k, heads_k, dv),
+            tensor(s_q, heads_q, dv),
+            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+            Float32(1.0),
+            Int32(0),
+            Int32(0),
+            Int32(1),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (b, s_q, h_q, d)
+        mK: cute.Tensor,  # (b, s_k, h_k, d)
+        mV: cute.Tensor,  # (b, s_k, h_k, dv)
+        mO: cute.Tensor,  # (b, s_q, h_q, dv)
+        mLSE: cute.Tensor,  # (b, h_q, s_q) fp32
+        softmax_scale_log2: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        num_ctas: Int32,
+        stream,
+    ):
+        plan = self.plan
+        smem = FwdSmem.of(plan.signature, plan.config)
+        q, k, o = (permute(t, [1, 3, 2, 0]) for t in (mQ, mK, mO))
+        v = permute(mV, [3, 1, 2, 0])
+        stage = partial(cute.select, mode=[0, 1])
+        tensors = FwdTensors(
+            q=_tma_load(q, stage(smem.q), plan.q_tile),
+            k=_tma_load(k, stage(smem.k), plan.k_tile),
+            v=_tma_load(v, stage(smem.v), plan.v_tile),
+            o=_tma_store(o, stage(smem.o), plan.o_tile),
+            lse=permute(mLSE, [2, 1, 0]),
+        )
+        scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
+        order = self._order(q, k, v)
+        grid = (cutlass.min(num_ctas, order.count), 1, 1)
+        self.kernel(tensors, scalars, order).launch(
+            grid=grid, block=(plan.config.num_threads, 1, 1), stream=stream, min_blocks_per_mp=1
+        )
+
+    def _order(self, q, k, v) -> TileOrder:
+        s_q, _, heads, batches = q.shape
+        s_k, d, heads_kv, _ = k.shape
+        longest_first = self.plan.signature.mask != "full"
+        heads_per_group = Int32(1)
+        if longest_first:
+            head_bytes = s_k * (d + v.shape[0]) * (self.plan.element.width // 8)
+            fitting = cutlass.max(Int32(L2_BUDGET) // head_bytes, 1)
+            heads_per_group = cutlass.min(fitting * (heads // heads_kv), heads * batches)
+        return TileOrder(
+            longest_first=longest_first,
+            num_m_blocks=cute.ceil_div(s_q, self.plan.tile_m),
+            num_heads=heads,
+            num_heads_kv=heads_kv,
+            num_batches=batches,
+            heads_per_group=heads_per_group,
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
+        plan = self.plan
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for operand in (tensors.q, tensors.k, tensors.v, tensors.o):
+                cpasync.prefetch_descriptor(operand.atom)
+        rings, sO = self._shared_memory()
+        tiles = self._tiles(tensors, scalars, order)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(plan.config.producer_registers)
+            if warp == 0:
+                load(plan, tensors, rings, tiles)
+        else:
+            cute.arch.setmaxregister_increase(plan.config.consumer_registers)
+            self._consume(tensors, scalars, rings, sO, tiles)
+
+    def _shared_memory(self) -> tuple[FwdRings, cute.Tensor]:
+        """Rings of Q, K and V; O (64, dv, num_mma_warpgroups) in the space of Q."""
+        plan, allocator = self.plan, cutlass.utils.SmemAllocator()
+        layouts = FwdSmem.of(plan.signature, plan.config)
+
+        def space(num_elements):
+            return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
+
+        def ring(pointer, layout):
+            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
+            return Ring.of(_swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
+
+        q_or_o = space(max(cute.cosize(layouts.q), cute.cosize(layouts.o)))
+        k, v = space(cute.cosize(layouts.k)), space(cute.cosize(layouts.v))
+        rings = FwdRings(ring(q_or_o, layouts.q), ring(k, layouts.k), ring(v, layouts.v))
+        return rings, _swizzled(q_or_o, layouts.o)
+
+    def _tiles(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Tiles:
+        plan = self.plan
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        window = self._window(tensors, scalars)
+        return Tiles(
+            order,
+            Deal(cta, num_ctas, order.count),
+            partial(BlockRange.of, window, tile_m=plan.tile_m, tile_n=plan.tile_n),
+        )
+
+    def _window(self, tensors: FwdTensors, scalars: FwdScalars) -> Window:
+        return Window(
+            kind=self.plan.signature.mask,
+            s_q=tensors.q.tensor.shape[0],
+            s_k=tensors.k.tensor.shape[0],
+            left=scalars.window_left,
+            right=scalars.window_right,
+        )
+
+    @cute.jit
+    def _consume(
+        self,
+        tensors: FwdTensors,
+        scalars: FwdScalars,
+        rings: FwdRings,
+        sO: cute.Tensor,
+        tiles: Tiles,
+    ):
+        """A consumer warpgroup: all tiles of this CTA."""
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0] - WARPGROUP
+        lane = thread % 32
+        warpgroup = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        row_in_tile = thread // 32 * 16 + lane // 4
+
+        mma = FwdMma.of(plan.signature, plan.config)
+        frag = FwdFragments.of(plan, mma, rings, warpgroup)
+        softmax = OnlineSoftmax.of(scalars.scale_log2)
+        lse = cute.make_rmem_tensor(2, Float32)
+        window = self._window(tensors, scalars)
+        turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
+        turn.start()
+
+        q, k, v = rings.q.consumer(), rings.k.consumer(), rings.v.consumer()
+        for wave in cutlass.range(tiles.count, unroll=1):
+            tile, blocks = tiles[wave]
+            row = tile.m_block * plan.tile_m + row_in_tile
+            query = q.wait_and_advance()
+            mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
+            k, v = attend(frag, softmax, mask, turn, k, v, blocks)
+            softmax.finish(frag.acc_O, lse)
+            store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
+            store_output(
+                plan, tensors, mma.pv, frag.acc_O, sO[None, None, warpgroup], tile, warpgroup, thread
+            )
+            query.release()
+
+
+def _swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
+    """A buffer whose swizzle sits in its pointer, as TMA and wgmma descriptors want it."""
+    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner), layout.outer)
+
+
+def _tma_load(tensor: cute.Tensor, smem_layout, tile) -> TmaOperand:
+    return TmaOperand(
+        *cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem_layout, tile)
+    )
+
+
+def _tma_store(tensor: cute.Tensor, smem_layout, tile) -> TmaOperand:
+    return TmaOperand(
+        *cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem_layout, tile)
+    )

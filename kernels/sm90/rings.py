@@ -1,0 +1,75 @@
+"""Circular shared-memory buffers between the producer warp and the consumer warpgroups."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import pipeline
+from cutlass.cute.nvgpu import cpasync
+
+from ..tensors import TmaOperand
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A buffer of several stages and the full / empty mbarriers of each stage.
+
+    full:  1 arrival (the producer, expecting the stage's bytes) and the bytes written by TMA.
+    empty: 1 arrival per consumer warp.
+    """
+
+    buffer: cute.Tensor  # (rows, columns, num_stages)
+    pipeline: pipeline.PipelineTmaAsync
+
+    @staticmethod
+    def of(buffer: cute.Tensor, barriers: cute.Pointer, num_consumer_warps: int) -> "Ring":
+        num_stages = cute.size(buffer, mode=[2])
+        stage = cute.select(buffer.layout, mode=[0, 1])
+        one = pipeline.CooperativeGroup(pipeline.Agent.Thread, 1)
+        warps = pipeline.CooperativeGroup(pipeline.Agent.Thread, num_consumer_warps)
+        return Ring(
+            buffer,
+            pipeline.PipelineTmaAsync.create(
+                barrier_storage=barriers,
+                num_stages=num_stages,
+                producer_group=one,
+                consumer_group=warps,
+                tx_count=cute.size_in_bytes(buffer.element_type, stage),
+                defer_sync=True,
+            ),
+        )
+
+    def producer(self) -> pipeline.PipelineProducer:
+        return self.pipeline.make_producer()
+
+    def consumer(self) -> pipeline.PipelineConsumer:
+        return self.pipeline.make_consumer()
+
+    def filler(self, operand: TmaOperand, tile_shape, head, batch, block_mode: int):
+        """fill(block, handle): TMA block `block` of a head, along `block_mode`, into a stage."""
+        head_tensor = operand.tensor[None, None, head, batch]
+        coordinate = (None, 0) if block_mode == 0 else (0, None)
+        blocks = cute.local_tile(head_tensor, tile_shape, coordinate)  # (rows, columns, num_blocks)
+        to_stage, from_block = cpasync.tma_partition(
+            operand.atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(self.buffer, 0, 2),
+            cute.group_modes(blocks, 0, 2),
+        )
+
+        def fill(block, handle):
+            cute.copy(
+                operand.atom,
+                from_block[None, block],
+                to_stage[None, handle.index],
+                tma_bar_ptr=handle.barrier,
+            )
+
+        return fill
+
+
+@dataclass(frozen=True)
+class FwdRings:
+    q: Ring  # 1 stage; O leaves through the same space
+    k: Ring
+    v: Ring

@@ -1,0 +1,84 @@
+"""Warpgroup matrix products: tiled MMAs, shared-memory layouts and the issue of one GEMM."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Float32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import LayoutEnum
+
+from ..config import FwdConfig
+from ..signature import Signature
+
+ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+
+
+@dataclass(frozen=True)
+class FwdMma:
+    """S = Q K^T from shared memory; O += P V with P in registers."""
+
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+
+    @staticmethod
+    def of(signature: Signature, config: FwdConfig) -> "FwdMma":
+        element = ELEMENT[signature.dtype]
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        warpgroups = (config.num_mma_warpgroups, 1, 1)
+        qk = hopper.make_trivial_tiled_mma(
+            element, element, k_major, k_major, Float32, warpgroups, (64, config.tile_n)
+        )
+        pv = hopper.make_trivial_tiled_mma(
+            element,
+            element,
+            k_major,
+            mn_major,
+            Float32,
+            warpgroups,
+            (64, signature.head_dim_v),
+            warpgroup.OperandSource.RMEM,
+        )
+        return FwdMma(qk, pv)
+
+
+@dataclass(frozen=True)
+class FwdSmem:
+    """Layouts of the shared-memory buffers, swizzled as TMA writes and wgmma reads them."""
+
+    q: cute.ComposedLayout  # (tile_m, d, 1)
+    k: cute.ComposedLayout  # (tile_n, d, num_stages)
+    v: cute.ComposedLayout  # (dv, tile_n, num_stages)
+    o: cute.ComposedLayout  # (64, dv, num_mma_warpgroups), in the space of q
+
+    @staticmethod
+    def of(signature: Signature, config: FwdConfig) -> "FwdSmem":
+        element = ELEMENT[signature.dtype]
+        rows, columns = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        qk = (config.tile_m, config.tile_n, signature.head_dim)
+        pv = (config.tile_m, signature.head_dim_v, config.tile_n)
+        return FwdSmem(
+            q=hopper.make_smem_layout_a(rows, qk, element, 1),
+            k=hopper.make_smem_layout_b(rows, qk, element, config.num_stages),
+            v=hopper.make_smem_layout_b(columns, pv, element, config.num_stages),
+            o=hopper.make_smem_layout_a(
+                rows, (64, 0, signature.head_dim_v), element, config.num_mma_warpgroups
+            ),
+        )
+
+
+def issue_gemm(
+    tiled_mma: cute.TiledMma,
+    acc: cute.Tensor,  # (MMA, MMA_M, MMA_N)
+    a: cute.Tensor,  # (MMA, MMA_M, MMA_K)
+    b: cute.Tensor,  # (MMA, MMA_N, MMA_K)
+    accumulate: bool,
+):
+    """acc (+)= a b^T as one committed group; the caller waits for it."""
+    atom = cute.make_mma_atom(tiled_mma.op)  # a copy of its own: set() below must not leak out
+    warpgroup.fence()
+    for k in range(cute.size(a, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, accumulate or k > 0)
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+    warpgroup.commit_group()

@@ -1,0 +1,39 @@
+"""The global tensors of a forward call, as kernels want them, and operands moved by TMA."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+
+@dataclass(frozen=True)
+class TmaOperand:
+    """A TMA descriptor and the coordinate tensor that goes with it."""
+
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
+
+
+@dataclass(frozen=True)
+class FwdTensors:
+    """Global tensors with the tiled modes first; heads of k and v are fewer under GQA."""
+
+    q: TmaOperand  # (s_q, d, h_q, b)
+    k: TmaOperand  # (s_k, d, h_k, b)
+    v: TmaOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
+    o: TmaOperand  # (s_q, dv, h_q, b)
+    lse: cute.Tensor  # (s_q, h_q, b) fp32
+
+
+@dataclass(frozen=True)
+class FwdScalars:
+    """Run-time numbers of a forward call."""
+
+    scale_log2: Float32  # softmax_scale * log2(e)
+    window_left: Int32
+    window_right: Int32
+
+
+def permute(tensor: cute.Tensor, modes: list[int]) -> cute.Tensor:
+    """The same memory with its modes in another order."""
+    return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=modes))
