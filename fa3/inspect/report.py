@@ -1,0 +1,148 @@
+"""Report: everything known about one compiled kernel without running it."""
+
+from dataclasses import asdict, dataclass
+
+from . import hazards, resources, sass
+from .elf import Cubin
+from .flow import Flow
+from .hazards import Local, RegisterChange
+from .loops import MainLoop, main_loops
+from .resources import Resources
+from .sass import Program
+
+SM = 90
+SMALL = 6  # slots of a block that gets no line of its own
+
+
+@dataclass(frozen=True)
+class Report:
+    resources: Resources
+    instructions: int
+    mmas: int  # in the whole kernel
+    local: Local
+    register_changes: tuple[RegisterChange, ...]
+    serialised: tuple[int, ...]  # addresses of warpgroup MMAs that run one by one
+    loops: tuple[MainLoop, ...]  # the steady one first
+    warnings: tuple[str, ...]
+    program: Program
+
+    @property
+    def steady(self) -> MainLoop | None:
+        """The main loop where a long sequence spends its time; None without one."""
+        return self.loops[0] if self.loops else None
+
+    def as_dict(self) -> dict:
+        """For JSON: all but the code itself."""
+        fields = asdict(self)
+        del fields["program"]
+        for loop in fields["loops"]:
+            del loop["path"]
+            for name in ("straight", "all"):
+                mix = loop[name]
+                mix["per_exponential"] = mix["slots"] / mix["exponentials"]
+        return fields
+
+    def __str__(self) -> str:
+        return "\n".join([*_resource_lines(self), *_loop_lines(self), *_warning_lines(self)])
+
+
+def analyse(cubin: bytes, kernel: str | None = None) -> Report:
+    """The report on `kernel`, or on the only one with warpgroup MMAs, or on the only one there is.
+
+    Raises ValueError for an image that is no sm_90 cubin or leaves the choice open, and
+    sass.DisassemblerMissing where nvdisasm is not installed.
+    """
+    image = Cubin.parse(cubin)
+    if image.sm != SM:
+        raise ValueError(f"the cubin is for sm_{image.sm}, this reads sm_{SM}")
+    programs = sass.load(cubin)
+    if kernel is not None:
+        chosen = [p for p in programs if p.name == kernel]
+    else:
+        chosen = [p for p in programs if any(x.is_mma for x in p.code)] or list(programs)
+    if len(chosen) != 1:
+        names = [p.name for p in programs]
+        raise ValueError(f"kernel={kernel!r} leaves {len(chosen)} of the cubin's kernels: {names}")
+    return _report(image, chosen[0])
+
+
+def _report(image: Cubin, program: Program) -> Report:
+    flow = Flow(program)
+    loops = main_loops(flow)
+    changes = hazards.register_changes(flow)
+    return Report(
+        resources=resources.read(image, program.name),
+        instructions=len(program.code),
+        mmas=sum(x.is_mma for x in program.code),
+        local=Local.of(program.code),
+        register_changes=changes,
+        serialised=hazards.serialised(program.code),
+        loops=loops,
+        warnings=hazards.warnings(flow, loops[0] if loops else None, changes),
+        program=program,
+    )
+
+
+def _resource_lines(report: Report) -> list[str]:
+    r, local = report.resources, report.local
+    changes = ", ".join(
+        f"{change.role} {'takes' if change.grows else 'gives back to'} {change.registers}"
+        for change in report.register_changes
+    )
+    return [
+        f"kernel            {r.name}",
+        f"threads           {r.threads or 'not fixed'}",
+        f"registers         {r.registers} at launch; {changes or 'no setmaxnreg'}",
+        f"spills            {local.spill_store_bytes} bytes stored, "
+        f"{local.spill_load_bytes} bytes loaded",
+        f"local memory      {r.frame} bytes per thread, {local.loads} loads, {local.stores} stores",
+        f"static smem       {r.static_smem} bytes",
+        f"named barriers    {r.named_barriers}",
+        f"code              {r.code} bytes, {report.instructions} instructions, {report.mmas} MMAs",
+    ]
+
+
+def _loop_lines(report: Report) -> list[str]:
+    if not report.loops:
+        return ["main loop         none: no loop holds both matrix products and exponentials"]
+    lines = []
+    code = report.program.code
+    for n, loop in enumerate(report.loops):
+        name = "steady loop" if n == 0 else "other loop"
+        shapes = ", ".join(f"{count} of {shape}" for shape, count in loop.all.mma_shapes.items())
+        lines += [
+            f"{name:17} {code[loop.head].address:#06x} to {code[loop.latch].address:#06x}",
+            f"  MMAs            {shapes}",
+            f"  straight way    {_mix(loop.straight)}",
+            f"  all             {_mix(loop.all)}",
+        ]
+        lines += _skipped_lines(loop)
+    return lines
+
+
+def _skipped_lines(loop: MainLoop) -> list[str]:
+    """A line for each block worth one, and one for the small change: repeated waits, mostly."""
+    large = [part for part in loop.skipped if part.mix.slots > SMALL]
+    small = [part for part in loop.skipped if part.mix.slots <= SMALL]
+    lines = [
+        f"  may be skipped  {part.first:#06x} to {part.last:#06x}, {part.mix.slots} slots"
+        f"{' out of line' if part.out_of_line else ''} ({part.mix})"
+        for part in large
+    ]
+    if small:
+        slots = sum(part.mix.slots for part in small)
+        lines.append(
+            f"  may be skipped  {len(small)} blocks of {SMALL} slots or fewer, {slots} in all"
+        )
+    return lines
+
+
+def _mix(mix) -> str:
+    return (
+        f"{mix.per_exponential:.2f} issue slots per exponential: {mix.slots} slots, "
+        f"{mix.exponentials} exponentials ({mix})"
+    )
+
+
+def _warning_lines(report: Report) -> list[str]:
+    return [f"warning: {text}" for text in report.warnings]
