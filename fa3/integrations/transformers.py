@@ -77,7 +77,7 @@ def mask(
 
 def _check_bottom_right(q_length, kv_length, options) -> None:
     """Causal attention aligns the last query with the last key; a half-filled cache does not."""
-    positions = options.get("cache_position")  # in transformers 4; q_length, q_offset in 5
+    positions = options.get("cache_position")  # of transformers 5.0; later q_length, q_offset
     if positions is not None:
         end = int(positions[-1]) + 1
     else:
