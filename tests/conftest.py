@@ -1,0 +1,52 @@
+"""Where the kernels run: on a Hopper GPU if there is one, else in the emulator with all checks."""
+
+import os
+
+import pytest
+import torch
+
+SEED = 20240711
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+if not HOPPER:
+    os.environ["FA3_CPU"] = "emulate"  # fa3 reads it when it meets the first CPU tensor
+
+# Quick and basic first, so that a broken build shows early; other files come after these.
+ORDER = (
+    "test_import",
+    "test_packaging",
+    "test_problem",
+    "test_dispatch",
+    "test_cases",
+    "test_reference",
+    "test_jit",
+    "test_torch_op",
+    "test_forward",
+)
+
+
+def pytest_report_header():
+    where = torch.cuda.get_device_name() if HOPPER else "the emulator, all checks on"
+    return f"fa3: kernels run on {where}; torch {torch.__version__}; seed {SEED}"
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(ORDER)}
+    last = len(ORDER) - 1  # before the accuracy tests, which take the longest
+    items.sort(key=lambda item: place.get(item.path.stem, last - 0.5))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device of the tensors that a kernel is to be called with."""
+    if HOPPER:
+        return torch.device("cuda", torch.cuda.current_device())
+    from fa3 import emulator
+
+    emulator.install()
+    emulator.configure(checks=emulator.ALL_CHECKS)
+    return torch.device("cpu")

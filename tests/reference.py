@@ -1,0 +1,51 @@
+"""Attention in plain torch, twice: in fp32, and as torch would do it at the tested precision.
+
+q (b, s_q, h_q, d), k (b, s_k, h_k, d), v (b, s_k, h_k, dv) -> out (b, s_q, h_q, dv) in q's dtype
+and lse (b, h_q, s_q) in fp32. Mask: causal, and window (left, right) with -1 for no bound.
+"""
+
+import math
+
+import torch
+
+
+def visible(s_q, s_k, causal=False, window=(-1, -1), device=None):
+    """Which keys each query sees, (s_q, s_k)."""
+    left, right = window
+    if causal:
+        right = 0
+    diagonal = torch.arange(s_q, device=device)[:, None] + (s_k - s_q)
+    key = torch.arange(s_k, device=device)[None, :]
+    seen = torch.ones(s_q, s_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        seen &= key >= diagonal - left
+    if right >= 0:
+        seen &= key <= diagonal + right
+    return seen
+
+
+def exact(q, k, v, softmax_scale=None, causal=False, window=(-1, -1)):
+    """fp32 throughout; only the result is rounded."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, lse = _attention(q.float(), k.float(), v.float(), scale, 1.0, causal, window)
+    return out.to(q.dtype), lse
+
+
+def baseline(q, k, v, softmax_scale=None, causal=False, window=(-1, -1)):
+    """Every intermediate in q's dtype, the scale applied to k: a kernel may lose twice as much."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, _ = _attention(q, k, v, 1.0, scale, causal, window)
+    return out
+
+
+def _attention(q, k, v, q_scale, k_scale, causal, window):
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, h, s, d)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scores = (q * q_scale) @ (k * k_scale).transpose(-1, -2)  # (b, h_q, s_q, s_k)
+    seen = visible(q.shape[2], k.shape[2], causal, window, q.device)
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = torch.logsumexp(scores.float(), dim=-1)
+    blind = ~seen.any(dim=-1)[:, None]  # rows without a key would be 0 / 0
+    p = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    return (p @ v).transpose(1, 2), lse

@@ -1,0 +1,76 @@
+"""Attention in NumPy, one query at a time, as a textbook would write it.
+
+Nothing here is quick or clever; it is what the torch references are checked against.
+"""
+
+import numpy as np
+
+
+def softmax(x):
+    """exp(x) / sum(exp(x)), shifted by the maximum so that nothing overflows."""
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def log_sum_exp(x):
+    """log(sum(exp(x))); -inf for no numbers at all."""
+    if len(x) == 0:
+        return -np.inf
+    return x.max() + np.log(np.exp(x - x.max()).sum())
+
+
+def attend(query, keys, values, scale):
+    """One query (d,) over keys (n, d) and values (n, dv): a weighted mean of the values, (dv,).
+
+    Also gives the logarithm of the sum that the weights were divided by. No key, no output: 0.
+    """
+    if len(keys) == 0:
+        return np.zeros(values.shape[1]), -np.inf
+    scores = scale * (keys @ query)
+    return softmax(scores) @ values, log_sum_exp(scores)
+
+
+def cross_attention(q, k, v, scale):
+    """Queries (s_q, d) of one sequence, keys (s_k, d) and values (s_k, dv) of another."""
+    rows = [attend(query, k, v, scale) for query in q]
+    return np.stack([out for out, _ in rows]), np.array([lse for _, lse in rows])
+
+
+def self_attention(q, k, v, scale):
+    """Queries, keys and values come from the same sequence: as many queries as keys."""
+    assert len(q) == len(k)
+    return cross_attention(q, k, v, scale)
+
+
+def window_attention(q, k, v, scale, left=-1, right=-1):
+    """Query i stands at key i + s_k - s_q and sees `left` keys before it and `right` after it.
+
+    The last query stands at the last key. -1: no bound on that side.
+    """
+    out, lse = np.zeros((len(q), v.shape[1])), np.zeros(len(q))
+    for i, query in enumerate(q):
+        here = i + len(k) - len(q)
+        first = 0 if left < 0 else max(0, here - left)
+        last = len(k) - 1 if right < 0 else min(len(k) - 1, here + right)
+        seen = slice(first, max(first, last + 1))
+        out[i], lse[i] = attend(query, k[seen], v[seen], scale)
+    return out, lse
+
+
+def causal_attention(q, k, v, scale):
+    """No query sees a key that comes after it."""
+    return window_attention(q, k, v, scale, right=0)
+
+
+def multi_head_attention(q, k, v, scale, left=-1, right=-1):
+    """Heads (s, h, d) attend independently; with fewer heads in k and v, neighbours share one.
+
+    Grouped queries: with h_q = 6 and h_k = 2, query heads 0, 1, 2 read key head 0, the others 1.
+    Gives out (s_q, h_q, dv) and lse (h_q, s_q).
+    """
+    group = q.shape[1] // k.shape[1]
+    heads = [
+        window_attention(q[:, h], k[:, h // group], v[:, h // group], scale, left, right)
+        for h in range(q.shape[1])
+    ]
+    return np.stack([out for out, _ in heads], axis=1), np.stack([lse for _, lse in heads])
