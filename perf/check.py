@@ -10,35 +10,44 @@ ROW_ERROR = {"bf16": 2e-2, "fp16": 4e-3}
 SCORES_BYTES = 2 << 30  # fp32 scores held at a time
 
 
-def exact(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in fp32, out (b, s, h, d) fp32, a few heads at a time."""
-    visible = _visible(case, q.device)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (b * h, s, d)
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    step = max(1, SCORES_BYTES // (4 * case.length**2))
-    for i in range(0, q.shape[0], step):
-        part = slice(i, i + step)
-        scores = q[part].float() @ k[part].float().mT * case.head_dim**-0.5
-        if visible is not None:
-            scores.masked_fill_(~visible, float("-inf"))
-        out[part] = scores.softmax(-1) @ v[part].float()
-    return out.unflatten(0, (case.batch, case.heads)).transpose(1, 2)
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """The formula, every step in the dtype of its inputs.
+
+    q (n, s_q, d), k (n, s_k, d), v (n, s_k, dv) -> (n, s_q, dv)
+    visible (s_q, s_k), or None: every query sees every key, and each sees at least one.
+    """
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores.masked_fill_(~visible, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
-def _visible(case: Case, device) -> Tensor | None:
-    left, right = case.window
-    if case.causal:
-        right = 0
+def visible_keys(s_q: int, s_k: int, left: int, right: int, device=None) -> Tensor | None:
+    """(s_q, s_k), true where a query sees a key; None without a bound. -1 is no bound.
+
+    Query i stands at key i + s_k - s_q.
+    """
     if left < 0 and right < 0:
         return None
-    i = torch.arange(case.length, device=device)
-    ahead = i[None, :] - i[:, None]  # key minus query
+    position = torch.arange(s_q, device=device)[:, None] + (s_k - s_q)
+    ahead = torch.arange(s_k, device=device)[None, :] - position
     seen = torch.ones_like(ahead, dtype=torch.bool)
     if left >= 0:
         seen &= ahead >= -left
     if right >= 0:
         seen &= ahead <= right
     return seen
+
+
+def exact(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in fp32 of (b, s, h, d), a few heads at a time."""
+    left, right = case.window
+    seen = visible_keys(case.length, case.length, left, 0 if case.causal else right, q.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (b * h, s, d)
+    step = max(1, SCORES_BYTES // (4 * case.length**2))
+    parts = [slice(i, i + step) for i in range(0, q.shape[0], step)]
+    out = torch.cat([attention(q[p].float(), k[p].float(), v[p].float(), seen) for p in parts])
+    return out.unflatten(0, (case.batch, case.heads)).transpose(1, 2)
 
 
 def row_error(out: Tensor, expected: Tensor) -> float:

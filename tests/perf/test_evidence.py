@@ -1,0 +1,74 @@
+"""docs/evidence.md: one line per kernel variant, and no speed that was not measured."""
+
+import csv
+import re
+
+import pytest
+
+from perf import evidence
+from perf.cases import Case
+from perf.evidence import NOT_MEASURED, Variant
+from perf.report import Machine, Row, write_csv
+
+SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
+
+
+@pytest.fixture(scope="module")
+def lines():
+    text = evidence.DOCUMENT.read_text()
+    table = text.partition(evidence.BEGIN)[2].partition(evidence.END)[0]
+    cells = [re.split(r" *\| *", line.strip("| ")) for line in table.splitlines() if "|" in line]
+    assert tuple(cells[0]) == evidence.COLUMNS
+    return {row[0]: dict(zip(evidence.COLUMNS, row, strict=True)) for row in cells[2:]}
+
+
+def test_every_variant_has_its_line(lines):
+    assert list(lines) == [str(variant) for variant in evidence.variants()]
+
+
+def test_every_tile_is_the_one_that_a_call_gets(lines):
+    from fa3 import tuning
+    from fa3.kernels.signature import Signature
+
+    for variant in evidence.variants():
+        config = tuning.forward(
+            Signature(variant.dtype, variant.head_dim, variant.head_dim_v, variant.mask)
+        )
+        line = lines[str(variant)]
+        assert line["tile"] == f"{config.tile_m} x {config.tile_n}", variant
+        assert line["stages"] == str(config.num_stages), variant
+
+
+def test_speeds_come_from_committed_sweeps(lines):
+    for variant in evidence.variants():
+        line = lines[str(variant)]
+        assert (line["Hopper GPU"], line["TFLOPs/s"]) == evidence.measured(variant), variant
+
+
+def test_a_sweep_fills_the_lines_it_measured(tmp_path):
+    case = Case.paper("bf16", 128, True, 8192)
+    rows = [
+        Row.of(case, "fa3", ms=1.0, tflops=123.4),
+        Row.of(case, "cudnn", ms=1.0, tflops=999.0),
+        Row.of(Case.paper("bf16", 128, False, 8192), "fa3", note="wrong output"),
+    ]
+    write_csv(tmp_path / "synthetic.csv", rows, SYNTHETIC)
+    with (tmp_path / "synthetic.csv").open() as file:
+        assert len(list(csv.reader(file))) == 4
+    causal, full, fp16 = (
+        evidence.measured(Variant(128, 128, dtype, mask), tmp_path)
+        for dtype, mask in (("bf16", "causal"), ("bf16", "full"), ("fp16", "causal"))
+    )
+    assert causal == ("SYNTHETIC GPU, 1970-01-01", "123 at 8192")
+    assert full == fp16 == (NOT_MEASURED, NOT_MEASURED)
+
+
+def test_the_table_goes_between_its_marks():
+    document = f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
+    table = evidence.markdown([("a",) * len(evidence.COLUMNS)], "made today")
+    new = evidence.insert(document, table)
+    assert new.startswith("before\n") and new.endswith("\nafter\n")
+    assert "old" not in new and "made today" in new
+    assert evidence.insert(new, table) == new
+    with pytest.raises(ValueError, match="no table"):
+        evidence.insert("nothing", table)
