@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .elf import Cubin
 
 # Attribute numbers as nvdisasm names them (EIATTR_*).
-REQNTID, FRAME_SIZE, MIN_STACK_SIZE = 0x10, 0x11, 0x12
+MAX_THREADS, REQNTID, FRAME_SIZE, MIN_STACK_SIZE = 0x05, 0x10, 0x11, 0x12
 REGCOUNT, NUM_BARRIERS = 0x2F, 0x4C
 NO_VALUE, BYTE, HALF, SIZED = 1, 2, 3, 4
 
@@ -18,7 +18,7 @@ class Resources:
 
     name: str
     sm: int  # 90 for sm_90a
-    threads: int  # of a CTA, as .reqntid demands; 0: not fixed
+    threads: int  # of a CTA, as .reqntid demands or .maxntid allows; 0: not fixed
     registers: int  # per thread at launch, before any setmaxnreg
     frame: int  # of local memory per thread: spills and local arrays
     stack: int  # least stack per thread, calls included
@@ -43,7 +43,7 @@ def read(cubin: Cubin, kernel: str) -> Resources:
     return Resources(
         name=kernel,
         sm=cubin.sm,
-        threads=_product(own.get(REQNTID, b"")),
+        threads=_product(own.get(REQNTID) or own.get(MAX_THREADS, b"")),
         registers=common.get((REGCOUNT, kernel), 0),
         frame=common.get((FRAME_SIZE, kernel), 0),
         stack=common.get((MIN_STACK_SIZE, kernel), 0),

@@ -1,0 +1,103 @@
+"""Predict the speed of the attention kernels in cubins: python -m perf.model FILE.cubin ..."""
+
+import argparse
+import functools
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from fa3.inspect import DisassemblerMissing
+
+from . import whatif
+from .machine import CLOCK, TAIL, Machine
+from .predict import Settings, predict
+from .report import text, timeline
+from .simulate import ITERATIONS
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m perf.model", description=__doc__)
+    p.add_argument("cubin", nargs="+", type=Path)
+    p.add_argument("--kernel", help="its full name, where a cubin holds several with MMAs")
+    p.add_argument("--clock", type=float, default=CLOCK, help="GHz (%(default)s)")
+    p.add_argument("--tail", type=float, default=TAIL, help="share of steady time (%(default)s)")
+    p.add_argument("--consumers", type=int, help="warpgroups (all of the launch but one)")
+    p.add_argument("--iterations", type=int, default=ITERATIONS, help="simulated (%(default)s)")
+    p.add_argument("--timeline", action="store_true", help="draw two iterations")
+    p.add_argument("--rivals", action="store_true", help="predict with the rival constants too")
+    p.add_argument("--trace", action="store_true", help="print the instructions of one iteration")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of the machine"
+    )
+    p.add_argument(
+        "--rescale-always",
+        action="store_true",
+        help="execute blocks that the steady state jumps over, in every iteration",
+    )
+    p.add_argument("--drop-rescale", action="store_true", help="what if: no FMULs that rescale O")
+    p.add_argument(
+        "--emulate-ex2",
+        type=float,
+        metavar="F",
+        help="what if: this fraction of MUFU.EX2 becomes 7 FMA and 2 ALU instructions",
+    )
+    p.add_argument("--no-barriers", action="store_true", help="what if: no named barriers")
+    return p.parse_args(argv)
+
+
+def machine(changes: list[str]) -> Machine:
+    """The default machine with NAME=VALUE changes; raises ValueError for an unknown name."""
+    types = {field.name: type(field.default) for field in fields(Machine)}
+    values = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in types:
+            raise ValueError(f"--set {change}: the machine has no {name!r}, it has {list(types)}")
+        values[name] = types[name](float(value))
+    return replace(Machine(), **values)
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    edits = []
+    if args.drop_rescale:
+        edits.append(whatif.drop_rescale)
+    if args.emulate_ex2:
+        edits.append(functools.partial(whatif.emulate_ex2, fraction=args.emulate_ex2))
+    if args.no_barriers:
+        edits.append(whatif.no_barriers)
+    return Settings(
+        machine=machine(args.set),
+        clock=args.clock,
+        tail=args.tail,
+        iterations=args.iterations,
+        consumers=args.consumers,
+        rescale_always=args.rescale_always,
+        edits=tuple(edits),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        chosen = settings(args)
+        for path in args.cubin:
+            prediction = predict(path.read_bytes(), args.kernel, chosen)
+            if args.trace:
+                for x in prediction.traces[-1]:
+                    c = x.control
+                    print(f"  S{c.stall:02} W{c.write_barrier} R{c.read_barrier} "
+                          f"B{c.wait:06b}  {x.text}")  # fmt: skip
+            print(text(prediction))
+            if args.rivals:
+                rates = ", ".join(f"{rate:.0f}" for rate in prediction.rivals())
+                print(f"  rival constants: {rates}")
+            if args.timeline:
+                print(timeline(prediction.result, len(prediction.traces)))
+    except (ValueError, OSError, DisassemblerMissing) as error:
+        print(f"perf.model: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
