@@ -73,10 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         write_csv(options.out / f"{stem}.csv", rows, machine)
     print(f"{machine.device}, driver {machine.driver}, {machine.date}, commit {machine.commit}\n")
     print(table(rows, bold=sys.stdout.isatty()))
-    if names(rows):
-        write_chart(options.out / f"{stem}.png", rows, machine)
-    print(f"\nwritten: {options.out / stem}.csv and .png")
-    return 0 if names(rows) else 1
+    print(f"\nwritten: {options.out / stem}.csv")
+    if not names(rows):
+        return 1
+    write_chart(options.out / f"{stem}.png", rows, machine)
+    print(f"written: {options.out / stem}.png")
+    return 0
 
 
 def sweep(options: argparse.Namespace):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from perf import check, sweep, timing
 from perf.backends import BACKENDS, OURS, Absent
 from perf.cases import Case
+from perf.report import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("bf16", 64, True, length=96, batch=2, heads=3)
@@ -59,6 +60,29 @@ def test_without_a_gpu_it_says_so_and_does_nothing_else(tmp_path):
         "perf.sweep: there is no CUDA GPU here, so nothing was measured or written.\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_writes_a_table_a_csv_file_and_a_chart(tmp_path, monkeypatch, capsys):
+    """All but the measuring: the rows are those of the stand-in clock."""
+    rows = list(run({"fa3": absent, "fa2": sdpa}).values())
+    machine = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep, "this_machine", lambda: machine)
+    monkeypatch.setattr(sweep, "sweep", lambda options: iter([rows]))
+    assert sweep.main(["--out", str(tmp_path / "out")]) == 0
+    assert "SYNTHETIC GPU" in capsys.readouterr().out
+    stem = tmp_path / "out" / "sweep-1970-01-01T0000Z"
+    assert len(stem.with_suffix(".csv").read_text().splitlines()) == 3
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_without_any_time_fails(tmp_path, monkeypatch):
+    machine = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep, "this_machine", lambda: machine)
+    monkeypatch.setattr(sweep, "sweep", lambda options: iter([list(run({"fa3": absent}).values())]))
+    assert sweep.main(["--out", str(tmp_path)]) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".csv"]
 
 
 @pytest.mark.parametrize(
