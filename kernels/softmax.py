@@ -1,74 +1,96 @@
-"""OnlineSoftmax: the running maximum and sum of a thread's two rows."""
+"""OnlineSoftmax: the running reference and sum of a thread's two query rows."""
 
 import math
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32
+from cutlass import Boolean, Float32, Int32
 
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
-MAX_GROWTH_LOG2 = 8.0  # P stays below 2^8: exact in fp16's and bf16's range, sums fit in fp32
+# How far a score may exceed the maximum before O is rescaled.  P keeps all its bits in bf16 at any
+# size; in fp16 it starts to lose some below 2^-14, so it must not start far below 1.
+HEADROOM_LOG2 = {"bf16": 8.0, "fp16": 4.0}
+NO_KEY, SOME_KEY = 0, -1  # bit patterns of OnlineSoftmax.seen; the sign bit says "seen"
 
 
 @dataclass(frozen=True)
 class OnlineSoftmax:
     """Softmax over blocks of scores, in base 2, normalised at the end.
 
-    P = exp2(S * scale_log2 - reference * scale_log2).  The reference is the row's maximum when it
-    was last updated; it is updated only when a score exceeds it by more than 2^8 in P, because an
-    update costs a multiplication of every element of O (FlashAttention-4's conditional rescale).
-    That test needs no exchange between threads, so the four threads that share a row only meet
-    in the rare update.  The row sum stays per thread until the end.
+        y = S * scale_log2 + shift        P = exp2(y)        shift = -maximum * scale_log2 - headroom
+
+    `maximum` is the row's largest score when the shift was last moved, so P is at most
+    2^-headroom then, and stays below 1 while no later score exceeds that maximum by more than
+    2^headroom.  Only then does the shift move again: moving it costs a multiplication of every
+    element of O (FlashAttention-4's conditional rescale).  P below 1 is y below 0, so the test for
+    a move is the AND of all sign bits: a three-input LOP3 for two scores, where a maximum would
+    need an FMNMX for each, and no exchange with the three threads that share the rows.
     """
 
     scale_log2: Float32
-    headroom: Float32  # of a raw score above the reference: MAX_GROWTH_LOG2 / scale_log2
-    reference: cute.Tensor  # (2,) raw score; -inf before the first visible key
-    limit: cute.Tensor  # (2,) reference + headroom
-    offset: cute.Tensor  # (2,) -reference * scale_log2; 0 while reference is -inf
-    row_sum: cute.Tensor  # (2,) this thread's part
-    correction: cute.Tensor  # (2,) factor for O and row_sum, valid after an update
+    headroom: float  # compile-time, in log2
+    shift: cute.Tensor  # (2,) 0 before the row has seen a key
+    seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
+    row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
+    correction: cute.Tensor  # (2,) factor for O, valid after a move
 
     @staticmethod
-    def of(scale_log2: Float32) -> "OnlineSoftmax":
-        state = [cute.make_rmem_tensor(2, Float32) for _ in range(5)]
-        return OnlineSoftmax(scale_log2, MAX_GROWTH_LOG2 / scale_log2, *state)
+    def of(scale_log2: Float32, headroom: float) -> "OnlineSoftmax":
+        shift, row_sum, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+        seen = cute.make_rmem_tensor(2, Int32)
+        return OnlineSoftmax(scale_log2, headroom, shift, seen, row_sum, correction)
 
     def start(self):
-        self.reference.fill(-Float32.inf)
-        self.limit.fill(-Float32.inf)
-        self.offset.fill(0.0)
+        self.shift.fill(0.0)
+        self.seen.fill(NO_KEY)
         self.row_sum.fill(0.0)
 
     @cute.jit
     def update(self, acc_S: cute.Tensor) -> Boolean:
         """Turn scores into P in place; true (warp-uniform) if O must be multiplied by correction."""
-        scores = rows_and_columns(acc_S)  # (2, tile_n / 4)
-        top_0, top_1 = _maximum(scores[0, None]), _maximum(scores[1, None])
-        grows = cute.arch.vote_any_sync(top_0 > self.limit[0] or top_1 > self.limit[1])
-        if grows:
-            self._move_reference(0, top_0)
-            self._move_reference(1, top_1)
+        rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         for r in cutlass.range_constexpr(2):
-            row = scores[r, None]
-            for i in cutlass.range_constexpr(cute.size(row)):
-                row[i] = cute.math.exp2(row[i] * self.scale_log2 + self.offset[r], fastmath=True)
-            self.row_sum[r] = _sum(row, self.row_sum[r])
-        return grows
+            for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
+                rows[r, i] = rows[r, i] * self.scale_log2 + self.shift[r]
+        all_below_one = _sign_and(acc_S, self.seen[0] & self.seen[1])
+        moves = cute.arch.vote_any_sync(all_below_one >= 0)
+        if moves:
+            for r in cutlass.range_constexpr(2):
+                self._move(rows[r, None], r)
+        for r in cutlass.range_constexpr(2):
+            self._exponentiate(rows[r, None], r)
+        return moves
 
     @cute.jit
-    def _move_reference(self, r: cutlass.Constexpr, top: Float32):
-        old = self.reference[r]
-        new = cute.arch.fmax(old, cute.arch.warp_reduction_max(top, threads_in_group=4))
-        finite = Float32(0.0) if new == -Float32.inf else new
-        self.correction[r] = cute.math.exp2((old - finite) * self.scale_log2, fastmath=True)
-        self.row_sum[r] = self.row_sum[r] * self.correction[r]
-        self.reference[r] = new
-        self.limit[r] = new + self.headroom
-        self.offset[r] = -finite * self.scale_log2
+    def _move(self, row: cute.Tensor, r: cutlass.Constexpr):
+        """Make the row's largest score so far the new maximum."""
+        has_seen = self.seen[r] != NO_KEY
+        peak = -Float32.inf
+        if has_seen:
+            peak = Float32(-self.headroom)  # the old maximum, as a y
+        peak = cute.arch.fmax(peak, cute.arch.warp_reduction_max(_maximum(row), threads_in_group=4))
+        change = Float32(0.0)  # the row has still not seen a key
+        if peak != -Float32.inf:
+            change = -peak - self.headroom
+            self.seen[r] = Int32(SOME_KEY)
+        self.correction[r] = Float32(1.0)  # O and the sum of a row without keys are 0
+        if has_seen:
+            self.correction[r] = cute.math.exp2(change, fastmath=True)
+        self.shift[r] += change
+        self.row_sum[r] *= self.correction[r]
+        for i in cutlass.range_constexpr(cute.size(row)):
+            row[i] += change
+
+    def _exponentiate(self, row: cute.Tensor, r: int):
+        """y -> P, summed in two chains so that no addition waits for the one before it."""
+        sums = [self.row_sum[r], None]
+        for i in range(cute.size(row)):
+            row[i] = cute.math.exp2(row[i], fastmath=True)
+            sums[i % 2] = row[i] if sums[i % 2] is None else sums[i % 2] + row[i]
+        self.row_sum[r] = sums[0] + sums[1]
 
     @cute.jit
     def rescale(self, acc_O: cute.Tensor):
@@ -89,23 +111,22 @@ class OnlineSoftmax:
             is_empty = total == 0.0
             self.correction[r] = cute.arch.rcp_approx(Float32(1.0) if is_empty else total)
             log2_sum = cute.math.log2(total, fastmath=True)
-            lse[r] = -Float32.inf if is_empty else (log2_sum - self.offset[r]) * LN2
+            lse[r] = -Float32.inf if is_empty else (log2_sum - self.shift[r]) * LN2
         self.rescale(acc_O)
 
 
+def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
+    """Negative iff every value and `start` have their sign bit set."""
+    bits = cute.recast_tensor(values, Int32)
+    chains = [start, Int32(SOME_KEY), Int32(SOME_KEY), Int32(SOME_KEY)]
+    for i in range(0, cute.size(bits), 2):
+        chain = i // 2 % 4
+        chains[chain] = chains[chain] & bits[i] & bits[i + 1]
+    return (chains[0] & chains[1]) & (chains[2] & chains[3])
+
+
 def _maximum(row: cute.Tensor) -> Float32:
-    """Four chains, so that no maximum waits for the one before it."""
-    chains = [row[i] for i in range(4)]
-    for i in range(4, cute.size(row)):
-        chains[i % 4] = cute.arch.fmax(chains[i % 4], row[i])
-    return cute.arch.fmax(
-        cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3])
-    )
-
-
-def _sum(row: cute.Tensor, start: Float32) -> Float32:
-    """Two chains, joined at the end."""
-    chains = [start + row[0], row[1]]
-    for i in range(2, cute.size(row)):
-        chains[i % 2] = chains[i % 2] + row[i]
-    return chains[0] + chains[1]
+    top = row[0]
+    for i in range(1, cute.size(row)):
+        top = cute.arch.fmax(top, row[i])
+    return top

@@ -28,7 +28,7 @@ from ..config import FwdConfig
 from ..mask import Mask
 from ..scheduler import L2_BUDGET, Deal, TileOrder
 from ..signature import Signature
-from ..softmax import OnlineSoftmax
+from ..softmax import HEADROOM_LOG2, OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
 from .fwd_mma import FwdFragments, attend
@@ -256,7 +256,7 @@ class ForwardSm90:
 
         mma = FwdMma.of(plan.signature, plan.config)
         frag = FwdFragments.of(plan, mma, rings, warpgroup)
-        softmax = OnlineSoftmax.of(scalars.scale_log2)
+        softmax = OnlineSoftmax.of(scalars.scale_log2, HEADROOM_LOG2[plan.signature.dtype])
         lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)

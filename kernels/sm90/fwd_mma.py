@@ -87,10 +87,10 @@ def attend(
             key.release()
             if cutlass.const_expr(phase.is_masked):
                 mask.apply(frag.acc_S, phase.n_end - 1 - i)
-            grows = softmax.update(frag.acc_S)
+            moves = softmax.update(frag.acc_S)
             warpgroup.wait_group(0)
             value.release()
-            if grows:
+            if moves:
                 softmax.rescale(frag.acc_O)
             convert(frag.acc_S, frag.p)
 
