@@ -1,0 +1,8 @@
+"""python -m fa3 inspect ...: what a call would run, without a GPU."""
+
+import sys
+
+from .inspect.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
