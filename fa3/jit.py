@@ -4,10 +4,10 @@ A kernel is a string "module:Class". The class follows a small protocol, and not
 of it here: `Class(signature, config)` makes the kernel, `example_args()` gives what `cute.compile`
 needs to see of the arguments (no memory, no GPU).
 
-An entry on disk is one zip file with the object (host code and cubin), the cubin, the PTX and the
-SHA-256 of each. Its name is a hash of everything that could change them. An entry is written under
-another name and renamed into place; one that fails its checksums is deleted and rebuilt. What runs
-is always what was loaded from such an entry, even in the process that compiled it.
+An entry on disk is one zip file with the object (host code and cubin), the cubin and the PTX, after
+32 bytes with its SHA-256. Its name is a hash of everything that could change them. An entry is
+written under another name and renamed into place; one that fails its checksum is deleted and
+rebuilt. What runs is always what such an entry holds, even in the process that compiled it.
 
     FA3_CACHE_DIR   the folder, default $XDG_CACHE_HOME/fa3 or ~/.cache/fa3
     FA3_CACHE=0     no disk cache
@@ -40,6 +40,7 @@ except ImportError:  # no advisory locks on this system: processes may compile t
 
 ARCH = "sm_90a"
 ENTRY_POINT = "fa3_entry"
+DIGEST = hashlib.sha256().digest_size
 LOCK_SECONDS = 120.0  # a compilation takes a few seconds
 # Line numbers in the PTX let the emulator name the line of the kernel that an error comes from.
 OPTIONS = {"gpu": "", "emulator": "--generate-line-info"}
@@ -207,14 +208,12 @@ def _read(path: Path) -> Artifacts | None:
     except OSError:
         return None
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as entry:
-            sums = json.loads(entry.read("sha256.json"))
-            parts = {name: entry.read(name) for name in Artifacts._fields}
-        for name, part in parts.items():
-            if hashlib.sha256(part).hexdigest() != sums[name]:
-                raise ValueError(f"wrong checksum of {name}")
-        return Artifacts(parts["object"], parts["cubin"], parts["ptx"].decode())
-    except Exception as error:  # whatever a damaged zip or JSON file leads to
+        if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+            raise ValueError("wrong checksum")
+        with zipfile.ZipFile(io.BytesIO(content[DIGEST:])) as entry:
+            binary, cubin, ptx = (entry.read(name) for name in Artifacts._fields)
+        return Artifacts(binary, cubin, ptx.decode())
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
         warnings.warn(f"cache entry {path} is damaged ({error}): compiling again", stacklevel=2)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -223,15 +222,15 @@ def _read(path: Path) -> Artifacts | None:
 
 def _write(path: Path, found: Artifacts) -> None:
     """Put the entry in place as a whole; a disk that refuses costs only the cache."""
-    parts = {"object": found.object, "cubin": found.cubin, "ptx": found.ptx.encode()}
-    sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as entry:
+        for name, part in zip(Artifacts._fields, found, strict=True):
+            entry.writestr(name, part)
+    digest = hashlib.sha256(content.getvalue()).digest()
     fresh = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(fresh, "w") as entry:
-            for name, part in parts.items():
-                entry.writestr(name, part)
-            entry.writestr("sha256.json", json.dumps(sums))
+        fresh.write_bytes(digest + content.getvalue())
         os.replace(fresh, path)
     except OSError as error:
         warnings.warn(f"cannot write the cache entry {path}: {error}", stacklevel=2)

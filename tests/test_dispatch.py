@@ -1,0 +1,115 @@
+"""Which kernel and which config a case gets, and the error when there is none."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fa3 import dispatch, tuning
+from fa3.kernels.config import SMEM_LIMIT, FwdConfig
+from fa3.kernels.signature import HEAD_DIM_TILES, Signature
+
+SIGNATURE = Signature("bf16", 128, 128, "causal")
+ROOT = Path(__file__).parent.parent
+
+
+def gpu(major, minor, name="some GPU"):
+    return dispatch.Target("gpu", name, (major, minor), 132)
+
+
+def test_hopper_gets_a_kernel():
+    assert dispatch.forward(SIGNATURE, gpu(9, 0)).where == "fa3.kernels.sm90.fwd:ForwardSm90"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_get_every_reason(capability):
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.forward(SIGNATURE, gpu(*capability, name="NVIDIA Example"))
+    message = str(caught.value)
+    for kernel in dispatch.FORWARD:
+        assert kernel.name in message
+    assert "NVIDIA Example has {}.{}".format(*capability) in message
+    assert "9.x" in message
+    assert str(SIGNATURE) in message
+
+
+def test_no_kernel_for_a_case_lists_all(monkeypatch):
+    """With several kernels in the table, each gives its own reason."""
+    table = [
+        dispatch.Kernel("first", "a:A", lambda s, t: f"it has no head dim {s.head_dim}"),
+        dispatch.Kernel("second", "b:B", lambda s, t: f"it has no mask {s.mask}"),
+    ]
+    monkeypatch.setattr(dispatch, "FORWARD", table)
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.forward(SIGNATURE, gpu(9, 0))
+    assert "first: it has no head dim 128" in str(caught.value)
+    assert "second: it has no mask causal" in str(caught.value)
+    serves = dispatch.Kernel("third", "c:C", lambda s, t: None)
+    monkeypatch.setattr(dispatch, "FORWARD", [*table, serves])
+    assert dispatch.forward(SIGNATURE, gpu(9, 0)) is serves
+
+
+def _first_call(fa3_cpu):
+    code = (
+        "import torch, fa3; x = torch.ones(1, 1, 1, 8).half(); fa3.flash_attn_func(x, x, x);"
+        "import sys; print('cutlass' in sys.modules)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "FA3_CPU"}
+    if fa3_cpu is not None:
+        environment["FA3_CPU"] = fa3_cpu
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("fa3_cpu", [None, "reference"])
+def test_reference_needs_no_dsl(fa3_cpu):
+    done = _first_call(fa3_cpu)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_unknown_fa3_cpu():
+    done = _first_call("magic")
+    assert done.returncode != 0
+    assert "FA3_CPU is 'magic', expected 'reference' or 'emulate'" in done.stderr
+
+
+def test_target_of_a_cpu_tensor(device):
+    target = dispatch.target_of(device)
+    assert target.kind == ("gpu" if device.type == "cuda" else "emulator")
+    assert target.capability[0] == 9
+    assert target.num_sms > 0
+    if device.type == "cuda":
+        assert target.name == torch.cuda.get_device_name(device)
+
+
+ALL_SIGNATURES = [
+    Signature(dtype, d, dv, mask)
+    for dtype, d, dv, mask in itertools.product(
+        ("bf16", "fp16"), HEAD_DIM_TILES, HEAD_DIM_TILES, ("full", "causal", "local")
+    )
+]
+
+
+def test_every_signature_has_a_config_that_fits():
+    for signature in ALL_SIGNATURES:
+        config = tuning.forward(signature)
+        assert isinstance(config, FwdConfig)
+        assert config.smem_bytes(signature) <= SMEM_LIMIT, (signature, config)
+        assert config.tile_n % 16 == 0
+
+
+def test_every_row_of_the_table_is_used():
+    used = [tuning.forward(signature) for signature in ALL_SIGNATURES]
+    for row in tuning.FORWARD.values():
+        for config in row.values():
+            assert any(config is other for other in used), config

@@ -1,0 +1,289 @@
+"""One compilation per kernel: in memory, on disk, among processes, and after damage."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fa3
+from fa3 import dispatch, jit
+
+from .cases import Case, make_inputs
+
+KERNEL = "tests.tiny_kernel:Scale"
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """The signature and config that the tests compile; classes without the DSL's import."""
+
+    negate: bool = False
+    threads: int = 32
+
+
+SIGNATURE, CONFIG = Tiny(), Tiny()
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts compilations, in a process that remembers none."""
+    count = []
+    build = jit._build
+
+    def counted(*arguments):
+        count.append(arguments)
+        return build(*arguments)
+
+    monkeypatch.setattr(jit, "_build", counted)
+    monkeypatch.setattr(jit, "_runs", {})
+    return count
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FA3_CACHE", raising=False)
+    return tmp_path
+
+
+def run_tiny(device, rows=5, columns=40, factor=2.0, signature=SIGNATURE, config=CONFIG):
+    """Compile or find the kernel, run it, check what it wrote."""
+    run = jit.compile(KERNEL, signature, config, dispatch.target_of(device).kind)
+    x = torch.randn(rows, columns, device=device).bfloat16()
+    out = torch.empty_like(x)
+    run(x, out, factor)
+    sign = -1 if signature.negate else 1
+    torch.testing.assert_close(out, (x.float() * factor * sign).bfloat16())
+    return run
+
+
+def entries(folder):
+    return sorted(folder.glob("*.zip"))
+
+
+def forget(monkeypatch):
+    """As if the process had just started."""
+    monkeypatch.setattr(jit, "_runs", {})
+
+
+def test_memory(device, builds, folder):
+    assert run_tiny(device) is run_tiny(device, rows=1, columns=400, factor=-0.5)
+    assert len(builds) == 1
+
+
+def test_signature_and_config_are_the_key(device, builds, folder):
+    run_tiny(device)
+    run_tiny(device, signature=Tiny(negate=True))
+    run_tiny(device, config=Tiny(threads=64))
+    assert len(builds) == 3
+    assert len(entries(folder)) == 3
+
+
+def test_disk(device, builds, folder, monkeypatch):
+    run_tiny(device)
+    assert len(entries(folder)) == 1
+    forget(monkeypatch)
+    run_tiny(device)
+    assert len(builds) == 1
+
+
+def test_disk_can_be_switched_off(device, builds, folder, monkeypatch):
+    monkeypatch.setenv("FA3_CACHE", "0")
+    run_tiny(device)
+    forget(monkeypatch)
+    run_tiny(device)
+    assert len(builds) == 2
+    assert list(folder.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written(device, builds, tmp_path, monkeypatch):
+    """Only the cache is lost, with a warning."""
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="cannot write the cache entry"):
+        run_tiny(device)
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("where", ["start", "middle", "end", "truncated", "empty"])
+def test_damaged_entry_is_rebuilt(where, device, builds, folder, monkeypatch):
+    run_tiny(device)
+    (path,) = entries(folder)
+    content = bytearray(path.read_bytes())
+    place = {"start": 10, "middle": len(content) // 2, "end": len(content) - 5}.get(where)
+    if place is not None:
+        content[place] ^= 0x55
+    path.write_bytes(content[: {"truncated": len(content) // 2, "empty": 0}.get(where, None)])
+    forget(monkeypatch)
+    with pytest.warns(UserWarning, match="is damaged"):
+        run_tiny(device)
+    assert len(builds) == 2
+    forget(monkeypatch)
+    run_tiny(device)  # the new entry is sound
+    assert len(builds) == 2
+
+
+def test_entry_without_its_checksum(device, builds, folder, monkeypatch):
+    """A sound zip file is not enough."""
+    run_tiny(device)
+    (path,) = entries(folder)
+    with zipfile.ZipFile(path) as entry:
+        parts = {name: entry.read(name) for name in entry.namelist()}
+    assert set(parts) == {"object", "cubin", "ptx"}
+    with zipfile.ZipFile(path, "w") as entry:
+        for name, part in parts.items():
+            entry.writestr(name, part)
+    forget(monkeypatch)
+    with pytest.warns(UserWarning, match="is damaged .wrong checksum"):
+        run_tiny(device)
+    assert len(builds) == 2
+
+
+def test_source_is_part_of_the_key(device, builds, folder, monkeypatch):
+    run_tiny(device)
+    fingerprint = jit.source_fingerprint
+    monkeypatch.setattr(jit, "source_fingerprint", lambda *a: fingerprint(*a) + "edited")
+    forget(monkeypatch)
+    run_tiny(device)
+    assert len(builds) == 2
+    assert len(entries(folder)) == 2
+
+
+def test_fingerprint_follows_the_link(tmp_path):
+    """fa3/kernels may be a link; an edit behind it must change the fingerprint."""
+    for name in ("fa3", "kernels/sm90"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "fa3/kernels").symlink_to("../kernels")
+    (tmp_path / "fa3/jit.py").write_bytes(Path(jit.__file__).read_bytes())
+    source = tmp_path / "kernels/sm90/fwd.py"
+    code = (
+        "import importlib.util; spec = importlib.util.spec_from_file_location('jit', 'fa3/jit.py');"
+        "jit = importlib.util.module_from_spec(spec); spec.loader.exec_module(jit);"
+        "print(jit.source_fingerprint('json:JSONDecoder', 'gpu'))"
+    )
+    seen = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        source.write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        seen.append(done.stdout)
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_entries_of_both_targets_differ(folder):
+    paths = {
+        jit.entry_path(folder, KERNEL, SIGNATURE, CONFIG, target) for target in ("gpu", "emulator")
+    }
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"FA3_CACHE_DIR": "/some/where"}, Path("/some/where")),
+        ({"XDG_CACHE_HOME": "/xdg"}, Path("/xdg/fa3")),
+        ({}, Path.home() / ".cache" / "fa3"),
+        ({"FA3_CACHE": "0", "FA3_CACHE_DIR": "/some/where"}, None),
+    ],
+)
+def test_cache_dir(environment, wanted, monkeypatch):
+    for name in ("FA3_CACHE", "FA3_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert jit.cache_dir() == wanted
+
+
+PROCESS = """
+import sys, time
+import torch
+from fa3 import dispatch, jit
+from tests.test_jit import CONFIG, KERNEL, SIGNATURE, run_tiny
+built = []
+build = jit._build
+jit._build = lambda *a: (built.append(a), time.sleep(1), build(*a))[-1]
+device = torch.device(sys.argv[1])
+dispatch.target_of(device)
+print('ready', flush=True)
+sys.stdin.readline()
+run_tiny(device)
+print(len(built))
+"""
+
+
+def test_processes_at_once(device, folder):
+    """Three start together; one compiles, the others wait for its entry, all compute."""
+    environment = {**os.environ, "FA3_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(device)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    built = [int(process.communicate(timeout=300)[0]) for process in processes]
+    assert sorted(built) == [0, 0, 1]
+    assert len(entries(folder)) == 1
+
+
+def test_a_lock_that_nobody_gives_back(device, builds, folder, monkeypatch):
+    """After a while the work is done without it."""
+    fcntl = pytest.importorskip("fcntl", reason="this system has no advisory locks")
+    monkeypatch.setattr(jit, "LOCK_SECONDS", 0.2)
+    path = jit.entry_path(folder, KERNEL, SIGNATURE, CONFIG, dispatch.target_of(device).kind)
+    with path.with_suffix(".lock").open("a") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        run_tiny(device)
+    assert len(builds) == 1
+    assert path.exists()
+
+
+def test_artifacts(builds, folder):
+    found = jit.artifacts(KERNEL, SIGNATURE, CONFIG)
+    assert found.cubin[:4] == b"\x7fELF"
+    assert found.object[:4] == b"\x7fELF"
+    assert found.cubin in found.object
+    assert ".target sm_90a" in found.ptx
+    assert jit.artifacts(KERNEL, SIGNATURE, CONFIG) == found
+    assert len(builds) == 1
+
+
+def test_emulating_process_refuses_gpu_code(device, folder):
+    if device.type == "cuda":
+        pytest.skip("the emulator is not installed where a GPU runs the tests")
+    with pytest.raises(RuntimeError, match="target is 'gpu', but the emulator is installed"):
+        jit.compile(KERNEL, SIGNATURE, CONFIG, "gpu")
+
+
+def test_attention_compiles_once(device, builds, folder, monkeypatch):
+    """Other lengths, batches, heads, strides, head dims of the tile, scales, windows, grids."""
+    fa3.ops.plan_of.cache_clear()
+    calls = [
+        Case(window=(10, 5)),
+        Case(s_q=33, s_k=70, batch=2, window=(-1, 3)),
+        Case(h_q=6, h_k=2, layout="bhsd", window=(10, 5), softmax_scale=0.3),
+        Case(head_dim=40, head_dim_v=8, layout="packed", causal=True, window=(7, -1)),
+    ]
+    for case in calls:
+        q, k, v = (x.tensor for x in make_inputs(case, device))
+        fa3.flash_attn_func(q, k, v, case.softmax_scale, case.causal, window_size=case.window)
+        fa3.flash_attn_func(q, k, v, window_size=case.window, causal=case.causal, sm_margin=4)
+    assert len(builds) == 1
+    assert len(entries(folder)) == 1
+    fa3.ops.plan_of.cache_clear()

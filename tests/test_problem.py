@@ -1,0 +1,302 @@
+"""Bad input: a clear error that names the argument and both values, and nothing is overwritten."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import fa3
+from fa3 import ops, problem
+from fa3.problem import Layout, Options, Problem
+
+
+def tensors(b=2, s_q=6, s_k=8, h_q=4, h_k=2, d=64, dv=64, dtype=torch.bfloat16, device="cpu"):
+    return {
+        "q": torch.zeros(b, s_q, h_q, d, dtype=dtype, device=device),
+        "k": torch.zeros(b, s_k, h_k, d, dtype=dtype, device=device),
+        "v": torch.zeros(b, s_k, h_k, dv, dtype=dtype, device=device),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(monkeypatch):
+    """Fails the test if a call gets past the checks."""
+
+    def kernel_of(checked):
+        raise AssertionError(f"the checks let {checked} pass")
+
+    monkeypatch.setattr(ops, "_kernel_of", kernel_of)
+    ops.plan_of.cache_clear()
+    yield
+    ops.plan_of.cache_clear()
+
+
+def refused(error, words, **arguments):
+    """The call raises `error` with all of `words` in its message and leaves `out` as it was."""
+    arguments = {**tensors(), **arguments}
+    out = arguments.get("out")
+    before = out.clone() if isinstance(out, torch.Tensor) and not out.is_meta else None
+    with pytest.raises(error) as caught:
+        fa3.flash_attn_func(**arguments)
+    message = str(caught.value)
+    for word in words:
+        assert re.search(rf"(?<![\w.]){re.escape(str(word))}(?!\w)", message), (word, message)
+    if before is not None:
+        assert torch.equal(out, before)
+
+
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_not_a_tensor(name):
+    refused(TypeError, [name, "list", "torch.Tensor"], **{name: [1.0]})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rank(name):
+    refused(ValueError, [name, 3, 4, "(2, 8, 64)"], **{name: zeros(2, 8, 64)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_dtype_of_q(dtype):
+    refused(TypeError, ["q", dtype, torch.float16, torch.bfloat16], **tensors(dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_dtypes_differ(name):
+    other = tensors()[name].half()
+    refused(TypeError, [name, "q", torch.float16, torch.bfloat16], **{name: other})
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_devices_differ(name):
+    other = tensors(device="meta")[name]
+    refused(ValueError, [name, "q", "meta", "cpu"], **{name: other})
+
+
+def test_device_without_kernels():
+    layout = Layout((1, 1, 1, 8), (8, 8, 8, 1), torch.float16, torch.device("xpu", 0))
+    with pytest.raises(ValueError, match="q is on device xpu:0, expected cuda or cpu"):
+        Problem.of(layout, layout, layout, Options())
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_batch(name):
+    refused(ValueError, [name, "batch", 3, 2, "q"], **{name: tensors(b=3)[name]})
+
+
+def test_length():
+    refused(ValueError, ["v", "length", 9, 8, "k"], v=tensors(s_k=9)["v"])
+
+
+def test_heads_of_k_and_v():
+    refused(ValueError, ["v", "heads", 4, 2, "k"], v=tensors(h_k=4)["v"])
+
+
+@pytest.mark.parametrize(("h_q", "h_k"), [(4, 3), (2, 4), (4, 0)])
+def test_heads_do_not_divide(h_q, h_k):
+    refused(ValueError, ["q", "heads", h_q, h_k, "k"], **tensors(h_q=h_q, h_k=h_k))
+
+
+def test_head_dims_of_q_and_k():
+    refused(ValueError, ["k", "head dim", 128, 64, "q"], k=tensors(d=128)["k"])
+
+
+@pytest.mark.parametrize("d", [0, 4, 100, 264])
+def test_head_dim(d):
+    refused(ValueError, ["q", "head dim", d, 8, 256], **tensors(d=d))
+    refused(ValueError, ["v", "head dim", d, 8, 256], **tensors(dv=d))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_last_stride(name):
+    x = tensors()[name]
+    strided = x.new_zeros(*x.shape[:3], 128)[..., ::2]
+    refused(ValueError, [name, "stride", 2, 1], **{name: strided})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_stride_that_tma_cannot_take(name, dim):
+    x = tensors()[name]
+    wide = [*x.shape]
+    wide[-1] += 8
+    stride = list(x.new_zeros(*wide).stride())
+    stride[dim] += 4
+    odd = x.new_zeros(4096).as_strided(x.shape, stride)
+    refused(ValueError, [name, stride[dim], dim, 2 * stride[dim], 16], **{name: odd})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_misaligned(name, monkeypatch):
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0))
+    x = {**tensors(), "out": zeros(2, 6, 4, 64)}[name]
+    shifted = x.new_zeros(x.numel() + 8)[1 : x.numel() + 1].view(x.shape)
+    refused(ValueError, [name, 2, 16, 0], **{name: shifted})
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+def test_softmax_scale(scale):
+    refused(ValueError, ["softmax_scale", scale], softmax_scale=scale)
+
+
+@pytest.mark.parametrize("scale", ["1", True, 1j])
+def test_softmax_scale_of_wrong_type(scale):
+    refused(TypeError, ["softmax_scale", repr(scale), "number"], softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [1, 0, None, "yes"])
+def test_causal(causal):
+    refused(TypeError, ["causal", repr(causal), "True", "False"], causal=causal)
+
+
+@pytest.mark.parametrize("window", [(-2, 0), (-100, -1), (0, -2)])
+def test_negative_window(window):
+    refused(ValueError, ["window_size", min(window), "at least -1"], window_size=window)
+
+
+@pytest.mark.parametrize("window", [None, 5, (1,), (1, 2, 3)])
+def test_window_is_a_pair(window):
+    refused(TypeError, ["window_size", repr(window), "pair"], window_size=window)
+
+
+@pytest.mark.parametrize("window", [(1.0, 2), (None, 1), (True, -1)])
+def test_window_of_ints(window):
+    refused(TypeError, ["window_size", "left", repr(window[0]), "int"], window_size=window)
+
+
+def test_sm_margin():
+    refused(ValueError, ["sm_margin", -1, 0], sm_margin=-1)
+    refused(TypeError, ["sm_margin", 1.5, "int"], sm_margin=1.5)
+
+
+def test_sm_margin_beyond_the_device(monkeypatch, device):
+    monkeypatch.undo()
+    sms = fa3.dispatch.target_of(device).num_sms
+    given = {name: x.to(device) for name, x in tensors().items()}
+    refused(ValueError, ["sm_margin", sms, "SMs"], sm_margin=sms, **given)
+
+
+@pytest.mark.parametrize("mask", [{}, {"window_size": (5, 5)}])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_length_beyond_int32(name, mask):
+    limit = problem.MAX_LENGTH_LOCAL if mask else problem.MAX_LENGTH
+    given = tensors()
+    for x in {"q": ["q"], "k": ["k", "v"]}[name]:
+        b, _, h, d = given[x].shape
+        given[x] = given[x].as_strided((b, limit + 1, h, d), (0, 0, d, 1))
+    refused(ValueError, [name, limit + 1, limit], **mask, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "supported"),
+    [
+        ("qv", zeros(1), None),
+        ("q_descale", zeros(1), None),
+        ("k_descale", zeros(1), None),
+        ("v_descale", zeros(1), None),
+        ("attention_chunk", 64, 0),
+        ("softcap", 15.0, 0.0),
+        ("num_splits", 2, 1),
+        ("pack_gqa", True, None),
+    ],
+)
+def test_not_supported_yet(name, value, supported):
+    refused(NotImplementedError, [name, supported], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_requires_grad(name):
+    x = tensors()[name].requires_grad_()
+    refused(NotImplementedError, [name, "requires_grad", "torch.no_grad"], **{name: x})
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ([1.0], ["list", "torch.Tensor"]),
+        (zeros(2, 6, 4, 72), ["shape", "(2, 6, 4, 72)", "(2, 6, 4, 64)"]),
+        (zeros(2, 6, 4), ["shape", "(2, 6, 4)", "(2, 6, 4, 64)"]),
+        (zeros(2, 6, 4, 64).half(), ["dtype", torch.float16, torch.bfloat16]),
+        (zeros(2, 6, 4, 64).to("meta"), ["device", "meta", "cpu"]),
+        (zeros(2, 6, 4, 128)[..., ::2], ["stride", 2, 1]),
+        (zeros(2, 6, 1, 64).expand(2, 6, 4, 64), ["strides", (384, 64, 0, 1), (2, 6, 4, 64)]),
+        (zeros(2, 6, 4, 64).requires_grad_(), ["requires_grad", "True", "False"]),
+    ],
+    ids=["list", "width", "rank", "dtype", "device", "stride", "overlap", "grad"],
+)
+def test_out(out, words):
+    refused((TypeError, ValueError), ["out", *words], out=out)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_out_over_an_input(name, monkeypatch):
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0))
+    given = tensors()
+    memory = zeros(2 * 2 * 8 * 4 * 64)
+    given[name] = memory[: given[name].numel()].view(given[name].shape)
+    out = memory[512 : 512 + 2 * 6 * 4 * 64].view(2, 6, 4, 64)
+    start = [hex(x.data_ptr()) for x in (out, given[name])]
+    refused(ValueError, ["out", name, *start], out=out, **given)
+
+
+MASKS = [  # causal, window, kind, bounds that the kernel gets
+    (False, (-1, -1), "full", None),
+    (True, (-1, -1), "causal", None),
+    (True, (-1, 7), "causal", None),
+    (False, (-1, 0), "causal", None),
+    (True, (5, -1), "local", (5, 0)),
+    (True, (5, 9), "local", (5, 0)),
+    (False, (5, 9), "local", (5, 9)),
+    (False, (5, -1), "local", (5, problem.NO_BOUND)),
+    (False, (-1, 9), "local", (problem.NO_BOUND, 9)),
+    (False, (0, 0), "local", (0, 0)),
+    (False, (2**40, 1), "local", (problem.NO_BOUND, 1)),
+]
+
+
+@pytest.mark.parametrize(("causal", "window", "kind", "bounds"), MASKS)
+def test_mask_kinds(causal, window, kind, bounds):
+    layouts = (Layout.of(x) for x in tensors().values())
+    checked = Problem.of(*layouts, Options(None, causal, *window))
+    assert checked.mask == kind
+    if bounds is not None:
+        assert (checked.window_left, checked.window_right) == bounds
+
+
+def test_signature_has_no_lengths():
+    """Two problems that differ in what is known only at run time share a kernel."""
+    signatures = set()
+    for sizes in ({}, {"b": 5, "s_q": 300, "s_k": 17}, {"h_q": 2, "h_k": 1}, {"d": 40, "dv": 8}):
+        for options in (Options(None, False, 3, 4, 5), Options(0.25, False, 700, 1)):
+            layouts = [Layout.of(x) for x in tensors(**sizes).values()]
+            signatures.add(Problem.of(*layouts, options).signature)
+    assert len(signatures) == 1
+
+
+def test_good_layouts_pass(monkeypatch):
+    """Not everything is refused: odd strides of size-1 dimensions, expanded batches, defaults."""
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *_: None, 0))
+    given = tensors()
+    given["k"] = given["k"][:1].expand(2, -1, -1, -1)
+    given["q"] = given["q"][:, :1].as_strided((2, 1, 4, 64), (256, 3, 64, 1))
+    unused = {"num_splits": 0, "pack_gqa": False, "deterministic": True}
+    out, lse = fa3.flash_attn_func(**given, **unused, return_attn_probs=True)
+    assert out.shape == (2, 1, 4, 64)
+    assert lse.shape == (2, 4, 1)
+    assert lse.dtype == torch.float32
+
+
+def test_positions_of_arguments(monkeypatch):
+    """The order is FA3's: the tenth argument is window_size, the sixteenth sm_margin."""
+    seen = []
+    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0))
+    given = tensors().values()
+    rest = (None, None, None, None, (3, 4), 0, 0.0, 1, None, False, 2, True)
+    out, _ = fa3.flash_attn_func(*given, 0.5, False, *rest)
+    (checked,) = seen
+    assert (checked.softmax_scale, checked.mask, checked.sm_margin) == (0.5, "local", 2)
+    assert (checked.window_left, checked.window_right) == (3, 4)

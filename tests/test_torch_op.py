@@ -1,0 +1,143 @@
+"""torch.ops.fa3: what the compiler, fake tensors and dispatch modes see of the kernel."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fa3
+
+from .cases import Case, make_inputs
+
+CASE = Case(head_dim=128, head_dim_v=128, h_q=4, s_q=70, s_k=100, causal=True)
+
+
+@pytest.fixture
+def qkv(device):
+    return tuple(x.values for x in make_inputs(CASE, device))
+
+
+def test_operator_agrees_with_eager(qkv):
+    wanted, wanted_lse = fa3.flash_attn_func(*qkv, causal=True, return_attn_probs=True)
+    out, lse = torch.ops.fa3.forward(*qkv, causal=True)
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse)
+
+
+def test_opcheck(qkv):
+    torch.library.opcheck(torch.ops.fa3.forward.default, (*qkv, None, True, -1, -1, 0))
+    torch.library.opcheck(torch.ops.fa3.forward.default, (*qkv, 0.3, False, 20, 5, 1))
+
+
+def test_opcheck_with_out(qkv):
+    out = torch.empty_like(qkv[0])
+    arguments = (*qkv, out, None, True, -1, -1, 0)
+    torch.library.opcheck(torch.ops.fa3.forward_out.default, arguments)
+
+
+def _model(q, k, v):
+    out, lse = fa3.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)
+    return out + 1, lse
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_without_graph_breaks(backend, qkv):
+    compiled = torch.compile(_model, fullgraph=True, backend=backend)
+    for given, wanted in zip(compiled(*qkv), _model(*qkv), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_inductor(qkv):
+    """The default backend, on views that it must hand over with their strides."""
+
+    def model(*heads_first):
+        return fa3.flash_attn_func(*(x.transpose(1, 2) for x in heads_first), causal=True)
+
+    heads_first = [x.transpose(1, 2).contiguous() for x in qkv]
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.equal(compiled(*heads_first), model(*heads_first))
+
+
+def test_compile_with_dynamic_lengths(qkv):
+    """One graph serves other lengths."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(_model, fullgraph=True, backend=backend, dynamic=True)
+    q, k, v = qkv
+    for s_q, s_k in ((70, 100), (50, 90), (33, 40)):
+        given = q[:, :s_q].clone(), k[:, :s_k].clone(), v[:, :s_k].clone()
+        for a, b in zip(compiled(*given), _model(*given), strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == 1
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert torch.ops.fa3.forward in targets or torch.ops.fa3.forward.default in targets
+
+
+def test_compile_with_out(qkv):
+    def model(q, k, v, out):
+        return fa3.flash_attn_func(q, k, v, causal=True, out=out) * 2
+
+    out = torch.zeros_like(qkv[0])
+    doubled = torch.compile(model, fullgraph=True, backend="aot_eager")(*qkv, out)
+    wanted = fa3.flash_attn_func(*qkv, causal=True)
+    assert torch.equal(out, wanted)
+    assert torch.equal(doubled, wanted * 2)
+
+
+def test_fake_tensors(qkv):
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in qkv]
+        out, lse = fa3.flash_attn_func(*fakes, return_attn_probs=True)
+    b, s_q, h_q, d = qkv[0].shape
+    assert (out.shape, out.dtype, out.is_contiguous()) == (qkv[0].shape, qkv[0].dtype, True)
+    assert (lse.shape, lse.dtype) == ((b, h_q, s_q), torch.float32)
+
+
+def test_fake_tensors_are_checked(qkv):
+    q, k, v = qkv
+    k = k[:, :50]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        with pytest.raises(ValueError, match="v has length 100 but k has 50"):
+            fa3.flash_attn_func(*fakes)
+
+
+def test_meta_tensors():
+    q, k, v = (x.tensor.to("meta") for x in make_inputs(CASE, torch.device("cpu")))
+    out, lse = fa3.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert (out.device.type, out.shape) == ("meta", q.shape)
+    assert (lse.device.type, lse.shape) == ("meta", (1, 4, 70))
+
+
+def test_dispatch_modes_see_the_operator(qkv):
+    """The eager path skips the operator, but not where someone watches."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        fa3.flash_attn_func(*qkv, causal=True)
+    assert torch.ops.fa3.forward.default in seen
+
+
+def test_parameters_without_grad_mode(qkv):
+    wanted = fa3.flash_attn_func(*qkv, causal=True)
+    with torch.no_grad():
+        parameters = [torch.nn.Parameter(x.clone()) for x in qkv]
+        assert torch.equal(fa3.flash_attn_func(*parameters, causal=True), wanted)
+
+
+def test_writing_to_out_counts_as_a_change(qkv):
+    """Autograd must notice when something saved for a backward pass is overwritten."""
+    out = torch.zeros_like(qkv[0])
+    before = out._version
+    fa3.flash_attn_func(*qkv, causal=True, out=out)
+    assert out._version > before
