@@ -1,0 +1,1 @@
+"""Reading compiled kernels."""
