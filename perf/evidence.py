@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .check import attention, visible_keys
+from .progress import track
 from .report import OURS
 from .sweep import DTYPES, ROOT, commit
 
@@ -131,7 +132,7 @@ def _is_of(line: dict[str, str], variant: Variant) -> bool:
 
 def rows():
     """A table row per variant; whatever fails ends the run."""
-    for variant in variants():
+    for variant in track(variants(), "variant"):
         ours, torchs = emulated(variant)
         read = compiled(variant)
         yield (str(variant), *read, f"{ours:.1e}", f"{torchs:.1e}", *measured(variant))
@@ -164,12 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     os.environ["FA3_CPU"] = "emulate"
-    from tqdm import tqdm
-
-    table_rows = list(tqdm(rows(), unit="variant", total=len(variants()), file=sys.stderr))
+    table_rows = list(rows())
     made = (
         f"{datetime.date.today()}, commit {commit()}: nvidia-cutlass-dsl "
-        f"{version('nvidia-cutlass-dsl')}, torch {torch.__version__}."
+        f"{version('nvidia-cutlass-dsl-libs-base')}, torch {torch.__version__}."
     )
     table = markdown(table_rows, made)
     if options.check:

@@ -24,6 +24,7 @@ import torch
 from . import check, timing
 from .backends import BACKENDS, Absent, Call, Prepare
 from .cases import HEAD_DIMS, LENGTHS, Case, flops, paper_cases
+from .progress import track
 from .report import Machine, Row, names, table, write_chart, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,20 +84,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def sweep(options: argparse.Namespace):
     """The rows of one case after the other, behind a progress bar."""
-    from tqdm import tqdm
-
     cases = paper_cases(options.dtype, options.head_dims, CAUSAL[options.causal], options.lengths)
     backends = {name: BACKENDS[name] for name in options.backends}
     sample = timing.GpuTimer()
     products = {name: timing.matmul_call(DTYPES[name]) for name in options.dtype}
     timing.warm_up(products[options.dtype[0]][0], WARM_UP_SECONDS)
-    with tqdm(cases, unit="case", file=sys.stderr) as bar:
-        for case in bar:
-            bar.set_description(str(case))
-            product = products[case.dtype]
-            rows = run_case(case, backends, product, options.rounds, sample)
-            bar.set_postfix({row.backend: f"{row.tflops:.0f}" for row in rows if row.tflops})
-            yield rows
+    for case in track(cases, "case"):
+        yield run_case(case, backends, products[case.dtype], options.rounds, sample)
 
 
 def run_case(
@@ -172,7 +166,7 @@ def this_machine() -> Machine:
         device=torch.cuda.get_device_name(),
         driver=driver[0] if driver else "unknown",
         torch=torch.__version__,
-        dsl=importlib.metadata.version("nvidia-cutlass-dsl"),
+        dsl=importlib.metadata.version("nvidia-cutlass-dsl-libs-base"),
         commit=commit(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from perf import check, sweep, timing
 from perf.backends import BACKENDS, OURS, Absent
 from perf.cases import Case
+from perf.progress import track
 from perf.report import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,23 @@ def test_the_exact_output_is_torchs(causal, window):
     )
     out = check.exact(case, q, k, v)
     assert check.row_error(out, expected.transpose(1, 2).float()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_backends_that_run_here_are_right(backend, causal):
+    case = Case("bf16", 64, causal, length=150, batch=1, heads=2)
+    qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
+    _, error = sweep.admit(case, BACKENDS[backend], qkv, check.exact(case, *qkv))
+    assert 0 < error < check.ROW_ERROR["bf16"]
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_progress_goes_through_all_items(has_tqdm, monkeypatch, capsys):
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(track(["one", "two"], "case")) == ["one", "two"]
+    assert "two" in capsys.readouterr().err
 
 
 def test_nan_is_an_error():
