@@ -99,7 +99,7 @@ def entry_path(folder: Path, kernel: str, signature, config, target: str) -> Pat
         "target": target,
         "options": OPTIONS[target],
         "source": source_fingerprint(kernel, target),
-        "dsl": version("nvidia-cutlass-dsl"),
+        "dsl": version("nvidia-cutlass-dsl-libs-base"),  # the name of it that is always installed
         "tvm_ffi": version("apache-tvm-ffi"),
         "python": sys.version_info[:2],
         "machine": _machine(),
