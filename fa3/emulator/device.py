@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import settings
+from .checks import Checks
 from .errors import SetupError
 from .images import Images
 from .memory.regions import GlobalMemory
@@ -153,23 +154,22 @@ class Device:
             self._modules[digest] = parse(text)
         return self._modules[digest].kernels[name]
 
-    def _run(self, launch: Launch) -> None:
-        from .machine import run_grid
+    def _run(self, info: Launch) -> None:
+        from .execution.launch import Launch as Grid
 
         chosen = settings.current()
-        kernel = self._parsed(launch.kernel, chosen.edit)
+        kernel = self._parsed(info.kernel, chosen.edit)
         params = np.zeros(max(16, kernel.param_bytes), np.uint8)
         for i, p in enumerate(kernel.params):
             params[p.offset : p.offset + p.size] = np.frombuffer(
-                ctypes.string_at(launch.params[i], p.size), np.uint8)
+                ctypes.string_at(info.params[i], p.size), np.uint8)
         start = time.perf_counter()
-        shape = tuple(launch.grid), tuple(launch.block), tuple(launch.cluster)
-        stats = run_grid(kernel, *shape, launch.smem_bytes, params, self.memory,
-                         checks=chosen.checks)
-        seconds = time.perf_counter() - start
+        grid = Grid(kernel, tuple(info.grid), tuple(info.block), tuple(info.cluster),
+                    info.smem_bytes, params, self.memory, Checks(chosen.checks),
+                    chosen.instruction_limit, chosen.sms)
+        statistics = grid.run()
         self.launches.append({
-            "kernel": kernel.name, "grid": shape[0], "block": shape[1], "cluster": shape[2],
-            "smem": launch.smem_bytes, "seconds": seconds, **stats})
+            "kernel": kernel.name, "grid": grid.grid, "block": grid.block,
+            "cluster": grid.cluster, "smem": grid.smem_bytes,
+            "seconds": time.perf_counter() - start, **statistics})
         del self.launches[:-MAX_LAUNCHES_KEPT]
-
-

@@ -1,0 +1,120 @@
+"""The optional checks: which are on, and what each has to remember (see settings.CHECKS).
+
+SharedMemory and Warpgroup own the trackers; None stands for a check that is off.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import MissingProxyFence, Uninitialized
+
+MAX_THREADS = 16 * 1024     # of a cluster: 16 CTAs of 1024 threads
+
+
+class Checks:
+    """One boolean per check."""
+
+    def __init__(self, on: tuple[str, ...] = ()):
+        self.proxy = "proxy" in on
+        self.uninit = "uninit" in on
+        self.poison = "poison" in on
+        self.wgmma = "wgmma" in on
+        self.late = "late" in on
+        self.mbarrier = "mbarrier" in on
+        self.tracks_writes = self.proxy or self.uninit or self.mbarrier
+
+
+class WrittenWords:
+    """Which 4-byte words of shared memory were ever written."""
+
+    def __init__(self, nbytes: int):
+        self.words = np.zeros(nbytes // 4, bool)
+
+    def mark(self, addresses, nbytes: int) -> None:
+        for b in range(0, nbytes, 4):
+            self.words[(addresses + b) >> 2] = True
+
+    def require(self, addresses, nbytes: int, what: str) -> None:
+        for b in range(0, nbytes, 4):
+            words = (addresses + b) >> 2
+            self.require_words(words, what)
+
+    def require_words(self, words, what: str) -> None:
+        seen = self.words[words]
+        if not seen.all():
+            first = int(words[~seen].flat[0]) * 4
+            raise Uninitialized(f"{what} reads uninitialised shared memory at {first:#x}")
+
+
+class ProxyClock:
+    """When each thread of a cluster last executed fence.proxy.async, in generic writes."""
+
+    def __init__(self):
+        self.now = 0
+        self.fenced = np.zeros(MAX_THREADS, np.int64)
+
+    def fence(self, threads) -> None:
+        self.fenced[threads] = self.now
+
+
+class GenericWrites:
+    """Who last wrote each word of shared memory through the generic proxy, and when."""
+
+    def __init__(self, nbytes: int, clock: ProxyClock):
+        self.clock = clock
+        self.time = np.zeros(nbytes // 4, np.int64)
+        self.thread = np.zeros(nbytes // 4, np.int32)
+
+    def record(self, addresses, nbytes: int, threads) -> None:
+        self.clock.now += 1
+        for b in range(0, nbytes, 4):
+            self.time[(addresses + b) >> 2] = self.clock.now
+            self.thread[(addresses + b) >> 2] = threads
+
+    def forget(self, words) -> None:
+        """The async proxy wrote these words."""
+        self.time[words] = 0
+
+    def require_fenced(self, words, what: str) -> None:
+        """The async proxy reads these words: their writers must have fenced since."""
+        bad = self.time[words] > self.clock.fenced[self.thread[words]]
+        if bad.any():
+            word = int(words[bad].flat[0])
+            raise MissingProxyFence(
+                f"{what} reads shared memory at {word * 4:#x} written through the generic proxy "
+                f"by thread {int(self.thread[word]) % 1024} without a fence.proxy.async since")
+
+
+class RegistersInFlight:
+    """32-bit registers that unfinished wgmmas of one warpgroup write or read, by commit group."""
+
+    def __init__(self):
+        self.accumulators: list[frozenset] = []
+        self.operands: list[frozenset] = []
+        self._open: set[int] = set()
+        self._open_operands: set[int] = set()
+
+    def issue(self, accumulator: frozenset, operand: frozenset) -> None:
+        self._open |= accumulator
+        self._open_operands |= operand
+
+    def commit(self) -> None:
+        self.accumulators.append(frozenset(self._open))
+        self.operands.append(frozenset(self._open_operands))
+        self._open, self._open_operands = set(), set()
+
+    def wait(self, keep: int) -> None:
+        del self.accumulators[: max(0, len(self.accumulators) - keep)]
+        del self.operands[: max(0, len(self.operands) - keep)]
+
+    def __bool__(self):
+        return bool(self.accumulators or self._open)
+
+    def conflict(self, touched: frozenset, written: frozenset) -> tuple[str, set]:
+        """("accumulator" or "A operand" or "", registers misused) by one instruction or several."""
+        if busy := set(self._open).union(*self.accumulators) & touched:
+            return "accumulator", busy
+        if busy := set(self._open_operands).union(*self.operands) & written:
+            return "A operand", busy
+        return "", set()

@@ -1,0 +1,72 @@
+"""One launch: the grid cut into clusters, which run one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from ..checks import Checks
+from ..errors import KernelError
+from ..lowering import lower
+from ..memory.regions import GlobalMemory
+from ..ptx import Kernel
+from .cluster import Cluster
+
+MAX_SMEM = 232_448      # bytes a CTA may have on compute capability 9.0
+
+Dim3 = tuple[int, int, int]
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: Kernel
+    grid: Dim3
+    block: Dim3
+    cluster: Dim3
+    dynamic_smem: int       # bytes
+    params: np.ndarray      # the parameter bytes, packed as kernel.params says
+    memory: GlobalMemory
+    checks: Checks
+    instruction_limit: int
+    sms: int = 132
+
+    def __post_init__(self):
+        self.threads = self.block[0] * self.block[1] * self.block[2]
+        self.smem_bytes = self.kernel.static_smem + self.dynamic_smem
+        self.tensor_maps: dict = {}
+        self.ticks = 0      # of %clock and %globaltimer
+        self._validate()
+        self.lowered = lower(self.kernel, self.checks.wgmma)
+
+    def _validate(self) -> None:
+        if any(d % c for d, c in zip(self.grid, self.cluster, strict=True)):
+            raise KernelError(f"grid {self.grid} is not a multiple of the cluster {self.cluster}")
+        required = self.kernel.directives.get("reqntid")
+        if required and (*required, 1, 1)[:3] != self.block:
+            raise KernelError(f"launched with block {self.block}, compiled for {required}")
+        if not 1 <= self.threads <= 1024:
+            raise KernelError(f"{self.threads} threads per CTA; 1 to 1024 are possible")
+        if self.smem_bytes > MAX_SMEM:
+            raise KernelError(f"{self.smem_bytes} bytes of shared memory requested, {MAX_SMEM} "
+                              "available")
+
+    def run(self) -> dict:
+        """Run every CTA; returns statistics."""
+        instructions = segments = 0
+        with np.errstate(all="ignore"):
+            for positions in self._clusters():
+                cluster = Cluster(self, positions)
+                cluster.run()
+                instructions += sum(w.instructions for w in cluster.warpgroups)
+                segments += sum(w.segments for w in cluster.warpgroups)
+        return {"instructions": instructions, "segments": segments}
+
+    def _clusters(self):
+        """The CTA positions of each cluster, x fastest."""
+        corners = (range(0, d, c) for d, c in zip(self.grid[::-1], self.cluster[::-1], strict=True))
+        cx, cy, cz = self.cluster
+        for z, y, x in itertools.product(*corners):
+            yield [(x + i, y + j, z + k)
+                   for k in range(cz) for j in range(cy) for i in range(cx)]

@@ -1,0 +1,93 @@
+"""bar.sync / bar.arrive (named barriers) and barrier.cluster; terminators, see fragments.py."""
+
+from __future__ import annotations
+
+from ..errors import BarrierMisuse
+from ..numerics.formats import rows
+from .fragments import AT_BARRIER, RUNNING, split
+
+NUM_BARRIERS = 16
+
+
+class _NamedBarrier:
+    __slots__ = ("arrived", "expected", "held")
+
+    def __init__(self):
+        self.arrived = 0                    # threads
+        self.expected: int | None = None    # threads; None: all of the CTA
+        self.held = []                      # fragments to release
+
+
+class NamedBarriers:
+    """Of one CTA, by number."""
+
+    def __init__(self):
+        self._barriers: dict[int, _NamedBarrier] = {}
+
+    def arrive(self, number: int, threads: int, expected: int | None) -> _NamedBarrier:
+        if number >= NUM_BARRIERS:
+            raise BarrierMisuse(f"named barrier {number}: there are {NUM_BARRIERS}")
+        if expected is not None and (expected % 32 or expected == 0):
+            raise BarrierMisuse(f"barrier {number}: thread count {expected} is not a multiple "
+                                "of the warp size")
+        b = self._barriers.setdefault(number, _NamedBarrier())
+        if b.arrived and b.expected != expected:
+            raise BarrierMisuse(f"barrier {number}: participants disagree on the thread count "
+                                f"({b.expected} and {expected})")
+        b.expected = expected
+        b.arrived += threads
+        return b
+
+    def release(self, number: int, live: int) -> None:
+        """Let the held fragments go if everyone has arrived."""
+        b = self._barriers[number]
+        want = b.expected if b.expected is not None else (live + 31) // 32 * 32
+        if b.arrived > want:
+            raise BarrierMisuse(f"barrier {number}: {b.arrived} threads arrived where {want} "
+                                "were expected")
+        if b.arrived == want:
+            for f in b.held:
+                f.state = RUNNING
+            del self._barriers[number]
+
+    def release_all(self, live: int) -> None:
+        for number in list(self._barriers):
+            self.release(number, live)
+
+
+def barrier(w, fr, number, count, arrive, pc, after):
+    """bar.sync, or bar.arrive which does not wait; count None: all threads of the CTA."""
+    numbers = w.active(number, fr.mask)
+    if (numbers != numbers[0]).any():       # warps naming different barriers
+        return split(w, fr, rows(number, w.lanes) == numbers[0], pc, pc)
+    i = int(numbers[0])
+    warps = int(fr.mask.reshape(-1, 32).any(1).sum())
+    expected = None if count is None else int(w.active(count, fr.mask)[0])
+    barriers, cta = w.cta.barriers, w.cta
+    b = barriers.arrive(i, 32 * warps, expected)
+    w.cluster.events += 1
+    if not arrive:
+        fr.hold_at_barrier(pc, after, lambda: f"barrier {i}: {b.arrived} of "
+                           f"{b.expected or cta.live} threads arrived")
+        b.held.append(fr)
+    barriers.release(i, cta.live)
+    return -1 if fr.state == AT_BARRIER else after
+
+
+def cluster_arrive(w, fr, pc, after):
+    cluster = w.cluster
+    w.cluster_generation[fr.mask] = cluster.generation
+    cluster.arrived += int(fr.mask.sum())
+    cluster.events += 1
+    cluster.settle()
+    return after
+
+
+def cluster_wait(w, fr, pc, after):
+    cluster = w.cluster
+    generation = int(w.cluster_generation[fr.mask].max())
+    if cluster.generation > generation:
+        return after
+    fr.pc = pc
+    fr.wait_until(lambda: cluster.generation > generation, lambda: "cluster barrier")
+    return -1

@@ -1,0 +1,113 @@
+"""A warpgroup: up to 128 lanes in lockstep, with their registers.
+
+Generated code sees a register as a row of lanes, by class and interpretation:
+    U/S/F  32-bit as unsigned/signed/float      D/Q/E  64-bit       H/J/G  16-bit
+    P      predicates
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ..checks import RegistersInFlight
+from ..errors import KernelError, RegisterInFlight
+from ..matrix.wgmma import Queue
+from ..memory.groups import Groups
+from ..numerics.formats import rows
+from . import fragments
+from .fragments import Fragment
+from .special import SpecialRegisters
+
+LANES = 128
+
+
+class Warpgroup:
+    def __init__(self, cta, index: int):
+        self.cta, self.index = cta, index
+        self.cluster, self.launch = cta.cluster, cta.cluster.launch
+        self.checks, self.memory, self.params = (
+            self.launch.checks, self.launch.memory, self.launch.params)
+        self.first_thread = LANES * index
+        threads = min(LANES, self.launch.threads - self.first_thread)
+        self.lanes = (threads + 31) // 32 * 32
+        self._allocate_registers(self.launch.kernel.counts)
+        self.sp = SpecialRegisters(self)
+        self.all = np.ones(self.lanes, bool)
+        self.ones, self.zeros = b"\1" * self.lanes, b"\0" * self.lanes
+        self.live = np.arange(self.lanes) < threads
+        self.threads = np.arange(self.lanes) + self.first_thread + 1024 * cta.rank
+        self.fragments = [Fragment(0, self.live.copy())]
+        self.current = self.fragments[0]
+        self.instructions = self.segments = 0
+        self.cluster_generation = np.zeros(self.lanes, np.int64)
+        self.wgmma = Queue(self)
+        self.in_flight = RegistersInFlight() if self.checks.wgmma else None
+        self.bulk, self.cp_async = Groups(), Groups()       # of late mode: by lane, by warp
+
+    def _allocate_registers(self, counts: dict[str, int]) -> None:
+        n = self.lanes
+        poison = 0xFFFFFFFF if self.checks.poison else 0
+        w32 = np.full((counts.get("w", 0), n), poison, np.uint32)
+        w64 = np.zeros((counts.get("d", 0), n), np.uint64)
+        w16 = np.zeros((counts.get("h", 0), n), np.uint16)
+        self.words, self.floats = w32, w32.view(np.float32)
+        self.U, self.S, self.F = list(w32), list(w32.view(np.int32)), list(self.floats)
+        self.D, self.Q, self.E = list(w64), list(w64.view(np.int64)), list(w64.view(np.float64))
+        self.H, self.J, self.G = list(w16), list(w16.view(np.int16)), list(w16.view(np.float16))
+        self.P = list(np.zeros((counts.get("p", 0), n), bool))
+
+    def active(self, row, m):
+        """The values of the active lanes (a constant stays a row of one when all are active)."""
+        if m is None:
+            return row if len(row) == self.lanes else np.broadcast_to(row, (self.lanes,))
+        return rows(row, self.lanes)[m]
+
+    def lane_list(self, m) -> list[int]:
+        return np.flatnonzero(self.live if m is None else m).tolist()
+
+    @staticmethod
+    def lane_value(row, lane: int) -> int:
+        return int(row[lane] if len(row) > 1 else row[0])
+
+    def warps(self, m) -> list[int]:
+        """Numbers, in the CTA, of the warps with an active lane."""
+        mask = self.live if m is None else m
+        return (np.flatnonzero(mask.reshape(-1, 32).any(1)) + 4 * self.index).tolist()
+
+    def clock(self, dtype):
+        self.launch.ticks += 100
+        return np.full(self.lanes, self.launch.ticks, np.uint64).astype(dtype)
+
+    def run(self) -> bool:
+        return fragments.run(self)
+
+    def deferred(self, site: int, work):
+        """work, whose errors name the instruction that issued it, at pc `site`."""
+        return partial(_run_deferred, site, work)
+
+    def check_in_flight(self, segment) -> None:
+        """Check "wgmma", before a segment is executed."""
+        if not self.in_flight or not self.in_flight.conflict(segment.touched, segment.written)[0]:
+            return
+        for pc, touched, written in segment.registers():
+            what, busy = self.in_flight.conflict(touched, written)
+            if busy:
+                regs = self.launch.kernel.regs
+                names = sorted(n for n, (cls, i) in regs.items() if cls == "w" and i in busy)
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                error = RegisterInFlight(
+                    f"{what} register {names[0]}{more} "
+                    f"{'used' if what == 'accumulator' else 'overwritten'} while its wgmma is "
+                    "still in flight (no wait_group)")
+                error.site = pc
+                raise error
+
+
+def _run_deferred(site: int, work) -> None:
+    try:
+        work()
+    except KernelError as error:
+        error.site = site
+        raise

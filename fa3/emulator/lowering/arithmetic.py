@@ -1,0 +1,130 @@
+"""Arithmetic: add sub mul mad fma div rem neg abs min max, and the functions of the MUFU unit."""
+
+from __future__ import annotations
+
+from ..errors import Unsupported
+from .emitter import DTYPE, KIND, Emitter, instr_type
+from .registry import lowers
+
+_WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+
+
+def _is_half(t: str) -> bool:
+    """bf16 and the packed pairs, which numpy cannot compute in."""
+    return t.endswith("x2") or t == "bf16"
+
+
+def _elementwise(e: Emitter, i, for_floats: str, for_integers: str) -> None:
+    t = instr_type(i)
+    d, sources = e.dst(i.args[0], t), [e.src(x, t) for x in i.args[1:]]
+    if _is_half(t):
+        return e.put(d, f"halves.apply({for_floats},'{t}',{','.join(sources)})")
+    e.ufunc(for_floats if KIND[t] == "f" else for_integers, d, *sources)
+    if "sat" in i.parts and KIND[t] == "f":
+        e.put(d, f"fmin(fmax({d},{DTYPE[t]}(0)),{DTYPE[t]}(1))")
+
+
+_ELEMENTWISE = {"add": "add", "sub": "subtract", "neg": "negative", "abs": "absolute"}
+
+
+@lowers(*_ELEMENTWISE)
+def elementwise(e, i):
+    if "cc" in i.parts:
+        raise Unsupported("carry")
+    f = _ELEMENTWISE[i.parts[0]]
+    _elementwise(e, i, f, f)
+
+
+def _product(e, i) -> str:
+    """Source of the (whole, low or high) product of the first two operands."""
+    t = instr_type(i)
+    a, b = e.src(i.args[1], t), e.src(i.args[2], t)
+    if i.parts[1] == "wide":
+        wide = DTYPE[_WIDE[t]]
+        return f"multiply({a}.astype({wide}),{b}.astype({wide}))"
+    return f"integers.mulhi({a},{b})" if i.parts[1] == "hi" else f"multiply({a},{b})"
+
+
+@lowers("mul")
+def mul(e, i):
+    if i.parts[1] in ("wide", "hi"):
+        t = _WIDE[instr_type(i)] if i.parts[1] == "wide" else instr_type(i)
+        return e.put(e.dst(i.args[0], t), _product(e, i))
+    _elementwise(e, i, "multiply", "multiply")
+
+
+@lowers("mad")
+def mad(e, i):
+    t = instr_type(i)
+    if KIND[t] == "f":
+        return fma(e, i)
+    t = _WIDE[t] if i.parts[1] == "wide" else t
+    e.ufunc("add", e.dst(i.args[0], t), _product(e, i), e.src(i.args[3], t))
+
+
+@lowers("fma")
+def fma(e, i):
+    t = instr_type(i)
+    a, b, c = (e.src(x, t) for x in i.args[1:])
+    d = e.dst(i.args[0], t)
+    if t == "f32":          # the product is exact in double
+        e.put(d, f"({a}.astype(f8)*{b}+{c}).astype(f4)")
+    elif t == "f64":
+        e.put(d, f"{a}*{b}+{c}")
+    else:
+        e.put(d, f"halves.fma('{t}',{a},{b},{c},{'relu' in i.parts})")
+
+
+@lowers("div")
+def div(e, i):
+    t = instr_type(i)
+    a, b = e.src(i.args[1], t), e.src(i.args[2], t)
+    e.put(e.dst(i.args[0], t),
+          f"divide({a},{b})" if KIND[t] == "f" else f"integers.divide({a},{b})")
+
+
+@lowers("rem")
+def rem(e, i):
+    t = instr_type(i)
+    a, b = e.src(i.args[1], t), e.src(i.args[2], t)
+    e.put(e.dst(i.args[0], t), f"{a}-integers.divide({a},{b})*{b}")
+
+
+@lowers("copysign")
+def copysign(e, i):
+    """The sign of a on the magnitude of b."""
+    t = instr_type(i)
+    e.ufunc("copysign", e.dst(i.args[0], t), e.src(i.args[2], t), e.src(i.args[1], t))
+
+
+@lowers("min", "max")
+def min_max(e, i):
+    """Of floats, NaN loses unless .NaN is given."""
+    t = instr_type(i)
+    name = i.parts[0]
+    f = f"{name}imum" if "NaN" in i.parts or KIND[t] != "f" and not _is_half(t) else f"f{name}"
+    d, sources = e.dst(i.args[0], t), [e.src(x, t) for x in i.args[1:]]
+    if _is_half(t):
+        return e.put(d, f"halves.apply({f},'{t}',{','.join(sources)})")
+    if len(sources) == 2 and "relu" not in i.parts:
+        return e.ufunc(f, d, *sources)
+    value = sources[0]
+    for x in sources[1:]:
+        value = f"{f}({value},{x})"
+    e.put(d, f"maximum({value},{e.constant(0, DTYPE[t])})" if "relu" in i.parts else value)
+
+
+_FUNCTIONS = {"ex2": "exp2", "lg2": "log2", "rcp": "reciprocal", "sqrt": "sqrt", "tanh": "tanh",
+              "sin": "sin", "cos": "cos"}
+
+
+@lowers(*_FUNCTIONS)
+def function(e, i):
+    f = _FUNCTIONS[i.parts[0]]
+    _elementwise(e, i, f, f)
+
+
+@lowers("rsqrt")
+def rsqrt(e, i):
+    t = instr_type(i)
+    e.put(e.dst(i.args[0], t), f"reciprocal(sqrt({e.src(i.args[1], t)}))")

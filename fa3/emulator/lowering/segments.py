@@ -1,0 +1,154 @@
+"""Cuts a kernel into straight-line segments and compiles each to a Python function.
+
+A segment starts where a fragment is and ends at a label, at an instruction that may block, split
+or leave, or, if lanes are missing, before one that whole warps execute together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..errors import Unsupported
+from ..execution import fragments
+from ..ptx import Kernel
+from .emitter import Emitter
+from .registry import HANDLERS, converges, terminator
+
+_BANKS = "USFDQEHJGP"
+_FAILURES = (NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError)
+
+
+@dataclass(slots=True)
+class Segment:
+    run: Callable               # (warpgroup, fragment) -> next pc or -1
+    length: int                 # instructions
+    touched: frozenset = frozenset()        # 32-bit registers named, if the check wants to know
+    written: frozenset = frozenset()
+    instructions: list = field(default_factory=list)        # (pc, touched, written) of each
+
+    def registers(self) -> Iterator[tuple[int, frozenset, frozenset]]:
+        return iter(self.instructions)
+
+
+def lower(kernel: Kernel, track_registers: bool) -> Lowered:
+    """The segments of a kernel, kept with it."""
+    if track_registers not in kernel.lowered:
+        kernel.lowered[track_registers] = Lowered(kernel, track_registers)
+    return kernel.lowered[track_registers]
+
+
+class Lowered:
+    """Segments by starting pc: `whole` for all lanes of a warpgroup, `masked` for some."""
+
+    def __init__(self, kernel: Kernel, track_registers: bool):
+        """track_registers: note registers, and keep wgmma instructions in segments of their own."""
+        self.kernel = kernel
+        self.whole: dict[int, Segment] = {}
+        self.masked: dict[int, Segment] = {}
+        self._track = track_registers
+        self._emitter = Emitter(kernel)
+        self._leaders = set(kernel.labels.values())
+        self._converges = [converges(i) for i in kernel.code] + [None]
+        self._pcs: dict[object, list[int]] = {}         # code object -> pc of each source line
+
+    def converges(self, pc: int) -> str | None:
+        return self._converges[pc]
+
+    def pc_of(self, error: BaseException) -> int | None:
+        """The instruction whose generated code an exception passed through."""
+        found, traceback = None, error.__traceback__
+        while traceback is not None:
+            if pcs := self._pcs.get(traceback.tb_frame.f_code):
+                found = pcs[traceback.tb_lineno - 1]
+            traceback = traceback.tb_next
+        return found
+
+    def build(self, pc: int, whole: bool) -> Segment:
+        start, code = pc, self.kernel.code
+        body: list[tuple[int, str]] = []        # (pc, line)
+        last = False
+        while not last:
+            if pc >= len(code):
+                body.append((pc, f"return {self._emitter.bind(fragments.leave)}(w,fr)"))
+                break
+            if pc != start and self._starts_new(pc, whole):
+                body.append((pc, f"return {pc}"))
+                break
+            lines, last = self._lower(pc, whole)
+            body += [(pc, line) for line in lines]
+            pc += 1
+        segment = self._compile(start, whole, body, max(1, pc - start))
+        if self._track:
+            self._note_registers(segment, range(start, min(pc, len(code))))
+        (self.whole if whole else self.masked)[start] = segment
+        return segment
+
+    def _starts_new(self, pc: int, whole: bool) -> bool:
+        if pc in self._leaders or (not whole and self._converges[pc]):
+            return True
+        code = self.kernel.code
+        return self._track and "wgmma" in (code[pc].parts[0], code[pc - 1].parts[0])
+
+    def _lower(self, pc: int, whole: bool) -> tuple[list[str], bool]:
+        """(lines, whether the instruction ends the segment)"""
+        emitter, instr = self._emitter, self.kernel.code[pc]
+        emitter.begin(pc, None if whole else "m")
+        end = terminator(instr)
+        try:
+            if end:
+                end(emitter, instr, pc + 1)
+            else:
+                if instr.pred:
+                    guard = ("~" if instr.neg else "") + f"P[{emitter.register(instr.pred)[1]}]"
+                    emitter.line(f"m1={guard}" if whole else f"m1={guard}&m")
+                    emitter.mask = "m1"
+                HANDLERS[instr.parts[0]](emitter, instr)
+        except _FAILURES as e:
+            why = e if isinstance(e, Unsupported) else f"{type(e).__name__}: {e}"
+            error = Unsupported(f"instruction not emulated: {instr.text}  [{why}]")
+            error.site = pc
+            raise error from e
+        return emitter.lines, end is not None
+
+    def _compile(self, start: int, whole: bool, body, length: int) -> Segment:
+        text = "\n ".join(line for _, line in body)
+        banks = ";".join(f"{b}=w.{b}" for b in _BANKS if f"{b}[" in text)
+        head = [banks or "pass"] + ([] if whole else ["m=fr.mask"])
+        source = "\n ".join(["def segment(w,fr):", *head, text, ""])
+        name = f"<{self.kernel.name[:40]} pc {start} {'whole' if whole else 'masked'}>"
+        exec(compile(source, name, "exec"), self._emitter.names)
+        run = self._emitter.names.pop("segment")
+        self._pcs[run.__code__] = [start] * (1 + len(head)) + [pc for pc, _ in body] + [start]
+        return Segment(run, length)
+
+    def _note_registers(self, segment: Segment, pcs: range) -> None:
+        for pc in pcs:
+            instr = self.kernel.code[pc]
+            if instr.parts[0] == "wgmma":
+                continue
+            touched, written = self._named(instr.args), self._named(instr.args[:1])
+            if instr.parts[0].startswith("st"):
+                written = frozenset()
+            segment.instructions.append((pc, touched, written))
+        segment.touched = frozenset().union(*(t for _, t, _ in segment.instructions))
+        segment.written = frozenset().union(*(x for _, _, x in segment.instructions))
+
+    def _named(self, operands: list) -> frozenset:
+        """32-bit registers among operands."""
+        found, todo = set(), list(operands)
+        while todo:
+            o = todo.pop()
+            if o[0] == "reg":
+                r = self.kernel.regs.get(o[1])
+                if r and r[0] == "w":
+                    found.add(r[1])
+            else:
+                for x in o[1:]:
+                    if isinstance(x, tuple):
+                        todo.append(x)
+                    elif isinstance(x, list):
+                        todo.extend(x)
+        return frozenset(found)
+
+

@@ -1,0 +1,1 @@
+"""Matrix units: wgmma with its descriptors, mma.sync, ldmatrix and stmatrix."""

@@ -1,0 +1,53 @@
+"""ldmatrix and stmatrix: warps move 8 x 8 matrices of 16-bit elements, a row (16 bytes) per lane."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import Misaligned, OutOfBounds
+from ..numerics.formats import rows
+
+
+def _row_addresses(w, m, address, offset, n):
+    """(warps, (warps, n, 8) row addresses) of the warps taking part."""
+    warps = np.arange(w.lanes // 32) if m is None else \
+        np.flatnonzero(m.reshape(-1, 32).any(1))
+    a = rows(address, w.lanes).reshape(-1, 32)[warps, : 8 * n].astype(np.int64) + offset
+    if (a & 15).any():
+        raise Misaligned(f"ldmatrix/stmatrix row address {int(a[(a & 15) != 0][0]):#x}")
+    if a.max() + 16 > w.cta.smem.size:
+        raise OutOfBounds(f"ldmatrix/stmatrix row at {int(a.max()):#x} outside shared memory")
+    return warps, a.reshape(len(warps), n, 8)
+
+
+def load(w, m, registers, address, offset, transposed):
+    n, smem = len(registers), w.cta.smem
+    warps, a = _row_addresses(w, m, address, offset, n)
+    if smem.written is not None:
+        smem.written.require(a.ravel(), 16, "ldmatrix")
+    x = smem.chunks[a >> 4].view(np.uint16)                 # (warps, n, 8, 8)
+    if transposed:
+        x = np.ascontiguousarray(x.swapaxes(2, 3))
+    x = x.view(np.uint32).reshape(len(warps), n, 32)
+    for i, row in enumerate(registers):
+        row.reshape(-1, 32)[warps] = x[:, i]
+
+
+def store(w, m, registers, address, offset, transposed):
+    n, smem = len(registers), w.cta.smem
+    warps, a = _row_addresses(w, m, address, offset, n)
+    x = np.stack([rows(r, w.lanes).reshape(-1, 32)[warps] for r in registers], 1)
+    x = np.ascontiguousarray(x).view(np.uint16).reshape(len(warps), n, 8, 8)
+    if transposed:
+        x = np.ascontiguousarray(x.swapaxes(2, 3))
+    smem.chunks[a >> 4] = x.view(np.uint64).reshape(len(warps), n, 8, 2)
+    if smem.tracked or w.checks.mbarrier:
+        _note_writes(w, smem, warps, a)
+
+
+def _note_writes(w, smem, warps, a):
+    """Lane 4 r + c wrote word c of row r of every matrix."""
+    first = w.threads[warps * 32][:, None, None] + 4 * np.arange(8)[None, None, :]
+    everyone = np.broadcast_to(first, a.shape)
+    for c in range(4):
+        smem.note(w, a + 4 * c, 4, everyone + c)

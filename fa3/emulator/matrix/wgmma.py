@@ -1,0 +1,161 @@
+"""wgmma: a warpgroup multiplies 64 x K by K x N and accumulates in registers.
+
+Accumulator fragment: D[16 w + 8 h + g, 8 j + 2 q + p] is in lane 32 w + 4 g + q,
+element 4 j + 2 h + p.
+
+MMAs are collected until their commit_group (in late mode until the wait_group that covers
+them) and then executed in order; those of one accumulator that follow each other become one
+matrix product.  Products accumulate in fp32 in the order of BLAS: the hardware truncates
+differently, for fp8 noticeably.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import KernelError, OutOfBounds
+from ..numerics.formats import f2, high_half, join_halves, low_half
+from . import descriptors
+from .elements import ELEMENT, decode
+
+ROWS = 64
+
+
+@dataclass(eq=False)
+class Shape:
+    """What is fixed about one wgmma instruction."""
+
+    n: int
+    k: int
+    types: tuple[str, str, str]         # D, A, B
+    transposed: tuple[bool, bool]       # A, B are MN-major
+    negated: bool                       # scale-a * scale-b is -1
+    accumulator: slice | np.ndarray     # rows of 32-bit registers
+    a_registers: np.ndarray | None      # None: A is in shared memory
+    registers: tuple[frozenset, frozenset]      # accumulator and A, for the check
+    site: int                           # pc
+
+    def key(self):
+        """Instructions of equal key that follow each other may be joined along K."""
+        return (self.n, self.types, self.transposed, self.negated, self.registers[0],
+                self.a_registers is None)
+
+
+class Issued(NamedTuple):
+    shape: Shape
+    a: int | None       # descriptors
+    b: int
+    accumulate: bool
+
+
+class Queue:
+    """The wgmmas of one warpgroup."""
+
+    def __init__(self, w):
+        self.w = w
+        self.issued: list[Issued] = []
+        self.committed: list[list[Issued]] = []     # of late mode
+
+    def commit(self) -> None:
+        issued, self.issued = self.issued, []
+        if self.w.checks.late:
+            self.committed.append(issued)
+        else:
+            self._execute(issued)
+
+    def wait(self, keep: int) -> None:
+        done = self.committed[: max(0, len(self.committed) - keep)]
+        del self.committed[: len(done)]
+        for group in done:
+            self._execute(group)
+
+    def _execute(self, issued: list[Issued]) -> None:
+        for _, same in itertools.groupby(issued, lambda i: i.shape.key()):
+            run: list[Issued] = []
+            for i in same:
+                if run and not i.accumulate:        # starts afresh
+                    _multiply(self.w, run)
+                    run = []
+                run.append(i)
+            _multiply(self.w, run)
+
+
+def issue(w, shape: Shape, a, b, accumulate):
+    """wgmma.mma_async; a and b are rows with descriptors (a None: registers)."""
+    if w.in_flight is not None:
+        w.in_flight.issue(*shape.registers)
+    w.wgmma.issued.append(Issued(
+        shape, None if a is None else int(a[0]), int(b[0]),
+        accumulate if isinstance(accumulate, bool) else bool(accumulate[0])))
+
+
+def commit(w):
+    w.wgmma.commit()
+    if w.in_flight is not None:
+        w.in_flight.commit()
+
+
+def wait(w, keep):
+    if w.checks.late:
+        w.wgmma.wait(keep)
+    if w.in_flight is not None:
+        w.in_flight.wait(keep)
+
+
+def _multiply(w, run: list[Issued]) -> None:
+    shape = run[0].shape
+    try:
+        b = _from_memory(w, [i.b for i in run], shape.n, shape.types[2], shape.transposed[1], "B")
+        if shape.a_registers is None:
+            a = _from_memory(w, [i.a for i in run], ROWS, shape.types[1], shape.transposed[0], "A")
+        else:
+            a = np.hstack([_from_registers(w, i.shape) for i in run])
+    except KernelError as error:
+        error.site = shape.site
+        raise
+    _accumulate(w, shape, -(a @ b.T) if shape.negated else a @ b.T, run[0].accumulate)
+
+
+def _from_memory(w, descs, rows, kind, mn_major, name) -> np.ndarray:
+    """(rows, K) values of an operand."""
+    es, dtype = ELEMENT[kind]
+    smem = w.cta.smem
+    chunks = descriptors.chunks(tuple(descs), rows, es, mn_major)
+    try:
+        x = smem.chunks[chunks]
+    except IndexError:
+        raise OutOfBounds(f"wgmma operand {name} reaches outside shared memory") from None
+    if smem.tracked:
+        smem.async_read((chunks[..., None] * 4 + np.arange(4)).ravel(), f"wgmma operand {name}")
+    x = x.reshape(len(chunks), -1).view(dtype)
+    return decode(x.T if mn_major else x, kind)
+
+
+def _from_registers(w, shape: Shape) -> np.ndarray:
+    """The 64 x K matrix A held in registers."""
+    es, dtype = ELEMENT[shape.types[1]]
+    x = np.ascontiguousarray(w.words[shape.a_registers].T).view(dtype)
+    # lane (warp, g, q), register (k half, row half), element in it
+    x = x.reshape(4, 8, 4, 2, 2, 4 // es).transpose(0, 4, 1, 3, 2, 5)
+    return decode(x.reshape(ROWS, shape.k), shape.types[1])
+
+
+def _accumulate(w, shape: Shape, product, keep: bool) -> None:
+    n, acc = shape.n, shape.accumulator
+    c = product.reshape(4, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, 128)
+    if shape.types[0] == "f32":
+        w.floats[acc] = w.floats[acc] + c if keep else c
+    elif shape.types[0] == "f16":
+        if keep:
+            old = w.words[acc]
+            c[0::2] += low_half(old).view(f2)
+            c[1::2] += high_half(old).view(f2)
+        h = c.astype(f2).view(np.uint16)
+        w.words[acc] = join_halves(h[0::2], h[1::2])
+    else:
+        integers = np.rint(c).astype(np.int32).view(np.uint32)
+        w.words[acc] = integers + w.words[acc] if keep else integers

@@ -1,0 +1,189 @@
+"""cp.async.bulk[.tensor] and cp.reduce.async.bulk[.tensor]: the async proxy's copies (TMA).
+
+Loads complete at once and stores when issued; in late mode loads land when nothing else can
+run and stores read shared memory at the wait_group that covers them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ..errors import Misaligned, OutOfBounds, Unsupported
+from . import mbarrier, tensormap
+from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
+
+_CHUNK = 16         # bytes; swizzles permute chunks
+_REDUCIBLE = {"f32": np.float32, "f16": np.float16, "u32": np.uint32, "s32": np.int32,
+              "u64": np.uint64, "f64": np.float64}
+
+
+def swizzled_chunks(start: int, nbytes: int, mask: int) -> np.ndarray:
+    """Indices of the 16-byte chunks of [start, start + nbytes), in logical order.
+
+    The hardware swizzles absolute shared-memory addresses: chunk index c becomes
+    c ^ (c >> 3 & mask), with mask 1, 3, 7 for swizzles of 32, 64, 128 bytes.
+    """
+    chunk = np.arange(start // _CHUNK, (start + nbytes) // _CHUNK)
+    return chunk ^ ((chunk >> 3) & mask) if mask else chunk
+
+
+def _words(start: int, nbytes: int) -> slice:
+    return slice(start >> 2, (start + nbytes) >> 2)
+
+
+def _deliver(memory: SharedMemory, at: int, raw, mask: int) -> None:
+    """Bytes arrive in shared memory through the async proxy."""
+    n = len(raw)
+    if at + n > memory.size:
+        raise OutOfBounds(f"bulk copy to {at:#x}..{at + n:#x} outside shared memory")
+    if n % _CHUNK == 0:
+        memory.chunks[swizzled_chunks(at, n, mask)] = raw.view(np.uint64).reshape(-1, 2)
+    else:
+        memory.raw[at : at + n] = raw
+    memory.async_write(_words(at, n))
+
+
+def _collect(memory: SharedMemory, at: int, nbytes: int, mask: int, what: str) -> np.ndarray:
+    """Bytes leave shared memory through the async proxy."""
+    if at + nbytes > memory.size:
+        raise OutOfBounds(f"{what} from {at:#x} reaches outside shared memory")
+    if memory.tracked:
+        memory.async_read(np.arange(at >> 2, (at + nbytes) >> 2), what)
+    if nbytes % _CHUNK:
+        return memory.raw[at : at + nbytes].copy()
+    return memory.chunks[swizzled_chunks(at, nbytes, mask)].reshape(-1).view(np.uint8)
+
+
+def _targets(w, dst: int, barrier: int, multicast: int | None):
+    """[(memory, offset, mbarrier address)] a load is delivered to."""
+    if multicast is None:
+        return [(*shared_at(w, dst), barrier)]
+    return [(w.cluster.peer(rank + 1), dst & OFFSET, (barrier & OFFSET) | (rank + 1) << RANK_SHIFT)
+            for rank in range(16) if multicast >> rank & 1]
+
+
+def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast):
+    """cp.async.bulk.tensor global -> shared; source is (tensor map address, [coordinates])."""
+    address, coords = source
+    for lane in w.lane_list(m):
+        box = tensormap.find(w, w.lane_value(address, lane))
+        c = [w.lane_value(x, lane) for x in coords]
+        d = w.lane_value(dst, lane) + dst_offset
+        b = w.lane_value(barrier, lane) + barrier_offset
+        mask = None if multicast is None else w.lane_value(multicast, lane)
+        mbarrier.find(w, b)
+        w.cluster.asynchronously(w, site, partial(_tensor_load, w, box, c, d, b, mask))
+
+
+def _tensor_load(w, box, coords, dst, barrier, multicast):
+    raw = box.read(coords)
+    for memory, at, bar in _targets(w, dst, barrier, multicast):
+        if at % (128 if box.swizzle else 16):
+            raise Misaligned(f"TMA destination {at:#x}")
+        _deliver(memory, at, raw, box.swizzle)
+        mbarrier.complete(w, bar, len(raw))
+
+
+def tensor_store(w, m, site, target, src, src_offset, reduction):
+    """cp[.reduce].async.bulk.tensor shared -> global; target is (tensor map, [coordinates])."""
+    address, coords = target
+    seen = set()
+    for lane in w.lane_list(m):
+        box = tensormap.find(w, w.lane_value(address, lane))
+        c = tuple(w.lane_value(x, lane) for x in coords)
+        at = (w.lane_value(src, lane) + src_offset) & OFFSET
+        same = (box.address, c, at)
+        if reduction is None and not w.checks.late and same in seen:
+            continue            # every lane of a warp storing the same box
+        seen.add(same)
+        _later(w, lane, site, partial(_tensor_store, w, box, c, at, reduction))
+
+
+def _tensor_store(w, box, coords, at, reduction):
+    raw = _collect(w.cta.smem, at, box.box_bytes, box.swizzle, "TMA store")
+    box.write(coords, raw, reduction)
+    w.cluster.events += 1
+
+
+def _later(w, lane: int, site: int, work) -> None:
+    """Run now, or in late mode when the lane waits for its bulk group."""
+    if w.checks.late:
+        w.bulk.add(lane, w.deferred(site, work))
+    else:
+        work()
+
+
+def load(w, m, site, dst, dst_offset, src, src_offset, size, barrier, barrier_offset, multicast):
+    """cp.async.bulk global -> shared"""
+    for lane in w.lane_list(m):
+        d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
+        b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
+        mask = None if multicast is None else w.lane_value(multicast, lane)
+        if s % 16 or n % 16 or d % 16:
+            raise Misaligned(f"cp.async.bulk of {n} bytes from {s:#x} to {d:#x}: addresses and "
+                             "size must be multiples of 16")
+        w.cluster.asynchronously(w, site, partial(_load, w, d, s, n, b, mask))
+
+
+def _load(w, dst, src, nbytes, barrier, multicast):
+    region = w.memory.find(src, src + nbytes, "bulk read")
+    raw = region.bytes[src - region.start : src - region.start + nbytes].copy()
+    for memory, at, bar in _targets(w, dst, barrier, multicast):
+        _deliver(memory, at, raw, 0)
+        mbarrier.complete(w, bar, nbytes)
+
+
+def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_offset):
+    """cp.async.bulk shared::cta -> shared::cluster"""
+    for lane in w.lane_list(m):
+        d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
+        b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
+        raw = _collect(w.cta.smem, s & OFFSET, n, 0, "bulk copy")
+        for memory, at, bar in _targets(w, d, b, None):
+            _deliver(memory, at, raw, 0)
+            mbarrier.complete(w, bar, n)
+
+
+def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
+    """cp[.reduce].async.bulk shared -> global; reduction is (operation, PTX type) or None."""
+    for lane in w.lane_list(m):
+        d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
+        n = w.lane_value(size, lane)
+        _later(w, lane, site, partial(_store, w, d, s & OFFSET, n, reduction))
+
+
+def _store(w, dst, at, nbytes, reduction):
+    raw = _collect(w.cta.smem, at, nbytes, 0, "bulk store")
+    region = w.memory.find(dst, dst + nbytes, "bulk write")
+    out = region.bytes[dst - region.start : dst - region.start + nbytes]
+    w.cluster.events += 1
+    if reduction is None:
+        out[:] = raw
+        return
+    op, kind = reduction
+    if op != "add" or kind not in _REDUCIBLE:
+        raise Unsupported(f"bulk reduction {op} {kind}")
+    out = out.view(_REDUCIBLE[kind])
+    out += raw.view(out.dtype)
+
+
+def commit(w, m):
+    for lane in w.lane_list(m) if w.checks.late else ():
+        w.bulk.commit(lane)
+
+
+def wait(w, m, keep):
+    for lane in w.lane_list(m) if w.checks.late else ():
+        w.bulk.drain(lane, keep)
+
+
+def store_async(w, m, dtype, rows, address, offset, barrier, barrier_offset):
+    """st.async: a store to a peer's shared memory that completes a transaction."""
+    from . import shared
+
+    shared.store(w, m, dtype, rows, address, offset)
+    nbytes = np.dtype(dtype).itemsize * len(rows)
+    for b in (w.active(barrier, m).astype(np.int64) + barrier_offset).tolist():
+        mbarrier.complete(w, b, nbytes)

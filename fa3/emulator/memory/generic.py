@@ -1,0 +1,92 @@
+"""ld and st on global and generic addresses.
+
+A generic address has its space in bits 56 and up: 0 global (a host address), 1 shared,
+2 parameters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import Misaligned, OutOfBounds
+from . import shared
+
+GLOBAL, SHARED, PARAMETERS = range(3)
+WINDOW_SHIFT = 56
+_OFFSET = np.uint64(0xFFFFFFFF)
+
+
+def window(w, m, address) -> int:
+    """The space of the addresses of the active lanes (all have the same)."""
+    if address.dtype.itemsize != 8:
+        return GLOBAL
+    a = w.active(address, m)
+    return int(a[0]) >> WINDOW_SHIFT if a.size else GLOBAL
+
+
+def shared_offset(address):
+    return (address & _OFFSET).astype(np.uint32)
+
+
+def locate(w, m, dtype, address, offset, nbytes, what):
+    """(array, element indices of the active lanes), or (None, addresses) if regions differ."""
+    a = w.active(address, m).astype(np.int64) + offset
+    lo, hi = int(a.min()), int(a.max())
+    if (a & (nbytes - 1)).any():
+        bad = int(a[(a & (nbytes - 1)) != 0][0])
+        raise Misaligned(f"{nbytes}-byte global {what} at {bad:#x}")
+    try:
+        region = w.memory.find(lo, hi + nbytes, what)
+    except OutOfBounds:
+        if lo == hi:
+            raise
+        return None, a
+    return region.view(dtype), (a - region.start) // np.dtype(dtype).itemsize
+
+
+def _element(w, dtype, address: int, what: str):
+    """(array, index) of one element."""
+    es = np.dtype(dtype).itemsize
+    region = w.memory.find(address, address + es, what)
+    return region.view(dtype), (address - region.start) // es
+
+
+def load(w, m, dtype, rows, address, offset):
+    if m is not None and not m.any():
+        return
+    space = window(w, m, address)
+    if space == SHARED:
+        return shared.load(w, m, dtype, rows, shared_offset(address), offset)
+    es = np.dtype(dtype).itemsize
+    if space == PARAMETERS:
+        array = w.params[: len(w.params) // es * es].view(dtype)
+        index = (w.active(address & _OFFSET, m).astype(np.int64) + offset) // es
+    else:
+        array, index = locate(w, m, dtype, address, offset, es * len(rows), "read")
+    lanes = slice(None) if m is None else m
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        if array is not None:
+            row[lanes] = array[index + i]
+        else:
+            found = [_element(w, dtype, a + i * es, "read") for a in index.tolist()]
+            row[lanes] = np.array([x[j] for x, j in found], dtype)
+
+
+def store(w, m, dtype, rows, address, offset):
+    if m is not None and not m.any():
+        return
+    if window(w, m, address) == SHARED:
+        return shared.store(w, m, dtype, rows, shared_offset(address), offset)
+    es = np.dtype(dtype).itemsize
+    array, index = locate(w, m, dtype, address, offset, es * len(rows), "write")
+    w.cluster.events += 1
+    for i, row in enumerate(rows):
+        values = w.active(row, m)
+        if array is not None:
+            array[index + i] = values
+        else:
+            for a, value in zip(index.tolist(), np.broadcast_to(values, index.shape), strict=True):
+                x, j = _element(w, dtype, a + i * es, "write")
+                x[j] = value

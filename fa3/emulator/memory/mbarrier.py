@@ -1,0 +1,141 @@
+"""mbarriers: phases, pending arrivals, transaction bytes.
+
+A phase completes when no arrival and no byte is pending; the transaction count may be negative for
+a while (data before expect_tx).  try_wait.parity P passes iff the phase with parity P has
+completed, that is, if the current one has the other parity: a fresh barrier passes P = 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import BarrierMisuse, Misaligned
+from .shared import OFFSET, shared_at
+
+MAX_COUNT = 1 << 20
+
+
+class MBarrier:
+    __slots__ = ("count", "pending", "tx", "phase")
+
+    def __init__(self, count: int):
+        self.count = self.pending = count
+        self.tx = self.phase = 0
+
+    def settle(self) -> bool:
+        """Complete the phase if nothing is outstanding."""
+        if self.pending == 0 and self.tx == 0:
+            self.phase += 1
+            self.pending = self.count
+            return True
+        return False
+
+    def passed(self, value: int, parity: bool) -> bool:
+        """Whether a wait for a parity (or for the phase of a token) succeeds."""
+        return (self.phase & 1) != (value & 1) if parity else self.phase > value
+
+    def __str__(self):
+        return (f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes "
+                "outstanding")
+
+
+def find(w, address: int) -> MBarrier:
+    memory, offset = shared_at(w, address)
+    barrier = memory.barriers.get(offset)
+    if barrier is None:
+        raise BarrierMisuse("operation on an mbarrier that was not initialised: shared address "
+                            f"{offset:#x}")
+    return barrier
+
+
+def complete(w, address: int, nbytes: int) -> None:
+    """nbytes of a transaction have arrived (negative: are expected)."""
+    barrier = find(w, address)
+    barrier.tx -= nbytes
+    if abs(barrier.tx) >= MAX_COUNT:
+        raise BarrierMisuse(f"mbarrier at {address & OFFSET:#x}: transaction count out of range")
+    barrier.settle()
+    w.cluster.events += 1
+
+
+def init(w, m, address, offset, count):
+    memory = w.cta.smem
+    addresses = _addresses(w, m, address, offset)
+    for at, n in zip(addresses, w.active(count, m).tolist(), strict=False):
+        if at & 7:
+            raise Misaligned(f"mbarrier at {at:#x} is not 8-byte aligned")
+        if not 1 <= n < MAX_COUNT:
+            raise BarrierMisuse(f"mbarrier.init at {at:#x} with count {n}")
+        memory.barriers[at] = MBarrier(n)
+        if memory.written is not None:
+            memory.written.words[[at >> 2, (at >> 2) + 1]] = True
+
+
+def invalidate(w, m, address, offset):
+    for at in _addresses(w, m, address, offset):
+        w.cta.smem.barriers.pop(at, None)
+
+
+def transaction(w, m, address, offset, nbytes, sign):
+    """mbarrier.complete_tx (sign 1) and mbarrier.expect_tx (sign -1)."""
+    for at, n in zip(_addresses(w, m, address, offset), w.active(nbytes, m).tolist(),
+                     strict=True):
+        complete(w, at, sign * n)
+
+
+def arrive(w, m, row, address, offset, x, expect):
+    """mbarrier.arrive [.expect_tx]: x is the arrival count, or with `expect` the bytes to expect."""
+    addresses = _addresses(w, m, address, offset)
+    values = w.active(x, m).tolist() if x is not None else [1] * len(addresses)
+    tokens = []
+    for at, value in zip(addresses, values, strict=True):
+        barrier = find(w, at)
+        tokens.append(barrier.phase)
+        arrivals = 1 if expect else value
+        if expect:
+            barrier.tx += value
+        if arrivals > barrier.pending:
+            raise BarrierMisuse(f"mbarrier at {at & OFFSET:#x}: more arrivals than its count of "
+                                f"{barrier.count} in one phase")
+        barrier.pending -= arrivals
+        barrier.settle()
+    w.cluster.events += 1
+    if row is not None:
+        row[slice(None) if m is None else m] = np.array(tokens, np.uint64)
+
+
+def wait(w, fr, row, address, offset, x, how, pc, after):
+    """mbarrier.try_wait / test_wait, which end a segment; how is (parity, blocking).
+
+    try_wait suspends, and returns false only when nothing in the cluster can move (its time
+    limit): CUTLASS peeks at the next stage before it releases the previous one.
+    """
+    parity, blocking = how
+    a = w.active(address, fr.mask).astype(np.int64) + offset
+    x = w.active(x, fr.mask)
+    if a.size > 1 and ((a != a[0]).any() or (x != x[0]).any()):
+        done = np.array([find(w, int(p)).passed(int(v), parity)
+                         for p, v in zip(a, np.broadcast_to(x, a.shape), strict=True)])
+    else:
+        done = np.full(len(a), find(w, int(a[0])).passed(int(x[0]), parity))
+    everyone = bool(done.all())
+    if everyone or not blocking or fr.timed_out:
+        row[fr.mask] = done
+        timed_out, fr.timed_out = fr.timed_out, False
+        if everyone or timed_out:
+            return after
+        fr.pc = after
+        fr.sleep()              # a failed poll lets others run
+        return -1
+    first = int(np.flatnonzero(~done)[0])
+    at, value = int(a[first]), int(np.broadcast_to(x, a.shape)[first])
+    barrier = find(w, at)
+    fr.pc = pc
+    fr.wait_until(
+        lambda: barrier.passed(value, parity),
+        lambda: f"mbarrier {at & OFFSET:#x} {'parity' if parity else 'token'} {value} ({barrier})")
+    return -1
+
+
+def _addresses(w, m, address, offset) -> list[int]:
+    return (w.active(address, m).astype(np.int64) + offset).tolist()

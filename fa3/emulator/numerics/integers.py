@@ -1,0 +1,97 @@
+"""Integer instructions that numpy has no function for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .formats import rows, u1, u4, u8
+
+
+def mulhi(a, b):
+    """The upper half of the product."""
+    if a.dtype.itemsize == 4:
+        wide = np.int64 if a.dtype.kind == "i" else u8
+        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+    pairs = zip(*np.broadcast_arrays(a, b), strict=True)
+    return np.array([(int(x) * int(y) >> 64) % (1 << 64) for x, y in pairs], u8).view(a.dtype)
+
+
+def divide(a, b):
+    """Quotient rounded toward zero; by zero, whatever."""
+    b = np.where(b == 0, b.dtype.type(1), b)
+    if a.dtype.kind == "u":
+        return a // b
+    if a.dtype.itemsize <= 4:
+        return np.trunc(a.astype(np.float64) / b).astype(a.dtype)
+    q = np.abs(a) // np.abs(b)
+    return np.where((a < 0) ^ (b < 0), -q, q)
+
+
+def funnel_shift(lo, hi, n, left: bool, wrap: bool):
+    n = ((n & u4(31)) if wrap else np.minimum(n, u4(32))).astype(u8)
+    x = lo.astype(u8) | (hi.astype(u8) << u8(32))
+    return ((x << n) >> u8(32)).astype(u4) if left else (x >> n).astype(u4)
+
+
+def extract_bits(a, pos, n):
+    """bfe: n bits from pos, sign-extended for signed types."""
+    bits = 8 * a.dtype.itemsize
+    pos, n = np.broadcast_arrays(pos & u4(255), n & u4(255))
+    x = a.astype(np.int64) if a.dtype.kind == "i" else a.astype(u8)
+    n = np.minimum(n, u4(bits)).astype(x.dtype)
+    pos = np.minimum(pos, u4(63)).astype(x.dtype)
+    if a.dtype.kind == "i":
+        up = np.maximum(np.int64(64) - pos - n, 0)
+        return np.where(n == 0, 0, (x << up) >> np.minimum(up + pos, 63)).astype(a.dtype)
+    mask = np.where(n >= u8(64), ~u8(0), (u8(1) << n) - u8(1))
+    return ((x >> pos) & mask).astype(a.dtype)
+
+
+def insert_bits(a, b, pos, n):
+    """bfi: the low n bits of a into b at pos."""
+    bits = 8 * b.dtype.itemsize
+    pos, n = (pos & u4(255)).astype(u8), np.minimum(n & u4(255), u4(bits)).astype(u8)
+    mask = (((u8(1) << n) - u8(1)) << pos).astype(b.dtype)
+    return (b & ~mask) | ((a.astype(u8) << pos).astype(b.dtype) & mask)
+
+
+def dot(a, b, c, width: int, first: int, lanes: int):
+    """dp4a (width 1) and dp2a (width 2: halves of a by the bytes of b from `first`)."""
+    a, b, c = (np.ascontiguousarray(rows(x, lanes)) for x in (a, b, c))
+    x = a.view(f"{a.dtype.kind}{width}").reshape(lanes, -1).astype(np.int64)
+    y = b.view(f"{b.dtype.kind}1").reshape(lanes, 4)[:, first : first + x.shape[1]]
+    return ((x * y.astype(np.int64)).sum(1) + c).astype(c.dtype)
+
+
+def lop3(a, b, c, table: int):
+    r = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), u4)
+    for i in range(8):
+        if table >> i & 1:
+            r |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return r
+
+
+def permute_bytes(a, b, selector):
+    """prmt, default mode: four selectors of four bits, bit 3 replicates the sign."""
+    x = a.astype(u8) | (b.astype(u8) << u8(32))
+    r = u4(0)
+    for j in range(4):
+        s = (selector >> u4(4 * j)) & u4(15)
+        byte = (x >> (u8(8) * (s & u4(7)).astype(u8))).astype(u4) & u4(255)
+        byte = np.where(s & u4(8), np.where(byte & u4(128), u4(255), u4(0)), byte)
+        r = r | (byte << u4(8 * j))
+    return r
+
+
+def leading_zeros(a):
+    bits = 8 * a.dtype.itemsize
+    x = a.astype(u8)
+    for s in (1, 2, 4, 8, 16, 32):
+        x = x | (x >> u8(s))
+    return (bits - np.bitwise_count(x).astype(np.int64)).astype(u4)
+
+
+def reverse_bits(a):
+    b = np.ascontiguousarray(a).view(u1).reshape(-1, 4)
+    bits = np.unpackbits(b, axis=1, bitorder="little")[:, ::-1]
+    return np.packbits(np.ascontiguousarray(bits), axis=1, bitorder="little").view(u4)[:, 0]
