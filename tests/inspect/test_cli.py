@@ -1,0 +1,97 @@
+"""`python -m fa3 inspect`."""
+
+import json
+
+import pytest
+
+from fa3.inspect import cli
+
+
+@pytest.fixture
+def call(device, capsys):
+    """Runs the command here; (exit status, standard output, standard error).
+
+    `device` installs the emulator first, so that compiled kernels are shared with its tests.
+    """
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = cli.main(["inspect", *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_it_prints_what_the_call_would_run(call):
+    status, out, _ = call("--head-dim", "64", "--dtype", "bf16", "--causal")
+    assert status == 0
+    lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
+    assert lines["call"] == "bf16, head dim 64, of v 64 (tiles), mask causal"
+    assert lines["served by"] == "forward sm90, fa3.kernels.sm90.fwd:ForwardSm90"
+    for name in ("tiles", "stages", "shared memory", "registers", "spills", "steady loop"):
+        assert name in lines, out
+    assert "issue slots per exponential" in out
+    assert "of 64x64x16" in out  # P V at head dim 64
+
+
+def test_json_and_dump_agree_with_each_other(call, tmp_path):
+    status, out, err = call("--head-dim", "64", "--causal", "--json", "--dump", str(tmp_path / "d"))
+    assert status == 0
+    found = json.loads(out)
+    assert found["signature"] == {
+        "dtype": "bf16", "head_dim": 64, "head_dim_v": 64, "mask": "causal"
+    }  # fmt: skip
+    report = found["report"]
+    assert report["loops"][0]["straight"]["per_exponential"] > 4
+    files = {path.suffix: path for path in (tmp_path / "d").iterdir()}
+    assert sorted(files) == [".cubin", ".ptx", ".sass"]
+    assert all(f"wrote {path}" in err for path in files.values())
+    assert ".target sm_90a" in files[".ptx"].read_text()
+    assert files[".cubin"].read_bytes()[:4] == b"\x7fELF"
+    assert files[".sass"].read_text().count("HGMMA") == report["mmas"]
+
+
+def test_head_dims_are_rounded_up_to_tiles(device):
+    args = cli.arguments(["inspect", "--head-dim", "40", "--head-dim-v", "104"])
+    signature = cli.signature_of(args)
+    assert (signature.head_dim, signature.head_dim_v) == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("window", "mask"),
+    [(("-1", "-1"), "full"), (("-1", "0"), "causal"), (("128", "0"), "local")],
+)
+def test_a_window_is_the_mask_that_the_call_gives_it(window, mask):
+    args = cli.arguments(["inspect", "--head-dim", "64", "--window", *window])
+    assert cli.signature_of(args).mask == mask
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--head-dim", "0"), "q has head dim 0, expected a multiple of 8 from 8 to 256"),
+        (("--head-dim", "264"), "q has head dim 264, expected a multiple of 8 from 8 to 256"),
+        (("--head-dim", "100"), "q has head dim 100, expected a multiple of 8 from 8 to 256"),
+        (
+            ("--head-dim", "64", "--head-dim-v", "4"),
+            "v has head dim 4, expected a multiple of 8 from 8 to 256",
+        ),
+        (
+            ("--head-dim", "64", "--dtype", "float32"),
+            "q has dtype torch.float32, expected torch.float16 or torch.bfloat16",
+        ),
+        (("--head-dim", "64", "--dtype", "fp7"), "--dtype is 'fp7', expected one of bf16, fp16"),
+        (
+            ("--head-dim", "64", "--window", "-2", "0"),
+            "window_size (left) is -2, expected at least -1",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_in_the_words_of_the_call(call, arguments, message):
+    assert call(*arguments) == (2, "", f"fa3 inspect: {message}\n")
+
+
+def test_a_missing_disassembler_is_an_error_not_a_trace(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("NVDISASM", str(tmp_path / "none"))
+    status, out, err = call("--head-dim", "64", "--causal")
+    assert (status, out) == (1, "")
+    assert "is no executable file" in err
