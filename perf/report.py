@@ -10,7 +10,13 @@ from .backends import OURS
 from .cases import Case
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
-COLOURS = {"fa3": "#c0392b", "fa3-cpp": "#2c3e50", "fa4": "#2980b9", "cudnn": "#27ae60"}
+COLOURS = {
+    "fa3": "#c0392b",
+    "fa3-cpp": "#2c3e50",
+    "fa4": "#2980b9",
+    "cudnn": "#27ae60",
+    "fa2": "#b0b6bb",
+}
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def write_chart(path: Path, rows: list[Row], machine: Machine) -> None:
         _draw_panel(axis, panel, backends)
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=8, ncols=3, loc="lower right")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
         f"Attention forward, TFLOPs/s: {machine.device}, driver {machine.driver}, "
         f"{machine.date}, commit {machine.commit}",
@@ -166,5 +172,7 @@ def _draw_panel(axis, panel: list[Row], backends: list[str]) -> None:
         axis.plot(x, y, color="grey", linestyle="--", linewidth=1, label="matrix product")
     axis.set_title(panel[0].title, fontsize=9)
     axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
+    axis.set_xlabel("length", fontsize=8)
     axis.set_ylabel("TFLOPs/s", fontsize=8)
+    axis.set_axisbelow(True)
     axis.grid(axis="y", linewidth=0.3)

@@ -1,8 +1,10 @@
 """The sweep's command line, its order of measuring, and that a wrong kernel gets no time."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,33 @@ def test_progress_goes_through_all_items(has_tqdm, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "tqdm", None)
     assert list(track(["one", "two"], "case")) == ["one", "two"]
     assert "two" in capsys.readouterr().err
+
+
+def test_the_matrix_product_counts_its_operations():
+    call, operations = timing.matmul_call(torch.float32, "cpu", size=8)
+    assert call().shape == (8, 8) and operations == 2 * 8**3
+
+
+@pytest.mark.parametrize(
+    "answer, clocks",
+    [
+        ("echo 1980, 2619", {"sm_mhz": 1980, "memory_mhz": 2619}),
+        ("echo [N/A], [N/A]", {}),
+        ("exit 9", {}),
+    ],
+)
+def test_clocks_are_read_under_load(answer, clocks, tmp_path, monkeypatch):
+    """By a stand-in nvidia-smi, which takes a moment to answer."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nsleep 0.1\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    assert sweep.clocks_under_load(lambda: calls.append(1)) == clocks
+    assert calls
 
 
 def test_nan_is_an_error():
