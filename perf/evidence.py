@@ -34,7 +34,7 @@ COLUMNS = (
     "variant",
     "tile",
     "stages",
-    "spill bytes",
+    "local memory",
     "slots per exp",
     "emulator, max error",
     "torch's max error",
@@ -63,7 +63,7 @@ def variants() -> list[Variant]:
 
 
 def compiled(variant: Variant) -> tuple[str, str, str, str]:
-    """Compile for sm_90a and read the SASS: tile, stages, bytes of local memory, slots per exp.
+    """Compile for sm_90a and read the SASS: tile, stages, local memory in bytes, slots per exp.
 
     The slots are those of the steady main loop, per exponential of one thread.
     """
