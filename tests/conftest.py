@@ -50,3 +50,8 @@ def device() -> torch.device:
     emulator.install()
     emulator.configure(checks=emulator.ALL_CHECKS)
     return torch.device("cpu")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not HOPPER:
+        pytest.skip("no GPU of compute capability 9.0")
