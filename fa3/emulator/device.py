@@ -1,4 +1,4 @@
-"""The stand-in device: libraries and kernels that host code loads, memory it may touch, launches."""
+"""The stand-in device: kernels that host code loads, memory they may touch, launches."""
 
 from __future__ import annotations
 

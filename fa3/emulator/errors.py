@@ -1,4 +1,4 @@
-"""What can go wrong: in the kernel (KernelError), in the emulator's coverage (Unsupported), in the set-up (SetupError).
+"""What can go wrong: in the kernel (KernelError), in what is emulated (Unsupported), in the set-up.
 
 Every KernelError and Unsupported raised while a kernel runs ends with the place it
 came from: CTA, warps, the kernel's Python file and line, and the PTX instruction.

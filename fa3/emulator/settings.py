@@ -1,4 +1,4 @@
-"""How launches run: which checks are on, how late asynchronous work completes, how big the device is."""
+"""How launches run: which checks are on, and how big the device is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 CHECKS = {
     "proxy": "generic writes that the async proxy reads without the writer's fence.proxy.async",
-    "uninit": "reads of shared memory that nothing wrote (some kernels do so on purpose and mask later)",
-    "poison": "shared memory and registers start as NaN patterns, so that using them shows in the result",
+    "uninit": "reads of shared memory that nothing wrote (some kernels mask the values later)",
+    "poison": "shared memory and registers start as NaN patterns, so that using them shows",
     "wgmma": "registers of a wgmma in flight used or overwritten before wait_group",
-    "late": "asynchronous work completes as late as it may: TMA loads when nothing else can run, wgmma, "
-    "bulk stores and cp.async at the wait that covers them",
+    "late": "asynchronous work completes as late as it may: bulk loads when nothing else can run, "
+    "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",
 }
 ALL_CHECKS = tuple(CHECKS)
@@ -38,7 +38,8 @@ class Options:
 
 
 _default = Options()
-_scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar("emulator_options", default=None)
+_scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
+    "emulator_options", default=None)
 
 
 def current() -> Options:
@@ -55,7 +56,7 @@ def _changed(base: Options, late: bool | None, changes: dict) -> Options:
 
 
 def configure(*, late: bool | None = None, **changes) -> None:
-    """Change the defaults of every later launch: checks, sms, instruction_limit, edit (see Options).
+    """Change the defaults of later launches: checks, sms, instruction_limit, edit (see Options).
 
     late switches the check of that name on or off and leaves the others alone.
     """

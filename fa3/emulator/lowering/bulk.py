@@ -58,7 +58,7 @@ def _bulk(e, i, reduction):
     destination, barrier = e.address(a[0], "shared"), e.address(a[3], "shared")
     if own < len(q) and "global" not in q:
         return e.call(bulk.between_ctas, destination, e.address(a[1], "shared"), size, barrier)
-    e.call(bulk.load, e.pc, destination, e.address(a[1], "global"), size, barrier,
+    e.call(bulk.load, e.pc, destination, f"({e.address(a[1], 'global')},{size})", barrier,
            _multicast(e, i, 4))
 
 

@@ -65,24 +65,51 @@ class Lowered:
         return found
 
     def build(self, pc: int, whole: bool) -> Segment:
-        start, code = pc, self.kernel.code
-        body: list[tuple[int, str]] = []        # (pc, line)
-        last = False
-        while not last:
-            if pc >= len(code):
-                body.append((pc, f"return {self._emitter.bind(fragments.leave)}(w,fr)"))
-                break
-            if pc != start and self._starts_new(pc, whole):
-                body.append((pc, f"return {pc}"))
-                break
-            lines, last = self._lower(pc, whole)
-            body += [(pc, line) for line in lines]
-            pc += 1
-        segment = self._compile(start, whole, body, max(1, pc - start))
+        body, end = self._body(pc, whole)
+        segment = self._compile(pc, whole, body, max(1, end - pc))
         if self._track:
-            self._note_registers(segment, range(start, min(pc, len(code))))
-        (self.whole if whole else self.masked)[start] = segment
+            self._note_registers(segment, range(pc, end))
+        (self.whole if whole else self.masked)[pc] = segment
         return segment
+
+    def _body(self, start: int, whole: bool) -> tuple[list[tuple[int, str]], int]:
+        """([(pc, line of source)], pc after the segment)
+
+        wgmmas are left to be joined until something names their registers or the segment ends
+        (see matrix/wgmma.py).
+        """
+        body: list[tuple[int, str]] = []
+        unfinished: frozenset = frozenset()     # registers of wgmmas issued so far
+        pc = start
+        while True:
+            stop = self._stop(pc, start, whole)
+            lines, last = ([stop], True) if stop else self._lower(pc, whole)
+            if unfinished and (last or self._uses(pc, unfinished)):
+                body.append((pc, "w.wgmma.flush()"))
+                unfinished = frozenset()
+            body += [(pc, line) for line in lines]
+            if last:
+                return body, pc if stop else pc + 1
+            unfinished |= self._issues(pc)
+            pc += 1
+
+    def _stop(self, pc: int, start: int, whole: bool) -> str | None:
+        """The return statement of a segment that ends before pc."""
+        if pc >= len(self.kernel.code):
+            return f"return {self._emitter.bind(fragments.leave)}(w,fr)"
+        if pc != start and self._starts_new(pc, whole):
+            return f"return {pc}"
+        return None
+
+    def _uses(self, pc: int, registers: frozenset) -> bool:
+        instr = self.kernel.code[pc]
+        return instr.parts[0] != "wgmma" and bool(registers & self._named(instr.args))
+
+    def _issues(self, pc: int) -> frozenset:
+        """The registers of a wgmma that is to be executed later."""
+        instr = self.kernel.code[pc]
+        joined = instr.parts[:2] == ("wgmma", "mma_async") and not self._track
+        return self._named(instr.args) if joined else frozenset()
 
     def _starts_new(self, pc: int, whole: bool) -> bool:
         if pc in self._leaders or (not whole and self._converges[pc]):

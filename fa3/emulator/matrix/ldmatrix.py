@@ -1,4 +1,4 @@
-"""ldmatrix and stmatrix: warps move 8 x 8 matrices of 16-bit elements, a row (16 bytes) per lane."""
+"""ldmatrix and stmatrix: warps move 8 x 8 matrices of 16-bit elements, 16 bytes per lane."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 Accumulator fragment: D[16 w + 8 h + g, 8 j + 2 q + p] is in lane 32 w + 4 g + q,
 element 4 j + 2 h + p.
 
-MMAs are collected until their commit_group (in late mode until the wait_group that covers
-them) and then executed in order; those of one accumulator that follow each other become one
-matrix product.  Products accumulate in fp32 in the order of BLAS: the hardware truncates
+MMAs are collected, at most until their commit_group (in late mode until the wait_group that
+covers them), and then executed in order; those of one accumulator that follow each other become
+one matrix product.  Compilers do read accumulators before the commit (moves of packed halves,
+which ptxas orders): generated code calls flush() before it touches a register of an issued MMA.
+
+Products accumulate in fp32 in the order of BLAS: the hardware truncates
 differently, for fp8 noticeably.
 """
 
@@ -60,12 +63,16 @@ class Queue:
         self.issued: list[Issued] = []
         self.committed: list[list[Issued]] = []     # of late mode
 
-    def commit(self) -> None:
-        issued, self.issued = self.issued, []
-        if self.w.checks.late:
-            self.committed.append(issued)
-        else:
+    def flush(self) -> None:
+        """Execute what was issued, unless that is to happen late."""
+        if self.issued and not self.w.checks.late:
+            issued, self.issued = self.issued, []
             self._execute(issued)
+
+    def commit(self) -> None:
+        self.flush()
+        self.committed.append(self.issued)      # empty unless late
+        self.issued = []
 
     def wait(self, keep: int) -> None:
         done = self.committed[: max(0, len(self.committed) - keep)]
@@ -100,8 +107,7 @@ def commit(w):
 
 
 def wait(w, keep):
-    if w.checks.late:
-        w.wgmma.wait(keep)
+    w.wgmma.wait(keep)
     if w.in_flight is not None:
         w.in_flight.wait(keep)
 

@@ -1,1 +1,1 @@
-"""Memory as a kernel sees it: registered host ranges, shared memory, barriers in it, bulk copies."""
+"""Memory as a kernel sees it: host ranges, shared memory, mbarriers, asynchronous copies."""

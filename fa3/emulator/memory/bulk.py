@@ -115,8 +115,9 @@ def _later(w, lane: int, site: int, work) -> None:
         work()
 
 
-def load(w, m, site, dst, dst_offset, src, src_offset, size, barrier, barrier_offset, multicast):
-    """cp.async.bulk global -> shared"""
+def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast):
+    """cp.async.bulk global -> shared; source is (address, offset, bytes)."""
+    src, src_offset, size = source
     for lane in w.lane_list(m):
         d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
         b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
