@@ -13,7 +13,9 @@ class NamedBarrier(enum.IntEnum):
     """Hardware barriers 1..15 of a CTA (0 is bar.sync 0, __syncthreads)."""
 
     TURN = 1  # .. 3: consumer warpgroup i may issue its GEMMs
-    O_STORED = 4  # .. 6: consumer warpgroup i has written its rows of O to shared memory
+    O_WRITTEN = 4  # .. 6: consumer warpgroup i has written its rows of O to shared memory
+    O_LEFT = 7  # .. 9: the O of warpgroup i's last tile has left shared memory
+    SCORES_DONE = 10  # .. 12: nobody but warpgroup i reads the K slot that receives its O
 
 
 @dataclass(frozen=True)

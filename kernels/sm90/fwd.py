@@ -24,15 +24,15 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from ..barriers import WARPGROUP, WarpgroupTurn
 from ..blocks import BlockRange, Window
-from ..config import FwdConfig
+from ..config import FwdConfig, OSpace
 from ..mask import Mask
 from ..scheduler import L2_BUDGET, Deal, TileOrder
 from ..signature import Signature
 from ..softmax import HEADROOM_LOG2, OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
-from .fwd_mma import FwdFragments, attend
-from .fwd_store import store_lse, store_output
+from .fwd_mma import FwdFragments, accumulate_last, attend
+from .fwd_store import OutputSpace, store_lse, store_output, swizzled
 from .rings import FwdRings, Ring
 from .wgmma import ELEMENT, FwdMma, FwdSmem
 
@@ -55,6 +55,14 @@ class FwdPlan:
     @property
     def tile_n(self) -> int:
         return self.config.tile_n
+
+    @property
+    def head_dim(self) -> int:
+        return self.signature.head_dim
+
+    @property
+    def o_space(self) -> OSpace:
+        return self.config.o_space(self.signature)
 
     @property
     def head_dim_v(self) -> int:
@@ -188,7 +196,7 @@ class ForwardSm90:
         if warp == 0:
             for operand in (tensors.q, tensors.k, tensors.v, tensors.o):
                 cpasync.prefetch_descriptor(operand.atom)
-        rings, sO = self._shared_memory()
+        rings, o_pointer = self._shared_memory()
         tiles = self._tiles(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -199,10 +207,10 @@ class ForwardSm90:
                 load(plan, tensors, rings, tiles)
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
-            self._consume(tensors, scalars, rings, sO, tiles)
+            self._consume(tensors, scalars, rings, o_pointer, tiles)
 
-    def _shared_memory(self) -> tuple[FwdRings, cute.Tensor]:
-        """Rings of Q, K and V; O (64, dv, num_mma_warpgroups) in the space of Q."""
+    def _shared_memory(self) -> tuple[FwdRings, cute.Pointer]:
+        """Rings of Q, K and V, and where O goes."""
         plan, allocator = self.plan, cutlass.utils.SmemAllocator()
         layouts = FwdSmem.of(plan.signature, plan.config)
 
@@ -211,12 +219,13 @@ class ForwardSm90:
 
         def ring(pointer, layout):
             barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
-            return Ring.of(_swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
+            return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
 
-        q_or_o = space(max(cute.cosize(layouts.q), cute.cosize(layouts.o)))
+        q_size, o_size = cute.cosize(layouts.q), cute.cosize(layouts.o)
+        q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
         k, v = space(cute.cosize(layouts.k)), space(cute.cosize(layouts.v))
-        rings = FwdRings(ring(q_or_o, layouts.q), ring(k, layouts.k), ring(v, layouts.v))
-        return rings, _swizzled(q_or_o, layouts.o)
+        o = space(o_size) if plan.o_space == "own" else {"k": k, "q": q}[plan.o_space]
+        return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
 
     def _tiles(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Tiles:
         plan = self.plan
@@ -244,21 +253,24 @@ class ForwardSm90:
         tensors: FwdTensors,
         scalars: FwdScalars,
         rings: FwdRings,
-        sO: cute.Tensor,
+        o_pointer: cute.Pointer,
         tiles: Tiles,
     ):
         """A consumer warpgroup: all tiles of this CTA."""
         plan = self.plan
         thread = cute.arch.thread_idx()[0] - WARPGROUP
         lane = thread % 32
-        warpgroup = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        row_in_tile = thread // 32 * 16 + lane // 4
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        warpgroup = warp // 4
+        row_in_tile = warp * 16 + lane // 4
 
         mma = FwdMma.of(plan.signature, plan.config)
         frag = FwdFragments.of(plan, mma, rings, warpgroup)
         softmax = OnlineSoftmax.of(scalars.scale_log2, HEADROOM_LOG2[plan.signature.dtype])
         lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
+        o_layout = FwdSmem.of(plan.signature, plan.config).o
+        space = OutputSpace(plan, o_pointer, o_layout, warpgroup, warp % 4 == 0)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
 
@@ -266,20 +278,17 @@ class ForwardSm90:
         for wave in cutlass.range(tiles.count, unroll=1):
             tile, blocks = tiles[wave]
             row = tile.m_block * plan.tile_m + row_in_tile
-            query = q.wait_and_advance()
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
-            k, v = attend(frag, softmax, mask, turn, k, v, blocks)
+            query = q.wait_and_advance()
+            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.o_space == "k")
+            last_key = rings.k.slot_before(k)
+            space.scores_done(query)
+            v = accumulate_last(frag, v)
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            store_output(
-                plan, tensors, mma.pv, frag.acc_O, sO[None, None, warpgroup], tile, warpgroup, thread
-            )
-            query.release()
-
-
-def _swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
-    """A buffer whose swizzle sits in its pointer, as TMA and wgmma descriptors want it."""
-    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner), layout.outer)
+            store_output(space, tensors, mma.pv, frag.acc_O, tile, thread, last_key)
+            space.stored(query, rings.k, last_key)
+        space.drain()
 
 
 def _tma_load(tensor: cute.Tensor, smem_layout, tile) -> TmaOperand:

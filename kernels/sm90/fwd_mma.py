@@ -63,20 +63,25 @@ def attend(
     k: Any,
     v: Any,
     blocks: Any,
+    keep_last_key: cutlass.Constexpr,
 ):
-    """One query tile: O (not yet normalised) in frag.acc_O, statistics in softmax."""
+    """One query tile up to its last P; O += P V of the last block remains (accumulate_last).
+
+    With keep_last_key the slot of the last K block is not released.
+    """
     softmax.start()
     frag.acc_O.fill(0.0)
     key = k.wait_and_advance()
     frag.issue_scores(key.index)
     warpgroup.wait_group(0)
-    key.release()
+    _release(key, keep_last_key, blocks.count == 1)
     mask.apply(frag.acc_S, blocks.n_max - 1)
     softmax.update(frag.acc_S)
     convert(frag.acc_S, frag.p)
 
     for phase in blocks.phases():
         for i in cutlass.range(phase.n_end - phase.n_begin, unroll=1):
+            n_block = phase.n_end - 1 - i
             key = k.wait_and_advance()
             value = v.wait_and_advance()
             turn.wait()
@@ -84,18 +89,32 @@ def attend(
             frag.issue_output(value.index)
             turn.pass_on()
             warpgroup.wait_group(1)
-            key.release()
+            _release(key, keep_last_key, n_block == blocks.n_min)
             if cutlass.const_expr(phase.is_masked):
-                mask.apply(frag.acc_S, phase.n_end - 1 - i)
+                mask.apply(frag.acc_S, n_block)
             moves = softmax.update(frag.acc_S)
             warpgroup.wait_group(0)
             value.release()
             if moves:
                 softmax.rescale(frag.acc_O)
             convert(frag.acc_S, frag.p)
+    return k, v
 
+
+@cute.jit
+def _release(key: Any, keep_last: cutlass.Constexpr, is_last):
+    if cutlass.const_expr(keep_last):
+        if not is_last:
+            key.release()
+    else:
+        key.release()
+
+
+@cute.jit
+def accumulate_last(frag: FwdFragments, v: Any):
+    """O += P V of the tile's last block."""
     value = v.wait_and_advance()
     frag.issue_output(value.index)
     warpgroup.wait_group(0)
     value.release()
-    return k, v
+    return v

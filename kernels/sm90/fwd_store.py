@@ -1,5 +1,8 @@
 """Epilogue of the forward kernel: O through shared memory and TMA, LSE from registers."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
@@ -10,6 +13,86 @@ from cutlass.utils import LayoutEnum
 from ..barriers import WARPGROUP, NamedBarrier
 from ..tensors import FwdTensors
 from ..views import convert
+from .rings import Ring
+
+
+@dataclass(frozen=True)
+class OutputSpace:
+    """Where the O of a consumer warpgroup waits for TMA, and whom that keeps waiting.
+
+    config.OSpace tells the three kinds; the other roles only call the methods.
+    """
+
+    plan: Any
+    pointer: cute.Pointer  # start of the space; for kind "k" of the K ring
+    layout: Any  # (64, dv, num_mma_warpgroups), composed with its swizzle
+    warpgroup: Any
+    is_storing_warp: Any  # warp-uniform: the first warp of the warpgroup
+
+    @property
+    def kind(self) -> str:
+        return self.plan.o_space
+
+    @cute.jit
+    def scores_done(self, query: Any):
+        """This warpgroup has multiplied its last Q K^T of the tile."""
+        if cutlass.const_expr(self.kind != "q"):
+            query.release()
+        if cutlass.const_expr(self.kind == "k"):
+            for other in cutlass.range_constexpr(self.plan.num_mma_warpgroups):
+                if other != self.warpgroup:
+                    cute.arch.barrier_arrive(
+                        barrier_id=NamedBarrier.SCORES_DONE + other,
+                        number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
+                    )
+
+    @cute.jit
+    def wait_until_free(self):
+        """Before this warpgroup writes O."""
+        if cutlass.const_expr(self.kind == "own"):
+            self._wait_for_store()
+            self._meet(NamedBarrier.O_LEFT, WARPGROUP)
+        if cutlass.const_expr(self.kind == "k"):
+            self._meet(NamedBarrier.SCORES_DONE, WARPGROUP * self.plan.num_mma_warpgroups)
+
+    @cute.jit
+    def stored(self, query: Any, k: Ring, last_key: Any):
+        """The TMA store of O has been issued: give back what O occupies once it has left."""
+        if cutlass.const_expr(self.kind != "own"):
+            self._wait_for_store()
+        if cutlass.const_expr(self.kind == "q"):
+            query.release()
+        if cutlass.const_expr(self.kind == "k"):
+            k.release(last_key)
+
+    @cute.jit
+    def drain(self):
+        """Before the CTA ends: shared memory must outlive the stores that read it."""
+        if cutlass.const_expr(self.kind == "own"):
+            self._wait_for_store()
+
+    def rows(self, last_key: Any) -> cute.Tensor:
+        """This warpgroup's (64, dv) part of the space."""
+        pointer = self.pointer
+        if self.kind == "k":
+            pointer = pointer + last_key * (self.plan.tile_n * self.plan.head_dim)
+        return swizzled(pointer, self.layout)[None, None, self.warpgroup]
+
+    @cute.jit
+    def _wait_for_store(self):
+        if self.is_storing_warp:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _meet(self, barrier: NamedBarrier, number_of_threads: int):
+        cute.arch.barrier(
+            barrier_id=barrier + self.warpgroup, number_of_threads=number_of_threads
+        )
+
+
+def swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
+    """A buffer whose swizzle sits in its pointer, as TMA and wgmma descriptors want it."""
+    aligned = pointer.align(1024)
+    return cute.make_tensor(cute.recast_ptr(aligned, layout.inner), layout.outer)
 
 
 @cute.jit
@@ -22,29 +105,31 @@ def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, row, lane):
 
 @cute.jit
 def store_output(
-    plan: cutlass.Constexpr,
+    space: OutputSpace,
     tensors: FwdTensors,
     tiled_mma: cute.TiledMma,
     acc_O: cute.Tensor,
-    sO: cute.Tensor,  # (64, dv), this warpgroup's rows
-    tile,
-    warpgroup_index,
-    thread,
+    tile: Any,
+    thread: Any,
+    last_key: Any,  # slot of the tile's last K block
 ):
     """A warpgroup's 64 rows of O: registers -> stmatrix -> shared memory -> TMA.
 
     TMA drops the rows beyond s_q and the columns beyond the true head dim.
     """
+    plan = space.plan
+    sO = space.rows(last_key)  # (64, dv)
     acc_16 = cute.make_rmem_tensor_like(acc_O, plan.element)
     convert(acc_O, acc_16)
     atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
     copy = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(thread % WARPGROUP)
+    space.wait_until_free()
     cute.copy(copy, copy.retile(acc_16), copy.partition_D(sO))
     cute.arch.fence_view_async_shared()
     cute.arch.barrier(
-        barrier_id=NamedBarrier.O_STORED + warpgroup_index, number_of_threads=WARPGROUP
+        barrier_id=NamedBarrier.O_WRITTEN + space.warpgroup, number_of_threads=WARPGROUP
     )
-    if cute.arch.make_warp_uniform(thread // 32) % 4 == 0:
+    if space.is_storing_warp:
         rows = cute.local_tile(
             tensors.o.tensor[None, None, tile.head, tile.batch], plan.o_tile, (None, 0)
         )  # (64, dv, num_64_row_blocks)
@@ -55,7 +140,6 @@ def store_output(
             cute.group_modes(sO, 0, 2),
             cute.group_modes(rows, 0, 2),
         )
-        block = tile.m_block * plan.num_mma_warpgroups + warpgroup_index
+        block = tile.m_block * plan.num_mma_warpgroups + space.warpgroup
         cute.copy(tensors.o.atom, from_smem, to_rows[None, block])
         cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import pipeline
+from cutlass import Int32, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ..tensors import TmaOperand
@@ -43,6 +43,16 @@ class Ring:
 
     def consumer(self) -> pipeline.PipelineConsumer:
         return self.pipeline.make_consumer()
+
+    def slot_before(self, consumer: pipeline.PipelineConsumer):
+        """The slot that a consumer waited for last."""
+        num_stages = self.pipeline.num_stages
+        return (consumer.current_handle().index + num_stages - 1) % num_stages
+
+    def release(self, slot):
+        """Give a slot back that was waited for but not released at once."""
+        state = pipeline.PipelineState(self.pipeline.num_stages, Int32(0), slot, Int32(0))
+        self.pipeline.consumer_release(state)
 
     def filler(self, operand: TmaOperand, tile_shape, head, batch, block_mode: int):
         """fill(block, handle): TMA block `block` of a head, along `block_mode`, into a stage."""
