@@ -136,6 +136,7 @@ class Device:
             return 0
         except BaseException as error:      # noqa: BLE001 - kept for reraise()
             self._failed.error = error
+            self.shim.failed(f"{type(error).__name__}: {error}")
             return _LAUNCH_FAILURE
 
     # launches

@@ -254,9 +254,11 @@ int cuda_dialect_init_library_once(void **lib, err_t (*init)(void **), err_t (*l
 void cuda_dialect_unload_library_once(void **lib) { *lib = NULL; }
 
 typedef void (*set_error_parts_t)(const char *kind, const char **parts, int32_t n);
+static char failure[4096];      /* what the last failed launch raised */
+void fa3_emulator_failed(const char *text) { snprintf(failure, sizeof failure, "%s", text); }
 void CuteDSLRT_TVMFFISetRaisedCudaError(set_error_parts_t set, int32_t code) {
-  char text[64];
-  snprintf(text, sizeof text, "emulated CUDA error %d", code);
+  char text[sizeof failure + 64];
+  snprintf(text, sizeof text, "emulated CUDA error %d: %s", code, failure);
   const char *parts[] = {text};
   set("RuntimeError", parts, 1);
 }

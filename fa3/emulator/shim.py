@@ -108,3 +108,7 @@ class Shim:
                            _ALLOC(alloc))
         self._library.fa3_emulator_install(
             *(ctypes.cast(f, ctypes.c_void_p) for f in self._callbacks))
+
+    def failed(self, text: str) -> None:
+        """Let the error that TVM-FFI raises for a failed launch say why."""
+        self._library.fa3_emulator_failed(text.encode())

@@ -1,6 +1,6 @@
 """cp.async (Ampere): 4 to 16 bytes per lane from global to shared memory.
 
-A generic-proxy write by the PTX ISA.  Completes at once; in late mode at the wait of its warp that covers it.
+A generic-proxy write by the PTX ISA.  Completes at once; in late mode at the wait that covers it.
 """
 
 from __future__ import annotations

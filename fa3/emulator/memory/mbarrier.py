@@ -84,7 +84,7 @@ def transaction(w, m, address, offset, nbytes, sign):
 
 
 def arrive(w, m, row, address, offset, x, expect):
-    """mbarrier.arrive: x is the arrival count, or with `expect` (.expect_tx) the bytes to expect."""
+    """mbarrier.arrive [.expect_tx]: x is the arrival count, or with `expect` the bytes."""
     addresses = _addresses(w, m, address, offset)
     values = w.active(x, m).tolist() if x is not None else [1] * len(addresses)
     tokens = []
