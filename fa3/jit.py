@@ -113,10 +113,9 @@ def source_fingerprint(kernel: str, target: str) -> str:
     """A hash of the sources that generated code depends on."""
     here = Path(__file__).resolve().parent
     # rglob does not follow links, and fa3/kernels is one in a checkout: walk what it points at
-    folders = [(here / "kernels").resolve()]
+    files = sorted((here / "kernels").resolve().rglob("*.py"))
     if target == "emulator":
-        folders.append(here / "emulator")  # it patches the DSL's code generation
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+        files.append(here / "emulator" / "dsl.py")  # what it changes in the DSL's code generation
     origin = importlib.util.find_spec(kernel.partition(":")[0]).origin
     files.append(Path(origin).resolve())
     digest = hashlib.sha256()

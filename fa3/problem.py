@@ -7,7 +7,7 @@ runs on fake tensors and is tested without memory. Each message names the argume
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -281,8 +281,8 @@ def _scale_of(softmax_scale: float | None, head_dim: int) -> float:
 
 
 def _count_of(name: str, value: int, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
     if value < minimum:
         raise ValueError(f"{name} is {value}, expected at least {minimum}")
-    return value
+    return int(value)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -265,6 +266,14 @@ def test_mask_kinds(causal, window, kind, bounds):
     assert checked.mask == kind
     if bounds is not None:
         assert (checked.window_left, checked.window_right) == bounds
+
+
+def test_numpy_numbers():
+    layouts = (Layout.of(x) for x in tensors().values())
+    options = Options(numpy.float32(0.5), False, numpy.int64(5), numpy.int32(7), numpy.int64(1))
+    checked = Problem.of(*layouts, options)
+    assert (checked.window_left, checked.window_right, checked.sm_margin) == (5, 7, 1)
+    assert checked.softmax_scale == 0.5
 
 
 def test_signature_has_no_lengths():

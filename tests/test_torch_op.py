@@ -79,6 +79,32 @@ def test_compile_with_dynamic_lengths(device):
     assert torch.ops.fa3.forward in targets or torch.ops.fa3.forward.default in targets
 
 
+def test_compile_with_options_that_vary(qkv):
+    """Windows and scales that torch.compile turns into symbols."""
+
+    def model(q, k, v, left, scale):
+        return fa3.flash_attn_func(q, k, v, scale, window_size=(left, 4))
+
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for left, scale in ((3, 0.1), (17, 0.2), (40, 0.3)):
+        assert torch.equal(compiled(*qkv, left, scale), model(*qkv, left, scale))
+
+
+def test_no_backward_pass_under_compile(qkv):
+    q, k, v = qkv
+    q = q.clone().requires_grad_()
+    compiled = torch.compile(_model, backend="eager")
+    with pytest.raises(NotImplementedError, match="q has requires_grad=True"):
+        compiled(q, k, v)
+
+
+def test_no_backward_pass_of_the_operator(qkv):
+    q, k, v = qkv
+    out, _ = torch.ops.fa3.forward(q.clone().requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match=r"fa3\.forward.*no autograd formula"):
+        out.sum().backward()
+
+
 def test_compile_with_out(qkv):
     def model(q, k, v, out):
         return fa3.flash_attn_func(q, k, v, causal=True, out=out) * 2
