@@ -46,7 +46,9 @@ class FwdConfig:
         """Where O waits for its TMA store: the first of the three that shared memory allows."""
         if self._smem_bytes(signature, with_o=True) <= SMEM_LIMIT:
             return "own"
-        return "k" if signature.head_dim_v * self.tile_m <= self._k_stage(signature) else "q"
+        # Two stages: then no warpgroup can be two tiles ahead of one that still writes O to a slot.
+        fits = signature.head_dim_v * self.tile_m <= self._k_stage(signature)
+        return "k" if fits and self.num_stages == 2 else "q"
 
     def smem_bytes(self, signature: Signature) -> int:
         """Shared memory of a CTA."""

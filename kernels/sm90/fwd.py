@@ -282,11 +282,11 @@ class ForwardSm90:
             query = q.wait_and_advance()
             k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.o_space == "k")
             last_key = rings.k.slot_before(k)
-            space.scores_done(query)
+            space.scores_done(query, wave)
             v = accumulate_last(frag, v)
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            store_output(space, tensors, mma.pv, frag.acc_O, tile, thread, last_key)
+            store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last_key)
             space.stored(query, rings.k, last_key)
         space.drain()
 

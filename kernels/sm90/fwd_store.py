@@ -34,26 +34,31 @@ class OutputSpace:
         return self.plan.o_space
 
     @cute.jit
-    def scores_done(self, query: Any):
-        """This warpgroup has multiplied its last Q K^T of the tile."""
+    def scores_done(self, query: Any, wave: Any):
+        """This warpgroup has finished the last Q K^T of its wave-th tile."""
         if cutlass.const_expr(self.kind != "q"):
             query.release()
-        if cutlass.const_expr(self.kind == "k"):
+        if cutlass.const_expr(self.kind != "own"):
             for other in cutlass.range_constexpr(self.plan.num_mma_warpgroups):
                 if other != self.warpgroup:
                     cute.arch.barrier_arrive(
-                        barrier_id=NamedBarrier.SCORES_DONE + other,
+                        barrier_id=_scores_done(other, wave),
                         number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
                     )
 
     @cute.jit
-    def wait_until_free(self):
-        """Before this warpgroup writes O."""
+    def wait_until_free(self, wave: Any):
+        """Before this warpgroup writes the O of its wave-th tile."""
         if cutlass.const_expr(self.kind == "own"):
             self._wait_for_store()
-            self._meet(NamedBarrier.O_LEFT, WARPGROUP)
-        if cutlass.const_expr(self.kind == "k"):
-            self._meet(NamedBarrier.SCORES_DONE, WARPGROUP * self.plan.num_mma_warpgroups)
+            cute.arch.barrier(
+                barrier_id=NamedBarrier.O_LEFT + self.warpgroup, number_of_threads=WARPGROUP
+            )
+        else:
+            cute.arch.barrier(
+                barrier_id=_scores_done(self.warpgroup, wave),
+                number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
+            )
 
     @cute.jit
     def stored(self, query: Any, k: Ring, last_key: Any):
@@ -83,10 +88,9 @@ class OutputSpace:
         if self.is_storing_warp:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _meet(self, barrier: NamedBarrier, number_of_threads: int):
-        cute.arch.barrier(
-            barrier_id=barrier + self.warpgroup, number_of_threads=number_of_threads
-        )
+
+def _scores_done(warpgroup, wave):
+    return NamedBarrier.SCORES_DONE + warpgroup + 3 * (wave % 2)
 
 
 def swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
@@ -110,6 +114,7 @@ def store_output(
     tiled_mma: cute.TiledMma,
     acc_O: cute.Tensor,
     tile: Any,
+    wave: Any,
     thread: Any,
     last_key: Any,  # slot of the tile's last K block
 ):
@@ -123,7 +128,7 @@ def store_output(
     convert(acc_O, acc_16)
     atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
     copy = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(thread % WARPGROUP)
-    space.wait_until_free()
+    space.wait_until_free(wave)
     cute.copy(copy, copy.retile(acc_16), copy.partition_D(sO))
     cute.arch.fence_view_async_shared()
     cute.arch.barrier(
