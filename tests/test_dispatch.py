@@ -1,7 +1,9 @@
 """Which kernel and which config a case gets, and the error when there is none."""
 
 import itertools
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fa3 import dispatch, tuning
+import fa3
+from fa3 import dispatch, jit, ops, tuning
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
 
@@ -37,6 +40,16 @@ def test_other_gpus_get_every_reason(capability):
     assert str(SIGNATURE) in message
 
 
+def test_a_call_on_another_gpu(monkeypatch):
+    """The public function ends in that error, before anything is compiled."""
+    monkeypatch.setattr(dispatch, "target_of", lambda device: gpu(8, 0, "NVIDIA A100"))
+    monkeypatch.setattr(jit, "compile", lambda *_: pytest.fail("it compiled a kernel"))
+    x = torch.ones(1, 2, 1, 72).half()
+    ops.plan_of.cache_clear()
+    with pytest.raises(NotImplementedError, match="NVIDIA A100 has 8.0"):
+        fa3.flash_attn_func(x, x, x)
+
+
 def test_no_kernel_for_a_case_lists_all(monkeypatch):
     """With several kernels in the table, each gives its own reason."""
     table = [
@@ -55,8 +68,9 @@ def test_no_kernel_for_a_case_lists_all(monkeypatch):
 
 def _first_call(fa3_cpu):
     code = (
-        "import torch, fa3; x = torch.ones(1, 1, 1, 8).half(); fa3.flash_attn_func(x, x, x);"
-        "import sys; print('cutlass' in sys.modules)"
+        "import sys, torch, fa3; x = torch.ones(1, 3, 2, 8).half();"
+        "out, lse = fa3.flash_attn_func(x, x, x, causal=True, return_attn_probs=True);"
+        "print(torch.equal(out, x), lse[0, 0].exp().tolist(), 'cutlass' in sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "FA3_CPU"}
     if fa3_cpu is not None:
@@ -73,8 +87,13 @@ def _first_call(fa3_cpu):
 
 @pytest.mark.parametrize("fa3_cpu", [None, "reference"])
 def test_reference_needs_no_dsl(fa3_cpu):
+    """Equal keys: the output is the value, and row i divides by i + 1 times exp(sqrt(8))."""
     done = _first_call(fa3_cpu)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.returncode == 0, done.stderr
+    right, sums, dsl = re.fullmatch(r"(\w+) \[(.+)\] (\w+)\n", done.stdout).groups()
+    assert (right, dsl) == ("True", "False")
+    wanted = [(i + 1) * math.exp(math.sqrt(8)) for i in range(3)]
+    assert [float(x) for x in sums.split(",")] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_unknown_fa3_cpu():
