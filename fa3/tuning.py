@@ -4,12 +4,23 @@ from .kernels.config import FwdConfig
 from .kernels.signature import Signature
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
+#
+# Chosen by the prediction of perf.model for the steady loop (TFLOPs/s at bf16 in the comment; no
+# GPU has confirmed any of it) and by what wider tiles waste: key blocks at the diagonal and at the
+# end of the keys, and the separate buffer for O that lets the next tile's loads begin early.
 FORWARD = {
-    (64, 64): {"any": FwdConfig(tile_n=128, num_mma_warpgroups=3)},
-    (96, 96): {"any": FwdConfig(tile_n=128)},
-    (128, 128): {"any": FwdConfig(tile_n=128)},
-    (192, 192): {"any": FwdConfig(tile_n=96)},
-    (256, 256): {"any": FwdConfig(tile_n=80)},
+    (64, 64): {"any": FwdConfig(tile_n=128, num_mma_warpgroups=3, num_stages=4)},  # 559
+    (96, 96): {
+        "full": FwdConfig(tile_n=176),  # 641
+        "any": FwdConfig(tile_n=128),  # 641
+    },
+    (128, 128): {
+        "full": FwdConfig(tile_n=176),  # 692; 691 at 160, 689 at 128, which issues more per score
+        "any": FwdConfig(tile_n=128),  # 690
+    },
+    (192, 128): {"any": FwdConfig(tile_n=112)},  # 725
+    (192, 192): {"any": FwdConfig(tile_n=80)},  # 747; 749 at 96, where O and Q share a buffer
+    (256, 256): {"any": FwdConfig(tile_n=80)},  # 781
 }
 
 

@@ -52,6 +52,4 @@ class WarpgroupTurn:
 @cute.jit
 def _give_first_turn(warpgroup, num_warpgroups: int):
     if warpgroup == num_warpgroups - 1:
-        cute.arch.barrier_arrive(
-            barrier_id=int(NamedBarrier.TURN), number_of_threads=2 * WARPGROUP
-        )
+        cute.arch.barrier_arrive(barrier_id=int(NamedBarrier.TURN), number_of_threads=2 * WARPGROUP)

@@ -33,7 +33,9 @@ class Signature:
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
             if getattr(self, name) not in HEAD_DIM_TILES:
-                raise ValueError(f"{name}={getattr(self, name)} is none of the tiles {HEAD_DIM_TILES}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is none of the tiles {HEAD_DIM_TILES}"
+                )
         if self.dtype not in ("bf16", "fp16"):
             raise ValueError(f"dtype={self.dtype!r} is neither 'bf16' nor 'fp16'")
         if self.mask not in ("full", "causal", "local"):

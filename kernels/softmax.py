@@ -50,7 +50,7 @@ class OnlineSoftmax:
 
     @cute.jit
     def update(self, acc_S: cute.Tensor) -> Boolean:
-        """Turn scores into P in place; true (warp-uniform) if O must be multiplied by correction."""
+        """Turn scores into P in place; true (warp-uniform) if O must be rescaled."""
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         for r in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
