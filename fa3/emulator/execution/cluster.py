@@ -8,7 +8,7 @@ from ..checks import ProxyClock
 from ..errors import Deadlock, EmulatorError, KernelError, Runaway
 from . import report
 from .cta import CTA
-from .fragments import WAITING
+from .fragments import RUNNING, WAITING
 
 # rounds of timed-out waits without progress after which the cluster counts as dead
 STALE_ROUNDS = 50
@@ -59,15 +59,15 @@ class Cluster:
             running = [w for w in running if w.fragments]
             if not running:
                 break
+            self._check_limit()
             if ran and self.events != seen:
                 seen, stale = self.events, 0
-                self._check_limit()
             elif self._in_transit:
                 self._land()
                 stale = 0
             else:
                 stale += 1
-                if stale > STALE_ROUNDS:
+                if stale > STALE_ROUNDS and not self._computing(running):
                     raise Deadlock(report.deadlock(running))
                 seen = self.events
                 self._time_out(running)
@@ -92,6 +92,11 @@ class Cluster:
         if done > self.launch.instruction_limit:
             raise Runaway(f"more than {self.launch.instruction_limit} instructions in one "
                           "cluster: an endless loop?")
+
+    @staticmethod
+    def _computing(running) -> bool:
+        """Whether something is not blocked, only long."""
+        return any(f.state == RUNNING for w in running for f in w.fragments)
 
     @staticmethod
     def _time_out(running) -> None:

@@ -16,6 +16,7 @@ from ..errors import BarrierMisuse, Misaligned, OutOfBounds, Unsupported
 
 OFFSET = 0xFFFFFF
 RANK_SHIFT = 24
+MAX_CLUSTER = 16        # CTAs
 _TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.float16, np.uint32, np.int32, np.float32,
           np.uint64, np.int64, np.float64)
 
@@ -73,11 +74,13 @@ def shared_at(w, address: int) -> tuple[SharedMemory, int]:
 
 def locate(w, m, address, offset: int, nbytes: int) -> tuple[SharedMemory, np.ndarray]:
     """(memory, byte offsets of the active lanes), after bounds and alignment checks."""
-    a = w.active(address, m).astype(np.int64) + offset
+    a = (w.active(address, m).astype(np.int64) + offset) & 0xFFFFFFFF
     memory = w.cta.smem
     if a.size == 0:
         return memory, a
     low, high = int(a.min()), int(a.max())
+    if high >> RANK_SHIFT > MAX_CLUSTER:
+        raise OutOfBounds(f"shared access at {high:#x}")
     if high >> RANK_SHIFT:
         if low >> RANK_SHIFT != high >> RANK_SHIFT:
             raise Unsupported("lanes addressing different CTAs in one instruction")
@@ -87,9 +90,8 @@ def locate(w, m, address, offset: int, nbytes: int) -> tuple[SharedMemory, np.nd
     if nbytes > 1 and (a & (nbytes - 1)).any():
         bad = int(a[(a & (nbytes - 1)) != 0][0])
         raise Misaligned(f"{nbytes}-byte shared access at {bad:#x}")
-    if high + nbytes > memory.size or low < 0:
-        raise OutOfBounds(f"shared access at {low if low < 0 else high:#x} outside the CTA's "
-                          f"{memory.size:#x} bytes")
+    if high + nbytes > memory.size:
+        raise OutOfBounds(f"shared access at {high:#x} outside the CTA's {memory.size:#x} bytes")
     return memory, a
 
 

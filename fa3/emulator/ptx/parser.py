@@ -26,6 +26,7 @@ _COUNTED = re.compile(r"^(%?[\w$]+)<(\d+)>$")
 _NAME = re.compile(r"^[\w$%]+$")
 # one alternative per thing that ends or interrupts a statement
 _TOKEN = re.compile(r"//[^\n]*|/\*.*?\*/|\.loc\b[^\n]*|\.file\b[^\n]*|[{};]|(?<!:):(?!:)", re.S)
+_ASM = re.compile(r"//\s*(begin|end) inline asm")
 _IGNORED = (".pragma", ".branchtargets")
 
 
@@ -81,7 +82,7 @@ def _shared(text: str) -> tuple[str, tuple[int, int]]:
 
 
 class _Statement(NamedTuple):
-    kind: str           # "{", "}", "label", "loc" or "stmt"
+    kind: str           # "{", "}", "label", "loc", "asm" or "stmt"
     text: str
     line: int
 
@@ -101,6 +102,8 @@ def _statements(text: str, at: int) -> Iterator[_Statement]:
         line += text.count("\n", at, token.end())
         at, mark = token.end(), token.group()
         if mark[0] == "/":
+            if m := _ASM.match(mark):
+                yield _Statement("asm", m.group(1), line)
             continue
         if mark[0] == ".":
             yield _Statement("loc", mark, line)
@@ -130,6 +133,7 @@ class _Body:
         self.scopes: list[dict[str, str]] = [{}]
         self.serials = [0]
         self.loc: Location | None = None
+        self.in_asm = False
 
     def rename(self, name: str) -> str:
         for scope in reversed(self.scopes):
@@ -143,6 +147,8 @@ class _Body:
         for kind, text_, line in statements:
             if kind == "loc":
                 self._locate(text_)
+            elif kind == "asm":
+                self.in_asm = text_ == "begin"
             elif kind == "{":
                 serial += 1
                 self.scopes.append(dict(local.get(serial, {})))
@@ -158,6 +164,9 @@ class _Body:
                 self.kernel.code.append(self._instruction(text_, line))
 
     def _locate(self, text: str) -> None:
+        """Inside inline asm, compilers add the line in the asm text to the line of the asm."""
+        if self.in_asm:
+            return
         if m := _LOC.match(text):
             number, line = int(m.group(1)), int(m.group(2))
             self.loc = Location(self.files.get(number, f"file {number}"), line)
