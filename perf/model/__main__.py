@@ -6,8 +6,6 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from fa3.inspect import DisassemblerMissing
-
 from . import whatif
 from .machine import CLOCK, TAIL, Machine
 from .predict import Settings, predict
@@ -93,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  rival constants: {rates}")
             if args.timeline:
                 print(timeline(prediction.result, len(prediction.traces)))
-    except (ValueError, OSError, DisassemblerMissing) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"perf.model: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,6 +10,7 @@ from .trace import Trace
 NEVER = float("inf")
 SKEWS = (0, 150, 400, 700, 1100)  # cycles by which each warpgroup starts after the one before
 ITERATIONS = 40
+STARVED = 20  # times the iterations asked for that one warp may do while another does none
 NO_BARRIER = 7
 UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform")
 WAITS = {"mma": "tensor queue", "depbar": "wait for MMA", "turn": "barrier", "meet": "barrier"}
@@ -86,6 +87,7 @@ class Simulation:
     skew: int
     now: float = 0.0
     last: int = 0  # the warp that issued last
+    limit: int = 0  # iterations of one warp
     used: Counter = field(default_factory=Counter)
     events: list = field(default_factory=list)
 
@@ -113,6 +115,7 @@ class Simulation:
     def run(self, iterations: int) -> Result:
         """Until each warp has done `iterations`; measures the second half."""
         half, since, before = iterations // 2, None, 0.0
+        self.limit = STARVED * iterations
         while (done := min(warp.iteration for warp in self.warps)) < iterations:
             if since is None and done >= half:
                 since = self.now
@@ -205,6 +208,8 @@ class Simulation:
         if warp.pc == len(warp.ops):
             warp.pc = 0
             warp.iteration += 1
+            if warp.iteration > self.limit:
+                raise RuntimeError("one warp never waits, and the greedy scheduler starves another")
             warp.ready = max(warp.ready, warp.iteration * self.interval)
         self.now, self.last = t + 1, choice.warp
 

@@ -29,8 +29,8 @@ def program(text: str, name: str = "kernel") -> Program:
 
 
 def repeat(count: int, line: str) -> str:
-    """`count` lines; {} is the number, {2} twice the number."""
-    return "\n".join(line.replace("{2}", str(2 * i)).replace("{}", str(i)) for i in range(count))
+    """`count` lines; {0} is the number, {1} twice the number, {2} 88 more than the number."""
+    return "\n".join(line.format(i, 2 * i, 88 + i) for i in range(count))
 
 
 CHAIN = """
@@ -38,7 +38,7 @@ CHAIN = """
     HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT
     HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0
 """
-EXPONENTIALS = repeat(32, "MUFU.EX2 R{}, R{}")
+EXPONENTIALS = repeat(32, "MUFU.EX2 R{0}, R{0}")
 
 # What a warpgroup issues per block of keys: scores, exponentials, a rescaling of O that most
 # blocks do not need, P V.
@@ -47,14 +47,14 @@ ATTENTION = f"""
     loop:
     {CHAIN}
     WARPGROUP.DEPBAR.LE gsb0, 0x0
-    {repeat(32, "FFMA R{}, R{}, R200, R201")}
+    {repeat(32, "FFMA R{0}, R{0}, R200, R201")}
     VOTE.ANY P0, P1
     {EXPONENTIALS}
     @!P0 BRA ->calm
     MUFU.EX2 R202, R203
-    {repeat(32, "FMUL R{}, R{}, R202")}
+    {repeat(32, "FMUL R{0}, R{0}, R202")}
     calm:
-    {repeat(16, "F2FP.BF16.F32.PACK_AB R{}, R{2}, R{}")}
+    {repeat(16, "F2FP.BF16.F32.PACK_AB R{0}, R{1}, R{0}")}
     NOP
     WARPGROUP.ARRIVE
     HGMMA.64x64x16.F32.BF16 R88, R24, gdesc[UR8].tnspB, R88

@@ -6,8 +6,8 @@ from fa3.inspect.mix import KINDS, Mix
 
 from .listings import ATTENTION, CHAIN, EXPONENTIALS, program, repeat
 
-RESCALE = repeat(32, "FMUL R{}, R{}, R202")
-SCALE = repeat(32, "FFMA R{}, R{}, R200, R201")
+RESCALE = repeat(32, "FMUL R{0}, R{0}, R202")
+SCALE = repeat(32, "FFMA R{0}, R{0}, R200, R201")
 
 
 def steady(text: str):
@@ -119,7 +119,7 @@ def test_the_steady_loop_is_the_one_with_fewest_slots_per_exponential():
         masked:
         {CHAIN}
         {SCALE}
-        {repeat(32, "FSEL R{}, R{}, -INF, P1")}
+        {repeat(32, "FSEL R{0}, R{0}, -INF, P1")}
         {EXPONENTIALS}
         @P2 BRA ->masked
         plain:

@@ -1,0 +1,190 @@
+"""The timing model on loops written by hand."""
+
+import functools
+
+import pytest
+
+from fa3.inspect.flow import Flow
+from fa3.inspect.loops import main_loops
+from fa3.inspect.sass import Control, Instruction
+from perf.model import whatif
+from perf.model.__main__ import machine
+from perf.model.machine import Machine
+from perf.model.ops import decode, decode_all
+from perf.model.predict import bound
+from perf.model.simulate import kv_bytes, simulate
+from perf.model.trace import TAKEN, trace
+from tests.inspect.listings import program, repeat
+
+from .model_programs import PINGPONG, SCORES
+
+CALM = Machine(steal=0.0, slow=0.0)
+
+
+def pingpong(warps: int, rescale_always: bool = False) -> list:
+    code = program(PINGPONG)
+    (loop,) = main_loops(Flow(code))
+    return [trace(code, loop, w, rescale_always) for w in range(warps)]
+
+
+def straight(text: str, **control) -> list[Instruction]:
+    """The instructions of `text`, each with these control fields."""
+    fields = {"stall": 1} | control
+    code = program(text).code
+    return [Instruction(x.address, "", x.opcode, x.operands, Control(**fields)) for x in code]
+
+
+# Cycles per iteration as the prototype that was calibrated gives them, for (warpgroups, what-if),
+# with the rescaling in every iteration.
+CALIBRATED = {
+    (1, "none"): 652.8,
+    (2, "none"): 1089.0,
+    (2, "drop"): 1025.0,
+    (2, "no barriers"): 985.3,
+    (2, "emulate"): 1105.6,
+    (3, "none"): 1509.972783200076,
+}
+EDITS = {
+    "none": lambda steps: steps,
+    "drop": whatif.drop_rescale,
+    "no barriers": whatif.no_barriers,
+    "emulate": functools.partial(whatif.emulate_ex2, fraction=0.25),
+}
+
+
+@pytest.mark.parametrize(("warps", "edit"), CALIBRATED)
+def test_cycles_are_those_of_the_calibrated_model(warps, edit):
+    traces = [EDITS[edit](steps) for steps in pingpong(warps, rescale_always=True)]
+    result = simulate(traces, Machine(), 24)
+    assert result.cycles == pytest.approx(CALIBRATED[warps, edit], rel=1e-9)
+    assert result.flops == warps * 8 * 2 * 64 * 64 * 16
+
+
+def test_a_wait_for_keys_is_made_by_the_first_warpgroup_only():
+    first, second = pingpong(2)
+    waits = [sum("TRYWAIT" in x.opcode for x in steps) for steps in (first, second)]
+    assert waits == [2, 1]
+
+
+def test_a_guarded_rescaling_is_jumped_over_unless_asked_for():
+    (calm,), (busy,) = pingpong(1), pingpong(1, rescale_always=True)
+    assert sum(x.base == "FMUL" for x in calm) == 0
+    assert sum(x.base == "FMUL" for x in busy) == 32
+    assert sum(x.opcode == TAKEN for x in calm) == sum(x.opcode == TAKEN for x in busy) + 1
+
+
+def test_a_guarded_block_with_a_named_barrier_is_executed():
+    code = program(PINGPONG.replace("calm:", "BAR.ARV R7, 0x100\n calm:"))
+    (loop,) = main_loops(Flow(code))
+    assert sum(x.base == "FMUL" for x in trace(code, loop, 0)) == 32
+
+
+def test_a_loop_that_goes_on_out_of_line_is_refused():
+    text = PINGPONG.replace("calm:", "calm:\n BRA ->far\n back:") + "far:\n NOP\n BRA ->back"
+    code = program(text)
+    (loop,) = main_loops(Flow(code))
+    with pytest.raises(ValueError, match="goes on out of line"):
+        trace(code, loop, 0)
+
+
+def test_back_to_back_matrix_products_run_at_the_peak():
+    # 2 * 64 * 64 * 16 FLOP a quarter of which fall to an SMSP of 1024 FLOP a cycle
+    mmas = straight(SCORES)
+    result = simulate([mmas], Machine(), 40)
+    assert result.cycles == pytest.approx(4 * 32, rel=1e-3)
+    assert result.busy["tensor"] == pytest.approx(1, rel=1e-3)
+    assert bound(result.busy).startswith("tensor core (0%")
+
+
+def test_a_matrix_product_is_never_faster_than_its_operands_from_shared_memory():
+    both = decode(program("HGMMA.64x8x16.F32.BF16 R24, gdesc[UR8], R24").code[0], Machine())
+    registers = decode(program("HGMMA.64x8x16.F32.BF16 R24, R8, gdesc[UR8], R24").code[0], CALM)
+    assert both.busy == (64 * 16 + 8 * 16) * 2 / 128
+    assert registers.busy == 2 * 64 * 8 * 16 / 4 / 1024
+    assert both.smem == 1
+
+
+def test_8_bit_matrix_products_are_twice_as_fast():
+    half = decode(program("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24").code[0], Machine())
+    quarter = decode(program("QGMMA.64x128x32.F32.E4M3 R24, gdesc[UR8], R24").code[0], Machine())
+    assert quarter.busy == half.busy
+    assert quarter.flops == 2 * half.flops
+
+
+def test_exponentials_take_the_pipe_for_8_cycles():
+    steps = straight(repeat(16, "MUFU.EX2 R{0}, R{0}"), stall=8)
+    assert simulate([steps], Machine(), 40).cycles == pytest.approx(16 * 8, rel=1e-2)
+    steps = straight(repeat(16, "MUFU.EX2 R{0}, R{0}"), stall=9)
+    result = simulate([steps] * 3, Machine(), 40)
+    assert result.cycles == pytest.approx(3 * 16 * 8, rel=1e-2)
+    assert bound(result.busy) == "MUFU"
+
+
+def test_a_warp_that_is_never_chosen_is_an_error():
+    steps = straight(repeat(16, "MUFU.EX2 R{0}, R{0}"))
+    with pytest.raises(RuntimeError, match="starves another"):
+        simulate([steps] * 2, Machine(), 24)
+
+
+def test_a_stall_count_delays_the_next_issue():
+    steps = straight(repeat(16, "FADD R{0}, R{0}, R{0}"), stall=5)
+    assert simulate([steps], Machine(), 40).cycles == pytest.approx(16 * 5, rel=1e-2)
+
+
+def test_a_scoreboard_holds_the_next_instruction():
+    load, use = program("LDS R0, [R1]\n FADD R2, R0, R0").code
+    steps = [
+        Instruction(0, "", load.opcode, load.operands, Control(stall=1, write_barrier=2)),
+        Instruction(16, "", use.opcode, use.operands, Control(stall=1, wait=0b100)),
+    ]
+    assert simulate([steps], Machine(), 40).cycles == pytest.approx(Machine().lat_lds + 1, rel=1e-2)
+
+
+def test_reading_registers_costs_a_running_matrix_product_time():
+    adds = straight(repeat(64, "FADD R{0}, R{0}, R200"), stall=2)
+    alone = simulate([straight(SCORES), adds], CALM, 40)
+    contended = simulate([straight(SCORES), adds], Machine(slow=0.0), 40)
+    assert alone.busy["stolen"] == 0
+    assert contended.busy["stolen"] > 0.1
+    assert contended.cycles > alone.cycles
+
+
+def test_the_reuse_cache_saves_a_read():
+    first, second = straight("FFMA R0, R1, R2.reuse, R3\n FFMA R4, R5, R2, R6")
+    assert [op.reads for op in decode_all([first, second], Machine(), 2)] == [3, 2]
+
+
+def test_a_turn_waits_for_the_warpgroup_before():
+    result = simulate(pingpong(2), Machine(), 24)
+    assert result.stalls["barrier"] > 0.01
+    without = [whatif.no_barriers(steps) for steps in pingpong(2)]
+    assert "barrier" not in simulate(without, Machine(), 24).stalls
+
+
+def test_warps_that_wait_for_each_other_forever_are_a_deadlock():
+    turn = "BAR.SYNC.DEFER_BLOCKING R5, 0x100\n BAR.SYNC.DEFER_BLOCKING R6, 0x100\n"
+    steps = straight(f"{turn} BAR.ARV R6, 0x100")
+    with pytest.raises(RuntimeError, match="deadlock"):
+        simulate([steps, steps], Machine(), 24)
+
+
+def test_l2_bandwidth_is_a_floor():
+    (steps,) = pingpong(1)
+    assert kv_bytes(steps) == 8 * 64 * 16 * 2
+    result = simulate([steps], Machine(l2_bytes=2.0), 24)
+    assert result.cycles == pytest.approx(kv_bytes(steps) / 2, rel=1e-2)
+
+
+def test_an_emulated_exponential_takes_nine_instructions():
+    (steps,) = pingpong(1)
+    edited = whatif.emulate_ex2(steps, 0.25)
+    assert sum(x.is_exp2 for x in edited) == 24
+    assert len(edited) == len(steps) + 8 * 8
+    assert edited[-1] == steps[-1]
+    assert sum(x.control.stall for x in edited) >= sum(x.control.stall for x in steps)
+
+
+def test_machine_constants_can_be_set_and_are_checked():
+    assert machine(["steal=0.5", "xu=4"]) == Machine(steal=0.5, xu=4)
+    with pytest.raises(ValueError, match="no 'stael'"):
+        machine(["stael=0.5"])
