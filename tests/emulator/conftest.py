@@ -19,7 +19,7 @@ def emulator():
 
 @pytest.fixture(scope="session")
 def compiled(emulator):
-    """(kernel of kernels.py, example tensors, **constants) -> function of tensors, compiled once."""
+    """(name in kernels.py, example tensors, **constants) -> function of tensors, compiled once."""
     import cutlass.cute as cute
     from cutlass.cute.runtime import from_dlpack, make_fake_stream
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from .ptx_runner import HEADER, lanes, launch
 
 from fa3.emulator.errors import BarrierMisuse, Deadlock, Misaligned, OutOfBounds, Unsupported
+
+from .ptx_runner import HEADER, lanes, launch
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 2**32, 128, dtype=np.uint32)

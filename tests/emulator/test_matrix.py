@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from .ptx_runner import launch
 
 from fa3.emulator.errors import Unsupported
 from fa3.emulator.matrix.descriptors import chunks
+
+from .ptx_runner import launch
 
 LAYOUTS = {0: 16, 3: 32, 2: 64, 1: 128}     # descriptor layout -> bytes of a swizzled row
 

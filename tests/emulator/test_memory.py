@@ -5,13 +5,14 @@ import types
 
 import numpy as np
 import pytest
-from .ptx_runner import launch
 
 from fa3.emulator.errors import BarrierMisuse, Deadlock, KernelError, OutOfBounds, Unsupported
 from fa3.emulator.memory.bulk import swizzled_chunks
 from fa3.emulator.memory.mbarrier import MBarrier
 from fa3.emulator.memory.regions import GlobalMemory
 from fa3.emulator.memory.tensormap import TensorMap
+
+from .ptx_runner import launch
 
 
 def test_a_fresh_mbarrier_is_in_phase_0():

@@ -39,7 +39,8 @@ def test_bf16_toward_zero_never_grows(values):
     assert (np.abs(down) >= np.abs(finite) * (1 - 2**-7) - 1e-38).all()
 
 
-@pytest.mark.parametrize("kind, dtype", [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
 def test_fp8_codes_and_rounding(values, kind, dtype):
     codes = torch.arange(256, dtype=torch.uint8)
     np.testing.assert_array_equal(formats.FP8[kind], codes.view(dtype).float().numpy())

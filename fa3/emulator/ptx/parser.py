@@ -82,7 +82,7 @@ def _shared(text: str) -> tuple[str, tuple[int, int]]:
 
 
 class _Statement(NamedTuple):
-    kind: str           # "{", "}", "label", "loc", "asm" or "stmt"
+    kind: str           # "{", "}", "label", "loc", "comment" or "stmt"
     text: str
     line: int
 
@@ -101,12 +101,8 @@ def _statements(text: str, at: int) -> Iterator[_Statement]:
             pending += piece
         line += text.count("\n", at, token.end())
         at, mark = token.end(), token.group()
-        if mark[0] == "/":
-            if m := _ASM.match(mark):
-                yield _Statement("asm", m.group(1), line)
-            continue
-        if mark[0] == ".":
-            yield _Statement("loc", mark, line)
+        if mark[0] in "/.":
+            yield _Statement("loc" if mark[0] == "." else "comment", mark, line)
         elif mark == ";":
             yield _Statement("stmt", " ".join(pending.split()), start)
             pending = ""
@@ -147,8 +143,9 @@ class _Body:
         for kind, text_, line in statements:
             if kind == "loc":
                 self._locate(text_)
-            elif kind == "asm":
-                self.in_asm = text_ == "begin"
+            elif kind == "comment":
+                if m := _ASM.match(text_):
+                    self.in_asm = m.group(1) == "begin"
             elif kind == "{":
                 serial += 1
                 self.scopes.append(dict(local.get(serial, {})))

@@ -1,0 +1,284 @@
+"""Installation and its errors, functions from object files, and what stays registered."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fa3.emulator import dsl, shim
+from fa3.emulator.errors import SetupError
+from fa3.emulator.images import Images
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, tmp_path: Path, **environment) -> str:
+    """Run a script in a process of its own; returns what it printed."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CUTE_DSL_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True,
+        timeout=300, env={**inherited, "PYTHONPATH": search, **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_importing_the_emulator_does_not_import_the_dsl(tmp_path):
+    assert python("""
+        import sys
+        import fa3.emulator
+        print("cutlass" in sys.modules)
+        """, tmp_path) == "False\n"
+
+
+def test_installing_twice_is_harmless_and_another_arch_is_not(emulator):
+    emulator.install()
+    assert emulator.installed()
+    with pytest.raises(SetupError, match="installed for sm_90a, not sm_80"):
+        emulator.install("sm_80")
+
+
+def test_an_unknown_version_of_the_dsl_is_refused(monkeypatch):
+    monkeypatch.setattr(dsl.importlib.metadata, "version", lambda name: "4.9.0")
+    with pytest.raises(SetupError, match=r"known to work with 4\.8\.1; installed is 4\.9\.0"):
+        dsl.check_version()
+
+
+def test_a_missing_dsl_is_named(monkeypatch):
+    def missing(name):
+        raise dsl.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(dsl.importlib.metadata, "version", missing)
+    with pytest.raises(SetupError, match="needs nvidia-cutlass-dsl 4.8.1, which is not installed"):
+        dsl.check_version()
+
+
+def test_without_a_c_compiler_the_error_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(SetupError, match="needs a C compiler.*Install one or set CC"):
+        shim.compiler()
+    monkeypatch.setenv("CC", "no-such-compiler -O3")
+    with pytest.raises(SetupError, match="CC='no-such-compiler -O3' is not one"):
+        shim.compiler()
+
+
+def test_the_shim_is_built_with_cc_and_kept(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho called >> {log}\nexec {shim.compiler()[0]} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
+    library = shim.build()
+    assert library.name == shim.LIBRARY and library == shim.build()
+    assert log.read_text() == "called\n"
+    assert [p.name for p in library.parent.iterdir()] == [shim.LIBRARY]
+
+
+def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho broken toolchain >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(SetupError, match="broken toolchain"):
+        shim.build()
+
+
+PRELUDE = """
+    import sys
+    import torch
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
+    from fa3 import emulator
+
+    def compiled():
+        from tests.emulator import kernels
+        fakes = [make_fake_tensor(cutlass.Float32, (128,), (1,)) for _ in range(3)]
+        return cute.compile(kernels.add, *fakes, make_fake_stream(use_tvm_ffi_env_stream=True),
+                            options="--enable-tvm-ffi")
+
+    a, b, c = torch.randn(3, 128)
+"""
+
+
+def test_installing_after_the_dsl_was_imported_works(emulator, tmp_path):
+    assert "True" in python(PRELUDE + """
+    emulator.install()
+    compiled()(a, b, c)
+    print(torch.equal(c, a + b))
+    """, tmp_path)
+
+
+def test_installing_after_something_was_compiled_is_an_error(emulator, tmp_path):
+    said = python(PRELUDE + """
+    compiled()
+    try:
+        emulator.install()
+    except emulator.SetupError as error:
+        print(error)
+    """, tmp_path, CUTE_DSL_ARCH="sm_90a")
+    assert "came too late" in said
+
+
+def test_functions_from_object_files(emulator, tmp_path):
+    """Exported here, loaded in another process with the cubin and PTX that were kept."""
+    prelude = PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1)
+    folder = f"    from pathlib import Path\n    folder = Path({str(tmp_path)!r})\n"
+    python(prelude + folder + """
+    function = compiled()
+    function.export_to_c(str(folder / "add.o"), function_name="add")
+    (folder / "cubin").write_bytes(function.__cubin__)
+    (folder / "ptx").write_text(function.__ptx__)
+    """, tmp_path)
+    said = python(prelude + folder + """
+    function = load_module(str(folder / "add.o"), enable_tvm_ffi=True)["add"]
+    emulator.remember((folder / "cubin").read_bytes(), (folder / "ptx").read_text())
+    emulator.call(function, a, b, c)
+    print(torch.equal(c, a + b))
+    try:
+        function(a, b, c)
+    except RuntimeError as error:
+        print(error)
+    """, tmp_path)
+    assert said.startswith("True\n")
+    assert "OutOfBounds: global read" in said and "none is registered" in said
+
+
+def test_a_kernel_without_ptx_is_named(emulator, compiled, tmp_path):
+    said = python(PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1) + """
+    from fa3.emulator.images import Images
+    Images.remember = lambda self, cubin, ptx: None
+    try:
+        compiled()(a, b, c)
+    except emulator.SetupError as error:
+        print(error)
+    """, tmp_path)
+    assert "no PTX is known for kernel kernel_cutlass" in said
+
+
+def test_images_are_recognised_by_the_cubin_inside():
+    def elf(size, fill):
+        blob = bytearray(bytes([fill]) * size)
+        blob[:4] = b"\x7fELF"
+        blob[0x20:0x30] = bytes(16)
+        blob[0x28] = 64                 # section headers at 64, one of (size - 64) bytes
+        blob[0x36:0x3A] = bytes(4)
+        blob[0x3A:0x3E] = bytes([size - 64, 0, 1, 0])
+        return bytes(blob)
+
+    images = Images()
+    images.remember(elf(128, 1), "first")
+    images.remember(elf(160, 2), "second")
+    images.remember(elf(160, 2), "second again")
+    assert images.find(b"fatbin header" + elf(128, 1) + b"padding") == "first"
+    assert images.find(elf(160, 2)) == "second again"
+    assert images.find(elf(128, 3)) is None and images.find(b"") is None
+
+
+def test_calls_keep_nothing_registered_and_nothing_alive(emulator, compiled):
+    import weakref
+
+    from fa3.emulator import _device
+
+    gc.collect()
+    before = len(_device.memory)
+    a, b, c = (torch.randn(64) for _ in range(3))
+    function = compiled("add", a, b, c)
+    gc.collect()
+    function(a, b, c)
+    gone = weakref.ref(a)
+    del a
+    gc.collect()
+    assert gone() is None
+    assert len(_device.memory) == before
+
+
+def test_registered_tensors_stay_until_they_are_collected(emulator):
+    from fa3.emulator import _device
+
+    before = len(_device.memory)
+    kept, array = torch.zeros(8), np.zeros((4, 4))
+    emulator.register(kept[2:], array.T)
+    emulator.register(kept)
+    assert len(_device.memory) == before + 1        # views that were dropped are gone already
+    address = kept.data_ptr()
+    assert _device.memory.find(address, address + 32).end == address + 32
+    del kept
+    gc.collect()
+    assert len(_device.memory) == before
+
+
+def test_arguments_are_found_inside_containers(emulator):
+    import dataclasses
+
+    from fa3.emulator import _device
+
+    @dataclasses.dataclass
+    class Pair:
+        first: torch.Tensor
+        others: list
+
+    tensors = [torch.zeros(4) for _ in range(4)]
+    nested = (Pair(tensors[0], [tensors[1]]), {"x": tensors[2]}, None, 3)
+
+    def inside(*args):
+        for t in tensors:
+            _device.memory.find(t.data_ptr(), t.data_ptr() + 16)
+        return "called"
+
+    assert emulator.call(inside, nested, tensors[3]) == "called"
+
+
+def test_launch_statistics(emulator, compiled):
+    a, b, c = torch.randn(3, 300)
+    function = compiled("add", a, b, c)
+    before = len(emulator.launches)
+    function(a, b, c)
+    (launch,) = emulator.launches[before:]
+    assert launch["grid"] == (3, 1, 1) and launch["block"] == (128, 1, 1)
+    assert launch["cluster"] == (1, 1, 1) and launch["instructions"] > 30
+
+
+def test_errors_do_not_outlive_their_call(emulator, compiled):
+    a, b, c = torch.randn(3, 128)
+    broken = compiled("add", a, b, c, excess=4096)
+    with emulator.options(checks=()):
+        for _ in range(2):
+            with pytest.raises(emulator.OutOfBounds):
+                broken(a, b, c.clone())
+        compiled("add", a, b, c)(a, b, c)
+    assert torch.equal(c, a + b)
+
+
+def test_threads_take_turns(emulator, compiled):
+    tensors = [torch.randn(3, 3000) for _ in range(4)]
+    function = compiled("add", *tensors[0])
+    threads = [threading.Thread(target=function, args=tuple(t)) for t in tensors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(t[2], t[0] + t[1]) for t in tensors)
+
+
+def test_options(emulator):
+    with emulator.options(checks=("proxy",), late=True) as outer:
+        assert outer.checks == ("proxy", "late")
+        with emulator.options(sms=7, late=False) as inner:
+            assert (inner.sms, inner.checks) == (7, ("proxy",))
+    with pytest.raises(ValueError, match=r"unknown checks \['typo'\]; known are proxy"):
+        emulator.configure(checks=("typo",))
+    with pytest.raises(ValueError, match="sms must be at least 1, not 0"):
+        emulator.configure(sms=0)
+    assert set(emulator.ALL_CHECKS) == set(emulator.CHECKS)
