@@ -20,7 +20,7 @@ NO_KEY, SOME_KEY = 0, -1  # bit patterns of OnlineSoftmax.seen; the sign bit say
 class OnlineSoftmax:
     """Softmax over blocks of scores, in base 2, normalised at the end.
 
-        y = S * scale_log2 + shift        P = exp2(y)        shift = -maximum * scale_log2 - headroom
+        y = S * scale_log2 + shift      P = exp2(y)      shift = -maximum * scale_log2 - headroom
 
     `maximum` is the row's largest score when the shift was last moved, so P is at most
     2^-headroom then, and stays below 1 while no later score exceeds that maximum by more than

@@ -1,4 +1,4 @@
-"""A consumer warpgroup of the forward kernel: S = Q K^T, softmax, O += P V for its 64 query rows."""
+"""A consumer warpgroup of the forward kernel: S = Q K^T, softmax, O += P V for 64 query rows."""
 
 from dataclasses import dataclass
 from typing import Any
