@@ -17,6 +17,7 @@ ORDER = (
     "test_problem",
     "test_dispatch",
     "test_cases",
+    "test_accuracy_rule",
     "test_reference",
     "test_jit",
     "test_torch_op",
