@@ -90,29 +90,23 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         left, right = window_size
     except (TypeError, ValueError):
         raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
-    if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    if not plain:
         check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_grad(q=q, k=k, v=v)
-    if _needs_dispatcher(q, k, v, out):
-        out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
-    else:
+    if plain and not _is_watched():
         out, lse = ops.run(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    else:
+        out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
     return (out, lse) if return_attn_probs else out
 
 
-def _needs_dispatcher(q, k, v, out) -> bool:
-    """Under torch.compile, for tensor subclasses (fake ones too), where a mode sees operators."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or type(q) not in _PLAIN
-        or type(k) not in _PLAIN
-        or type(v) not in _PLAIN
-        or (out is not None and type(out) not in _PLAIN)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+def _is_watched() -> bool:
+    """Under torch.compile, or in a mode that sees operators: fake tensors, counters of FLOPs."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _dispatched(q, k, v, out, *options):
