@@ -17,6 +17,7 @@ instruction cache, bank conflicts, power and clocks, and all outside of the stea
     simulate  the machine at work
     predict   cubin -> Prediction
     report    text and timeline
+    calibrate the constants, from measured speeds
 """
 
 from .machine import Machine

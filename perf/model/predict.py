@@ -36,7 +36,7 @@ class Prediction:
     @property
     def tflops(self) -> float:
         """TFLOPs/s of a long sequence on all SMs."""
-        return _tflops(self.result, self.settings.clock, self.settings.tail)
+        return tflops(self.result, self.settings.clock, self.settings.tail)
 
     @property
     def tensor_floor(self) -> float:
@@ -72,7 +72,7 @@ class Prediction:
         for steal, slow, clock in RIVALS:
             machine = replace(self.settings.machine, steal=steal, slow=slow)
             result = simulate(self.traces, machine, self.settings.iterations)
-            rates.append(_tflops(result, clock, self.settings.tail))
+            rates.append(tflops(result, clock, self.settings.tail))
         return rates
 
 
@@ -118,5 +118,6 @@ def bound(busy: dict[str, float]) -> str:
     return names[unit] if busy[unit] > 0.85 else "latency and barriers: no unit is full"
 
 
-def _tflops(result: Result, clock: float, tail: float) -> float:
+def tflops(result: Result, clock: float, tail: float) -> float:
+    """TFLOPs/s of all SMs at `clock` GHz."""
     return SMS * result.flops / result.cycles * clock / 1e3 * tail

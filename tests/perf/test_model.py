@@ -1,17 +1,21 @@
 """The timing model on loops written by hand."""
 
 import functools
+import re
 
 import pytest
 
+from fa3.inspect import cli
 from fa3.inspect.flow import Flow
 from fa3.inspect.loops import main_loops
 from fa3.inspect.sass import Control, Instruction
+from fa3.kernels.signature import Signature
 from perf.model import whatif
-from perf.model.__main__ import machine
+from perf.model.__main__ import machine, main
+from perf.model.calibrate import Case, evaluate
 from perf.model.machine import Machine
 from perf.model.ops import decode, decode_all
-from perf.model.predict import bound
+from perf.model.predict import bound, tflops
 from perf.model.simulate import kv_bytes, simulate
 from perf.model.trace import TAKEN, trace
 from tests.inspect.listings import program, repeat
@@ -188,3 +192,39 @@ def test_machine_constants_can_be_set_and_are_checked():
     assert machine(["steal=0.5", "xu=4"]) == Machine(steal=0.5, xu=4)
     with pytest.raises(ValueError, match="no 'stael'"):
         machine(["stael=0.5"])
+
+
+def test_calibration_finds_the_constants_that_made_the_figures():
+    true = Machine(steal=0.5, slow=0.4)
+    cases = []
+    for warps in (1, 2):
+        traces = pingpong(warps, rescale_always=True)
+        measured = tflops(simulate(traces, true, 24), 1.6, 0.97)
+        cases.append(Case(f"{warps} warpgroups", traces, 0.97, measured, True))
+    right, wrong = evaluate(cases, 0.5, 0.4), evaluate(cases, 1.0, 0.4)
+    assert right.error == pytest.approx(0, abs=1e-9)
+    assert right.clock == pytest.approx(1.6)
+    assert wrong.error > 1e-3
+
+
+def test_the_command_predicts_a_shipped_kernel(device, tmp_path, capsys):
+    inspection = cli.inspect(Signature("bf16", 64, 64, "full"))
+    path = cli.dump(inspection, tmp_path)[1]
+    assert main([str(path), "--iterations", "8", "--timeline"]) == 0
+    steady = capsys.readouterr().out
+    assert main([str(path), "--iterations", "8", "--rescale-always"]) == 0
+    always = capsys.readouterr().out
+    rates = [int(re.search(r"predicted (\d+) TFLOPs", out)[1]) for out in (steady, always)]
+    assert 989 > rates[0] > rates[1] > 100  # 989 is the dense peak
+    assert "on the straight way" in steady
+    assert "with every skippable block" in always
+    assert steady.count(" MMA  |") == inspection.config.num_mma_warpgroups
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    path = tmp_path / "no.cubin"
+    assert main([str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+    path.write_bytes(b"something else")
+    assert main([str(path)]) == 1
+    assert "not a cubin" in capsys.readouterr().err
