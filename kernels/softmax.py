@@ -35,13 +35,12 @@ class OnlineSoftmax:
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
     seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
-    correction: cute.Tensor  # (2,) factor for O, valid after a move
 
     @staticmethod
     def of(scale_log2: Float32, headroom: float) -> "OnlineSoftmax":
-        shift, row_sum, correction = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+        shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(scale_log2, headroom, shift, seen, row_sum, correction)
+        return OnlineSoftmax(scale_log2, headroom, shift, seen, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
@@ -49,56 +48,47 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def update(self, acc_S: cute.Tensor) -> Boolean:
-        """Turn scores into P in place; true (warp-uniform) if O must be rescaled."""
+    def scale(self, acc_S: cute.Tensor) -> Boolean:
+        """S -> y in place; true (warp-uniform) if the shift must move before P is computed."""
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         for r in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
                 rows[r, i] = rows[r, i] * self.scale_log2 + self.shift[r]
-        all_below_one = _sign_and(acc_S, self.seen[0] & self.seen[1])
-        moves = cute.arch.vote_any_sync(all_below_one >= 0)
-        if moves:
-            for r in cutlass.range_constexpr(2):
-                self._move(rows[r, None], r)
-        for r in cutlass.range_constexpr(2):
-            self._exponentiate(rows[r, None], r)
-        return moves
+        all_below_zero = _sign_and(acc_S, self.seen[0] & self.seen[1]) < 0
+        return cute.arch.vote_any_sync(not all_below_zero)
 
     @cute.jit
-    def _move(self, row: cute.Tensor, r: cutlass.Constexpr):
-        """Make the row's largest score so far the new maximum."""
-        has_seen = self.seen[r] != NO_KEY
-        peak = -Float32.inf
-        if has_seen:
-            peak = Float32(-self.headroom)  # the old maximum, as a y
-        peak = cute.arch.fmax(peak, cute.arch.warp_reduction_max(_maximum(row), threads_in_group=4))
-        change = Float32(0.0)  # the row has still not seen a key
-        if peak != -Float32.inf:
-            change = -peak - self.headroom
-            self.seen[r] = Int32(SOME_KEY)
-        self.correction[r] = Float32(1.0)  # O and the sum of a row without keys are 0
-        if has_seen:
-            self.correction[r] = cute.math.exp2(change, fastmath=True)
-        self.shift[r] += change
-        self.row_sum[r] *= self.correction[r]
-        for i in cutlass.range_constexpr(cute.size(row)):
-            row[i] += change
-
-    def _exponentiate(self, row: cute.Tensor, r: int):
-        """y -> P, summed in two chains so that no addition waits for the one before it."""
-        sums = [self.row_sum[r], None]
-        for i in range(cute.size(row)):
-            row[i] = cute.math.exp2(row[i], fastmath=True)
-            sums[i % 2] = row[i] if sums[i % 2] is None else sums[i % 2] + row[i]
-        self.row_sum[r] = sums[0] + sums[1]
-
-    @cute.jit
-    def rescale(self, acc_O: cute.Tensor):
-        """O *= correction."""
-        rows = rows_and_columns(acc_O)
+    def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor):
+        """Make the largest score so far the maximum of its row; correct y, the sum and O."""
+        rows_S, rows_O = rows_and_columns(acc_S), rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(2):
-            for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * self.correction[r]
+            top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
+            has_seen = self.seen[r] != NO_KEY
+            old = -Float32.inf
+            if has_seen:
+                old = Float32(-self.headroom)  # the old maximum, as a y
+            new = cute.arch.fmax(old, top)
+            change = Float32(0.0)  # the row has still not seen a key
+            correction = Float32(1.0)  # O and the sum of a row without keys are 0
+            if new != -Float32.inf:
+                change = -new - self.headroom
+                self.seen[r] = Int32(SOME_KEY)
+            if has_seen:
+                correction = cute.math.exp2(change, fastmath=True)
+            self.shift[r] += change
+            self.row_sum[r] *= correction
+            _add(rows_S[r, None], change)
+            _multiply(rows_O[r, None], correction)
+
+    def exponentiate(self, acc_S: cute.Tensor):
+        """y -> P in place, summed in two chains so that no addition waits for the one before."""
+        rows = rows_and_columns(acc_S)
+        for r in range(2):
+            sums = [self.row_sum[r], None]
+            for i in range(cute.size(rows, mode=[1])):
+                rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
+                sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
+            self.row_sum[r] = sums[0] + sums[1]
 
     @cute.jit
     def finish(self, acc_O: cute.Tensor, lse: cute.Tensor):
@@ -106,13 +96,13 @@ class OnlineSoftmax:
 
         A row that saw no key has sum 0: O = 0, lse = -inf.
         """
+        rows = rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(2):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
             is_empty = total == 0.0
-            self.correction[r] = cute.arch.rcp_approx(Float32(1.0) if is_empty else total)
             log2_sum = cute.math.log2(total, fastmath=True)
             lse[r] = -Float32.inf if is_empty else (log2_sum - self.shift[r]) * LN2
-        self.rescale(acc_O)
+            _multiply(rows[r, None], cute.arch.rcp_approx(Float32(1.0) if is_empty else total))
 
 
 def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
@@ -130,3 +120,13 @@ def _maximum(row: cute.Tensor) -> Float32:
     for i in range(1, cute.size(row)):
         top = cute.arch.fmax(top, row[i])
     return top
+
+
+def _add(row: cute.Tensor, summand: Float32):
+    for i in range(cute.size(row)):
+        row[i] = row[i] + summand
+
+
+def _multiply(row: cute.Tensor, factor: Float32):
+    for i in range(cute.size(row)):
+        row[i] = row[i] * factor

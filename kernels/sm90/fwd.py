@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
 
 from ..barriers import WARPGROUP, WarpgroupTurn
 from ..blocks import BlockRange, Window
@@ -177,8 +178,8 @@ class ForwardSm90:
         longest_first = self.plan.signature.mask != "full"
         heads_per_group = Int32(1)
         if longest_first:
-            head_bytes = s_k * (d + v.shape[0]) * (self.plan.element.width // 8)
-            fitting = cutlass.max(Int32(L2_BUDGET) // head_bytes, 1)
+            key_bytes = (d + v.shape[0]) * (self.plan.element.width // 8)
+            fitting = cutlass.max(Int32(L2_BUDGET) // key_bytes // s_k, 1)
             heads_per_group = cutlass.min(fitting * (heads // heads_kv), heads * batches)
         return TileOrder(
             longest_first=longest_first,
@@ -211,7 +212,7 @@ class ForwardSm90:
 
     def _shared_memory(self) -> tuple[FwdRings, cute.Pointer]:
         """Rings of Q, K and V, and where O goes."""
-        plan, allocator = self.plan, cutlass.utils.SmemAllocator()
+        plan, allocator = self.plan, SmemAllocator()
         layouts = FwdSmem.of(plan.signature, plan.config)
 
         def space(num_elements):

@@ -76,28 +76,37 @@ def attend(
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
     mask.apply(frag.acc_S, blocks.n_max - 1)
-    softmax.update(frag.acc_S)
-    convert(frag.acc_S, frag.p)
+    moves = softmax.scale(frag.acc_S)
 
     for phase in blocks.phases():
-        for i in cutlass.range(phase.n_end - phase.n_begin, unroll=1):
-            n_block = phase.n_end - 1 - i
-            key = k.wait_and_advance()
-            value = v.wait_and_advance()
-            turn.wait()
-            frag.issue_scores(key.index)
-            frag.issue_output(value.index)
-            turn.pass_on()
-            warpgroup.wait_group(1)
-            _release(key, keep_last_key, n_block == blocks.n_min)
-            if cutlass.const_expr(phase.is_masked):
-                mask.apply(frag.acc_S, n_block)
-            moves = softmax.update(frag.acc_S)
-            warpgroup.wait_group(0)
-            value.release()
+        n_block = phase.n_end - 1
+        while n_block >= phase.n_begin:
             if moves:
-                softmax.rescale(frag.acc_O)
-            convert(frag.acc_S, frag.p)
+                softmax.move(frag.acc_S, frag.acc_O)
+            moves = cutlass.Boolean(False)
+            # Steps that move no maximum, which is nearly all of them, stay in this loop.
+            while n_block >= phase.n_begin and not moves:
+                softmax.exponentiate(frag.acc_S)
+                convert(frag.acc_S, frag.p)
+                key = k.wait_and_advance()
+                value = v.wait_and_advance()
+                turn.wait()
+                frag.issue_scores(key.index)
+                frag.issue_output(value.index)
+                turn.pass_on()
+                warpgroup.wait_group(1)
+                _release(key, keep_last_key, n_block == blocks.n_min)
+                if cutlass.const_expr(phase.is_masked):
+                    mask.apply(frag.acc_S, n_block)
+                moves = softmax.scale(frag.acc_S)
+                warpgroup.wait_group(0)
+                value.release()
+                n_block -= 1
+
+    if moves:
+        softmax.move(frag.acc_S, frag.acc_O)
+    softmax.exponentiate(frag.acc_S)
+    convert(frag.acc_S, frag.p)
     return k, v
 
 
