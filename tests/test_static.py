@@ -3,7 +3,9 @@
 import functools
 
 import pytest
+import torch
 
+import fa3
 from fa3 import tuning
 from fa3.inspect import cli
 from fa3.kernels.config import SMEM_LIMIT
@@ -55,7 +57,20 @@ def test_every_role_moves_its_registers_as_configured(inspection):
 
 
 def test_shared_memory_fits(inspection):
-    assert inspection.smem_bytes <= SMEM_LIMIT
+    static = inspection.report.resources.static_smem
+    assert static + inspection.smem_bytes <= SMEM_LIMIT
+
+
+@pytest.mark.parametrize("head_dims", sorted(tuning.FORWARD))
+def test_a_launch_asks_for_no_more_shared_memory_than_the_config_says(head_dims, device):
+    if device.type == "cuda":
+        pytest.skip("a launch on a GPU does not report its shared memory, the emulator does")
+    d, dv = head_dims
+    q, v = torch.zeros(1, 8, 1, d), torch.zeros(1, 8, 1, dv)
+    fa3.flash_attn_func(q.bfloat16(), q.bfloat16(), v.bfloat16())
+    asked = fa3.emulator.launches[-1]["smem"]
+    said = inspected(Signature("bf16", d, dv, "full")).smem_bytes
+    assert said - 1024 <= asked <= said
 
 
 def test_there_is_a_main_loop_for_blocks_without_a_mask(inspection):

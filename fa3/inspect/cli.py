@@ -32,7 +32,7 @@ class Inspection:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: what the launch asks for."""
+        """Dynamic shared memory of a CTA: what a launch asks for, or up to 1024 bytes more."""
         return self.config.smem_bytes(self.signature)
 
     @property
@@ -61,7 +61,8 @@ class Inspection:
             f"tiles             {c.tile_m} query rows x {c.tile_n} key rows",
             f"stages            {c.num_stages} of K and of V",
             f"warpgroups        1 producer, {c.num_mma_warpgroups} consumers",
-            f"shared memory     {self.smem_bytes} of {SMEM_LIMIT} bytes per CTA, at launch",
+            f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
+            f"the limit is {SMEM_LIMIT}",
             str(self.report),
         ]
         return "\n".join(lines)
