@@ -3,6 +3,7 @@
 Generated code sees a register as a row of lanes, by class and interpretation:
     U/S/F  32-bit as unsigned/signed/float      D/Q/E  64-bit       H/J/G  16-bit
     P      predicates
+and whole classes as arrays (registers, lanes): words, ints, floats, predicates.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ class Warpgroup:
         w32 = np.full((counts.get("w", 0), n), poison, np.uint32)
         w64 = np.zeros((counts.get("d", 0), n), np.uint64)
         w16 = np.zeros((counts.get("h", 0), n), np.uint16)
-        self.words, self.floats = w32, w32.view(np.float32)
-        self.U, self.S, self.F = list(w32), list(w32.view(np.int32)), list(self.floats)
+        self.words, self.ints, self.floats = w32, w32.view(np.int32), w32.view(np.float32)
+        self.predicates = np.zeros((counts.get("p", 0), n), bool)
+        self.U, self.S, self.F = list(self.words), list(self.ints), list(self.floats)
         self.D, self.Q, self.E = list(w64), list(w64.view(np.int64)), list(w64.view(np.float64))
         self.H, self.J, self.G = list(w16), list(w16.view(np.int16)), list(w16.view(np.float16))
-        self.P = list(np.zeros((counts.get("p", 0), n), bool))
+        self.P = list(self.predicates)
 
     def active(self, row, m):
         """The values of the active lanes (a constant stays a row of one when all are active)."""

@@ -127,7 +127,8 @@ _COMPARE = {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_eq
 _UNORDERED = {"ltu": "greater_equal", "leu": "greater", "gtu": "less_equal", "geu": "less"}
 
 
-def _comparison(cmp: str, t: str, x: str, y: str) -> str:
+def comparison(cmp: str, t: str, x: str, y: str) -> str:
+    """numpy expression of a comparison of two operands of type t."""
     if KIND[t] == "f":
         if cmp in _UNORDERED:
             return f"~{_UNORDERED[cmp]}({x},{y})"
@@ -152,7 +153,7 @@ def setp(e, i):
         return e.ufunc(_COMPARE[cmp], d, x, y)
     also = f"{ {'and': '&', 'or': '|', 'xor': '^'}[i.parts[2]]}{e.pred(i.args[3])}" \
         if len(i.args) == 4 else ""
-    e.line(f"t=({_comparison(cmp, t, x, y)})")
+    e.line(f"t=({comparison(cmp, t, x, y)})")
     e.put(d, f"t{also}")
     if second is not None:
         e.put(e.dst(second, "u32"), f"(~t){also}")
@@ -162,5 +163,5 @@ def setp(e, i):
 def set_(e, i):
     t = instr_type(i)
     one = "0x3f800000" if i.parts[-2] == "f32" else "0xffffffff"
-    comparison = _comparison(i.parts[1], t, e.src(i.args[1], t), e.src(i.args[2], t))
-    e.put(e.dst(i.args[0], "u32"), f"where({comparison},u4({one}),u4(0))")
+    truth = comparison(i.parts[1], t, e.src(i.args[1], t), e.src(i.args[2], t))
+    e.put(e.dst(i.args[0], "u32"), f"where({truth},u4({one}),u4(0))")

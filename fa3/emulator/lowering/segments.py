@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ..errors import Unsupported
 from ..execution import fragments
 from ..ptx import Kernel
+from .bundles import Item, bundle, describe
 from .emitter import Emitter
 from .registry import HANDLERS, converges, terminator
 
@@ -78,18 +79,20 @@ class Lowered:
         wgmmas are left to be joined until something names their registers or the segment ends
         (see matrix/wgmma.py).
         """
-        body: list[tuple[int, str]] = []
+        items: list[Item] = []
         unfinished: frozenset = frozenset()     # registers of wgmmas issued so far
         pc = start
         while True:
             stop = self._stop(pc, start, whole)
             lines, last = ([stop], True) if stop else self._lower(pc, whole)
             if unfinished and (last or self._uses(pc, unfinished)):
-                body.append((pc, "w.wgmma.flush()"))
+                items.append(Item(pc, ["w.wgmma.flush()"]))
                 unfinished = frozenset()
-            body += [(pc, line) for line in lines]
+            joined = whole and not last
+            items.append(describe(self._emitter, self.kernel.code[pc], pc, lines) if joined else
+                         Item(pc, lines))
             if last:
-                return body, pc if stop else pc + 1
+                return bundle(self._emitter, items), pc if stop else pc + 1
             unfinished |= self._issues(pc)
             pc += 1
 
