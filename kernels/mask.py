@@ -7,6 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from .arithmetic import minimum
 from .blocks import Window
 from .views import column_of, rows_and_columns
 
@@ -36,7 +37,8 @@ class Mask:
             return None, window.s_k - first_column
         if window.kind == "causal":
             return None, window.end_key(row) - first_column
-        end = cutlass.min(window.end_key(row), window.s_k)
+        row = minimum(row, window.s_q - 1)  # rows beyond the last one must see some key too
+        end = minimum(window.end_key(row), window.s_k)
         return window.first_key(row) - first_column, end - first_column
 
 

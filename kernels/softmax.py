@@ -59,22 +59,22 @@ class OnlineSoftmax:
 
     @cute.jit
     def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor):
-        """Make the largest score so far the maximum of its row; correct y, the sum and O."""
+        """Rows with a score beyond the headroom take it as maximum: correct y, the sum and O.
+
+        The warp's other rows stay as they are, to the bit: a row's result is its own.
+        """
         rows_S, rows_O = rows_and_columns(acc_S), rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(2):
             top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
             has_seen = self.seen[r] != NO_KEY
-            old = -Float32.inf
+            change, correction = Float32(0.0), Float32(1.0)
             if has_seen:
-                old = Float32(-self.headroom)  # the old maximum, as a y
-            new = cute.arch.fmax(old, top)
-            change = Float32(0.0)  # the row has still not seen a key
-            correction = Float32(1.0)  # O and the sum of a row without keys are 0
-            if new != -Float32.inf:
-                change = -new - self.headroom
+                if top > 0.0:
+                    change = -top - self.headroom
+                    correction = cute.math.exp2(change, fastmath=True)
+            elif top != -Float32.inf:
+                change = -top - self.headroom  # the sum and O are still 0: nothing to correct
                 self.seen[r] = Int32(SOME_KEY)
-            if has_seen:
-                correction = cute.math.exp2(change, fastmath=True)
             self.shift[r] += change
             self.row_sum[r] *= correction
             _add(rows_S[r, None], change)

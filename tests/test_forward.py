@@ -120,6 +120,46 @@ def test_maximum_that_keeps_growing(device):
         assert_lse("lse", lse, exact_lse)
 
 
+def test_scores_far_below_zero(device):
+    """exp2 of any raw score is 0 here: the first maximum must be a row's own, however low."""
+    case = Case(head_dim=128, head_dim_v=128, s_q=64, s_k=300, causal=True)
+    q, k, v = (x.values for x in make_inputs(case, device))
+    q, k = torch.full_like(q, 8.0), k * 0.1 - 8.0
+    out, lse = _attention(case, q, k, v, device)
+    exact, exact_lse = reference.exact(q, k, v, **case.mask)
+    assert exact_lse.max() < -500
+    assert_accurate("out", out, exact, reference.baseline(q, k, v, **case.mask))
+    assert_lse("lse", lse, exact_lse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_bad_query_spoils_its_own_row_only(value, device):
+    case = Case(head_dim=128, head_dim_v=128, s_q=40, s_k=300, h_q=1, h_k=1)
+    q, k, v = (x.values for x in make_inputs(case, device))
+    wanted, wanted_lse = _attention(case, q, k, v, device)
+    q = q.clone()
+    q[0, 17, 0, 5] = value
+    out, lse = _attention(case, q, k, v, device)
+    others = [i for i in range(case.s_q) if i != 17]
+    assert torch.equal(out[0, others], wanted[0, others])
+    assert torch.equal(lse[0, 0, others], wanted_lse[0, 0, others])
+    assert out[0, 17].isnan().all()
+
+
+def test_offsets_beyond_32_bits(device):
+    """Batch entries four gigabytes apart; only the pages that hold values are ever touched."""
+    case = Case(batch=2, h_q=1, h_k=1, s_q=70, s_k=90)
+    values = [x.values for x in make_inputs(case, device)]
+    far = []
+    for x in (*values, torch.empty_like(values[0])):
+        memory = torch.empty(2**31 + x[0].numel(), dtype=x.dtype, device=device)
+        far.append(memory.as_strided(x.shape, (2**31, *x.stride()[1:])).copy_(x))
+    wanted, wanted_lse = _attention(case, *values, device)
+    out, lse = _attention(case, *far[:3], device, out=far[3])
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse)
+
+
 def test_no_key_at_all(device):
     case = Case(s_q=5, s_k=0)
     q, k, v = (x.values for x in make_inputs(case, device))
