@@ -7,12 +7,13 @@
 # Each makes the virtual environment .venv first. Needs Python 3.10 to 3.13 with venv, and a C compiler
 # (the emulator builds its small stand-in library with it).
 #
-#   make test PYTHON=python3.12 TORCH=torch==2.11.0 PYTEST_FLAGS="-k accuracy"
+#   make test PYTHON=python3.12 TORCH=torch==2.11.0 WORKERS=0 PYTEST_FLAGS="-k accuracy"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DSL ?= nvidia-cutlass-dsl[cu13]==4.8.1
+WORKERS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 SWEEP_FLAGS ?=
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: test demo lint sweep evidence clean
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/python docs/examples/minilm.py $(DEMO_FLAGS)
