@@ -31,7 +31,7 @@ ATTRIBUTES = {1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535
               97: 232448, 106: 32, 111: 1024, 120: 1}
 
 
-def _storages(value) -> Iterator[tuple[int, int]]:
+def storages(value) -> Iterator[tuple[int, int]]:
     """(address, bytes) of the memory behind the tensors inside a call argument."""
     if hasattr(value, "untyped_storage"):
         if value.device.type == "cpu":
@@ -42,11 +42,11 @@ def _storages(value) -> Iterator[tuple[int, int]]:
         yield low, high - low
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _storages(item)
+            yield from storages(item)
     elif isinstance(value, dict):
-        yield from _storages(list(value.values()))
+        yield from storages(list(value.values()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _storages([getattr(value, f.name) for f in dataclasses.fields(value)])
+        yield from storages([getattr(value, f.name) for f in dataclasses.fields(value)])
 
 
 class Device:
@@ -69,7 +69,7 @@ class Device:
     def register(self, *tensors) -> None:
         """Let kernels touch the memory behind torch or numpy arrays for as long as those live."""
         for tensor in tensors:
-            for address, nbytes in _storages(tensor):
+            for address, nbytes in storages(tensor):
                 self.register_range(tensor, address, nbytes)
 
     def register_range(self, owner, address: int, nbytes: int) -> None:
@@ -83,7 +83,7 @@ class Device:
         What a launch in the block raised comes out in place of the CUDA error that the
         host code made of it.
         """
-        tokens = [self.memory.add(*storage) for storage in _storages(arguments)]
+        tokens = [self.memory.add(*storage) for storage in storages(arguments)]
         self._failed.error = None
         try:
             try:

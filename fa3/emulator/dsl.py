@@ -31,6 +31,7 @@ import warnings
 from pathlib import Path
 
 from . import settings
+from .device import storages
 from .errors import SetupError
 
 PACKAGE = "nvidia-cutlass-dsl"
@@ -137,9 +138,7 @@ def _relabel_tensors(device) -> None:
     @functools.wraps(make)
     def make_and_relabel(self, tensor, *args, **kwargs):
         make(self, tensor, *args, **kwargs)
-        from .device import _storages
-
-        for address, nbytes in _storages(tensor):
+        for address, nbytes in storages(tensor):
             device.register_range(self, address, nbytes)
         ffi_tensor = getattr(self, "_tvm_ffi_tensor", None)
         if ffi_tensor is not None:      # an object header of 24 bytes, then a DLTensor

@@ -66,7 +66,10 @@ def configure(*, late: bool | None = None, **changes) -> None:
 
 @contextlib.contextmanager
 def options(*, late: bool | None = None, **changes) -> Iterator[Options]:
-    """Run launches with other options inside a with block; arguments as in configure()."""
+    """Run launches with other options inside a with block; arguments as in configure().
+
+    They hold for the thread (more exactly, the context) that enters the block.
+    """
     token = _scoped.set(_changed(current(), late, changes))
     try:
         yield current()

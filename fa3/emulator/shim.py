@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -63,7 +64,9 @@ def _folders(tag: str):
     if root := os.environ.get("FA3_CACHE_DIR"):
         yield Path(root) / "emulator" / tag
     yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fa3/emulator" / tag
-    yield Path(tempfile.mkdtemp(prefix="fa3_emulator_"))
+    private = tempfile.mkdtemp(prefix="fa3_emulator_")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    yield Path(private)
 
 
 def build() -> Path:

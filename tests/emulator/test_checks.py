@@ -99,8 +99,7 @@ def test_accumulators_in_flight(emulator, gemm):
     assert e.value.source.endswith(line_of("_gemm", "gC[i] = acc[i]"))
 
 
-def test_operands_in_flight(emulator, gemm):
-    """Overwriting a register that a wgmma reads, by an edit of the PTX (A is in shared memory)."""
+def test_operands_in_flight_may_be_read_but_not_overwritten():
     from fa3.emulator.checks import RegistersInFlight
 
     flight = RegistersInFlight()
