@@ -5,10 +5,11 @@ Roles of a CTA (tile_m = 64 x consumers query rows):
     producer   warp 0 of warpgroup 0     TMA: Q (1 stage), K ring, V ring
     consumers  warpgroups 1, 2 (, 3)     S = Q K^T, online softmax, O += P V, O and LSE out
 
-One step of a consumer, for key block n, while the other consumers' GEMMs wait for their turn:
+Two consumers in the steady state (docs/algorithm.md has the barriers):
 
-    tensor cores   |  S_n = Q K_n^T  |  O += P_{n+1} V_{n+1}  |   (other warpgroups' GEMMs)
-    this warpgroup |  issue, wait S  |  P_n = softmax(S_n)    | wait O, (rescale), convert P_n
+    tensor cores |1: S_2 |1: PV_3|2: S_2 |2: PV_3|1: S_1 |1: PV_2|2: S_1 |2: PV_2|
+    consumer 1   | wait  |scale S_2| exp2 .. P_2 | wait  |scale S_1| exp2 .. P_1 |
+    consumer 2   |exp2 .. P_3    | wait  |scale S_2| exp2 .. P_2 | wait  |scale..|
 
 Sources: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
 """
