@@ -72,31 +72,41 @@ def _ends_block(program: Program, position: int) -> bool:
 
 
 def _blocks(program: Program) -> tuple[Block, ...]:
-    code, last = program.code, len(program.code) - 1
+    last = len(program.code) - 1
     starts = {0, *(position for position in program.labels.values() if position <= last)}
     starts |= {i + 1 for i in range(last) if _ends_block(program, i)}
     first = sorted(starts)
     index = {position: i for i, position in enumerate(first)}
-    meeting: dict[str, list[int]] = {}  # convergence barrier -> where its threads meet
-    for x in code:
-        if x.base == "BSSY" and x.label in program.labels:
-            where = index.get(program.labels[x.label])
-            meeting.setdefault(x.operands.split(",")[0], []).append(where)
     blocks = []
     for start, following in zip(first, [*first[1:], last + 1], strict=True):
-        x = code[following - 1]
-        names = [x.label] if x.label else x.note.removeprefix("BRANCH_TARGETS ").split(",")
-        successors = []
-        if x.is_branch:
-            successors = [index.get(program.labels.get(name)) for name in names]
-        elif x.base == "BSYNC":
-            successors = meeting.get(x.operands.strip(), [])
-        leaves = x.base in ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "KILL")
-        if not leaves or _conditional(x):
-            successors = [*successors, index.get(following)]
-        known = dict.fromkeys(s for s in successors if s is not None)
-        blocks.append(Block(start, following - 1, tuple(known)))
+        targets = _targets(program, following - 1)
+        successors = [index[target] for target in targets if target in index]
+        blocks.append(Block(start, following - 1, tuple(dict.fromkeys(successors))))
     return tuple(blocks)
+
+
+def _targets(program: Program, position: int) -> list[int]:
+    """Where control may go after the last instruction of a block."""
+    x = program.code[position]
+    if x.base == "BSYNC":
+        return [_meeting_point(program, position)]
+    targets = []
+    if x.is_branch:
+        names = [x.label] if x.label else x.note.removeprefix("BRANCH_TARGETS ").split(",")
+        targets = [program.labels[name] for name in names if name in program.labels]
+    leaves = x.is_branch or x.base in ("EXIT", "RET", "KILL")
+    if not leaves or _conditional(x):
+        targets.append(position + 1)
+    return targets
+
+
+def _meeting_point(program: Program, position: int) -> int:
+    """Where the threads that wait at a BSYNC go on: what the last BSSY of its barrier named."""
+    barrier = program.code[position].operands.strip()
+    for x in reversed(program.code[:position]):
+        if x.base == "BSSY" and x.operands.split(",")[0] == barrier:
+            return program.labels.get(x.label, position + 1)
+    return position + 1
 
 
 def _conditional(instruction: Instruction) -> bool:

@@ -12,11 +12,15 @@ Branches make "one iteration" ambiguous, so there are two figures and they are a
     all        every instruction from the loop's head to its last back branch, taken or not, and
                what lies outside of that range but belongs to the loop, except spinning on a wait
 
+Rare code may also lie around the loop: a branch leaves it, and an enclosing loop without matrix
+products of its own enters it again. That loop is `around`, measured the same way, so that code does
+not vanish from the figures by being moved out of the innermost loop.
+
 A block counts as a block of exponentials from an eighth of the loop's MUFU.EX2 on; the one or two
 of a skipped rescale factor do not make it part of the straight way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .flow import Flow, NaturalLoop
 from .mix import Mix
@@ -43,14 +47,24 @@ class MainLoop:
     all: Mix
     skipped: tuple[Skipped, ...]
     path: tuple[int, ...]  # positions on the straight way, in order of execution
+    around: "MainLoop | None"  # the enclosing loop, if it does no more of the work than this one
 
 
 def main_loops(flow: Flow) -> tuple[MainLoop, ...]:
     """All main loops, the steady one first, the others in order of slots per exponential."""
     found = [loop for loop in flow.loops if _attends(flow, loop)]
     inner = [a for a in found if not any(b is not a and b.blocks < a.blocks for b in found)]
-    loops = [_measure(flow, loop) for loop in inner]
+    loops = [replace(_measure(flow, loop), around=_around(flow, loop)) for loop in inner]
     return tuple(sorted(loops, key=lambda x: (x.straight.per_exponential, x.head)))
+
+
+def _around(flow: Flow, loop: NaturalLoop) -> MainLoop | None:
+    enclosing = [other for other in flow.loops if loop.blocks < other.blocks]
+    if not enclosing:
+        return None
+    next_one = min(enclosing, key=lambda other: len(other.blocks))
+    mmas = [sum(x.is_mma for x in _code(flow, a.blocks)) for a in (loop, next_one)]
+    return _measure(flow, next_one) if mmas[0] == mmas[1] else None
 
 
 def _code(flow: Flow, blocks) -> list[Instruction]:
@@ -81,6 +95,7 @@ def _measure(flow: Flow, loop: NaturalLoop) -> MainLoop:
         all=Mix.of([*program.code[head : latch + 1], *_code(flow, outside)]),
         skipped=tuple(skipped),
         path=tuple(on_path),
+        around=None,
     )
 
 

@@ -36,14 +36,20 @@ class Report:
         fields = asdict(self)
         del fields["program"]
         for loop in fields["loops"]:
-            del loop["path"]
-            for name in ("straight", "all"):
-                mix = loop[name]
-                mix["per_exponential"] = mix["slots"] / mix["exponentials"]
+            _finish(loop)
         return fields
 
     def __str__(self) -> str:
         return "\n".join([*_resource_lines(self), *_loop_lines(self), *_warning_lines(self)])
+
+
+def _finish(loop: dict) -> None:
+    """A loop for JSON: without its path, with what is derived."""
+    del loop["path"]
+    for name in ("straight", "all"):
+        loop[name]["per_exponential"] = loop[name]["slots"] / loop[name]["exponentials"]
+    if loop["around"]:
+        _finish(loop["around"])
 
 
 def analyse(cubin: bytes, kernel: str | None = None) -> Report:
@@ -117,6 +123,9 @@ def _loop_lines(report: Report) -> list[str]:
             f"  all             {_mix(loop.all)}",
         ]
         lines += _skipped_lines(loop)
+        if loop.around:
+            lines.append(f"  with rare code  {_mix(loop.around.all)}")
+            lines.append(f"{'':18}(the loop around it: runs when a branch leaves the inner one)")
     return lines
 
 

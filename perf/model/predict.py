@@ -22,7 +22,7 @@ class Settings:
     tail: float = TAIL
     iterations: int = ITERATIONS
     consumers: int | None = None  # warpgroups; None: all of the launch but one
-    rescale_always: bool = False  # run blocks that the steady state jumps over, see trace
+    rescale_always: bool = False  # run what the steady state jumps over or leaves out, see trace
     edits: tuple[Edit, ...] = ()  # what-ifs, applied to each warp's trace in turn
 
 
@@ -90,6 +90,8 @@ def predict(
 
 def traces_of(report: Report, settings: Settings) -> list[Trace]:
     loop = report.steady
+    if loop is not None and settings.rescale_always:
+        loop = loop.around or loop
     if loop is None:
         raise ValueError(f"{report.resources.name} has no attention main loop")
     count = settings.consumers or max(1, report.resources.threads // 128 - 1)

@@ -10,7 +10,8 @@ often. In the steady state
 - a block that waits for K or V is executed by the first warpgroup only.
 
 `rescale_always=True` executes the first kind in every iteration, as a kernel without the branch
-would: the lower limit, reached when every block of keys brings a new maximum.
+would: the lower limit, reached when every block of keys brings a new maximum. Where such code lies
+around the steady loop and not in it, the loop to trace is that one, `MainLoop.around`.
 """
 
 import re

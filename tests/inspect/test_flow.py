@@ -43,8 +43,13 @@ def test_an_indirect_branch_goes_to_all_its_targets():
 def test_bsync_meets_where_bssy_said():
     text = "BSSY B0, ->meet\n @P0 BRA ->away\n BSYNC B0\n away:\n BSYNC B0\n meet:\n EXIT"
     flow = Flow(program(text))
-    assert flow.blocks[1].successors == (3, 2)
-    assert flow.blocks[2].successors == (3,)
+    assert [block.successors for block in flow.blocks] == [(2, 1), (3,), (3,), ()]
+
+
+def test_a_barrier_that_is_used_again_meets_where_it_was_set_last():
+    pair = "BSSY B0, ->{0}\n @P0 BRA ->{0}\n FADD R0, R1, R2\n BSYNC B0\n {0}:\n FADD R0, R1, R2\n"
+    flow = Flow(program(pair.format("first") + pair.format("second") + "EXIT"))
+    assert [block.successors for block in flow.blocks] == [(2, 1), (2,), (4, 3), (4,), ()]
 
 
 def test_nested_loops_are_two():

@@ -149,5 +149,30 @@ def test_an_outer_loop_is_no_main_loop():
     assert [loop.straight.slots for loop in main_loops(Flow(program(text)))] == [36]
 
 
+def test_rare_code_around_the_loop_does_not_vanish():
+    text = f"""
+        tile:
+        {CHAIN}
+        resume:
+        {RESCALE}
+        loop:
+        {CHAIN}
+        {EXPONENTIALS}
+        @P0 BRA ->resume
+        @P2 BRA ->loop
+        @P3 BRA ->tile
+        EXIT
+    """
+    loop = steady(text)
+    assert loop.straight.slots == loop.all.slots == 3 + 32 + 2
+    assert loop.around.all.slots == 32 + 3 + 32 + 1
+    assert loop.around.around is None
+
+
+def test_a_loop_over_tiles_with_work_of_its_own_is_no_rare_code():
+    text = f"tile:\n {CHAIN}\n loop:\n {CHAIN}\n {EXPONENTIALS}\n @P2 BRA ->loop\n @P3 BRA ->tile"
+    assert steady(text).around is None
+
+
 def test_a_kernel_without_exponentials_has_no_main_loop():
     assert main_loops(Flow(program(f"loop:\n {CHAIN}\n @P0 BRA ->loop\n EXIT"))) == ()
