@@ -12,15 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.signature import HEAD_DIM_TILES, Signature, head_dim_tile
+from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Signature, head_dim_tile
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 ALIGNMENT = 16  # bytes: TMA's unit for addresses and strides
 MAX_HEAD_DIM = HEAD_DIM_TILES[-1]
-NO_BOUND = 2**30  # a window this wide has no bound
 # Positions are int32 in the kernel: tiles may reach past the length, a window is added on top.
 MAX_LENGTH = 2**31 - 1024
-MAX_LENGTH_LOCAL = NO_BOUND - 1024
+MAX_LENGTH_LOCAL = UNBOUNDED - 1024
 MAX_STRIDE = 2**39  # elements; TMA's strides have 40 bits of bytes
 
 Q_SHAPE = "(batch, s_q, h_q, d)"
@@ -66,7 +65,7 @@ class Problem:
     device: torch.device
     softmax_scale: float
     mask: str  # full, causal or local
-    window_left: int  # as the kernel wants it: NO_BOUND where there is none
+    window_left: int  # as the kernel wants it: UNBOUNDED where there is none
     window_right: int
     sm_margin: int
 
@@ -266,8 +265,8 @@ def _mask_of(options: Options) -> tuple[str, int, int]:
     if options.causal:
         right = 0
     if left < 0 and right <= 0:
-        return ("full" if right < 0 else "causal"), NO_BOUND, NO_BOUND
-    return "local", *(NO_BOUND if bound < 0 else min(bound, NO_BOUND) for bound in (left, right))
+        return ("full" if right < 0 else "causal"), UNBOUNDED, UNBOUNDED
+    return "local", *(UNBOUNDED if bound < 0 else min(bound, UNBOUNDED) for bound in (left, right))
 
 
 def _scale_of(softmax_scale: float | None, head_dim: int) -> float:

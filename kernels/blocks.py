@@ -10,8 +10,6 @@ from typing import Any
 from .arithmetic import ceil_div, clamp, maximum, minimum
 from .signature import MaskKind
 
-UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
-
 
 @dataclass(frozen=True)
 class Window:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa3.kernels.blocks import UNBOUNDED, BlockRange, Window
+from fa3.kernels.blocks import BlockRange, Window
+from fa3.kernels.signature import UNBOUNDED
 
 
 def visible(window: Window, row: int, key: int) -> bool:

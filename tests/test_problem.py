@@ -9,6 +9,7 @@ import torch
 
 import fa3
 from fa3 import ops, problem
+from fa3.kernels.signature import UNBOUNDED
 from fa3.problem import Layout, Options, Problem
 
 
@@ -252,10 +253,10 @@ MASKS = [  # causal, window, kind, bounds that the kernel gets
     (True, (5, -1), "local", (5, 0)),
     (True, (5, 9), "local", (5, 0)),
     (False, (5, 9), "local", (5, 9)),
-    (False, (5, -1), "local", (5, problem.NO_BOUND)),
-    (False, (-1, 9), "local", (problem.NO_BOUND, 9)),
+    (False, (5, -1), "local", (5, UNBOUNDED)),
+    (False, (-1, 9), "local", (UNBOUNDED, 9)),
     (False, (0, 0), "local", (0, 0)),
-    (False, (2**40, 1), "local", (problem.NO_BOUND, 1)),
+    (False, (2**40, 1), "local", (UNBOUNDED, 1)),
 ]
 
 
