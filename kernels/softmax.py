@@ -10,9 +10,6 @@ from cutlass import Boolean, Float32, Int32
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
-# How far a score may exceed the maximum before O is rescaled.  P keeps all its bits in bf16 at any
-# size; in fp16 it starts to lose some below 2^-14, so it must not start far below 1.
-HEADROOM_LOG2 = {"bf16": 8.0, "fp16": 4.0}
 NO_KEY, SOME_KEY = 0, -1  # bit patterns of OnlineSoftmax.seen; the sign bit says "seen"
 
 

@@ -27,10 +27,11 @@ from cutlass.memory import SmemAllocator
 from ..barriers import WARPGROUP, WarpgroupTurn
 from ..blocks import BlockRange, Window
 from ..config import FwdConfig, OSpace
+from ..headroom import HEADROOM_LOG2
 from ..mask import Mask
 from ..scheduler import L2_BUDGET, Deal, TileOrder
 from ..signature import Signature
-from ..softmax import HEADROOM_LOG2, OnlineSoftmax
+from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
 from .fwd_mma import FwdFragments, accumulate_last, attend
