@@ -31,6 +31,7 @@ demo: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --quiet .
 
 sweep: $(VENV)/.installed
 	$(BIN)/python -m perf.sweep $(SWEEP_FLAGS)

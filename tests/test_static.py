@@ -43,6 +43,16 @@ def test_no_spills_no_local_memory_no_serialised_mmas(inspection):
     assert report.serialised == ()
 
 
+def test_each_product_stands_in_the_code_once(inspection):
+    """The warps of a warpgroup may leave the steady loop at different steps, and must come back to
+    the same wgmma instructions (docs/algorithm.md): the compiler may not copy the loop.
+    """
+    d, phases = inspection.signature.head_dim, {"full": 1, "causal": 2, "local": 3}
+    scores, output = d // 16, inspection.config.tile_n // 16
+    loops = phases[inspection.signature.mask] * (scores + output)
+    assert inspection.report.mmas == scores + loops + output
+
+
 def test_every_role_moves_its_registers_as_configured(inspection):
     config, changes = inspection.config, inspection.report.register_changes
     found = {(change.role, change.grows, change.registers) for change in changes}

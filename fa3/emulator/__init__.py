@@ -29,12 +29,14 @@ from .errors import (
 )
 from .settings import ALL_CHECKS, CHECKS, Options, configure, options
 
+# fmt: off
 __all__ = [
     "ALL_CHECKS", "CHECKS", "BarrierMisuse", "Deadlock", "EmulatorError", "KernelError",
     "Misaligned", "MissingProxyFence", "Options", "OutOfBounds", "RegisterInFlight", "Runaway",
     "SetupError", "Uninitialized", "Unsupported", "call", "configure", "install", "installed",
     "launches", "options", "register", "remember",
 ]
+# fmt: on
 
 launches: list[dict] = []
 """One dict per launch: kernel, grid, block, cluster, smem, seconds, instructions, segments."""

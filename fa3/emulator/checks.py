@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import MissingProxyFence, Uninitialized
 
-MAX_THREADS = 16 * 1024     # of a cluster: 16 CTAs of 1024 threads
+MAX_THREADS = 16 * 1024  # of a cluster: 16 CTAs of 1024 threads
 
 
 class Checks:
@@ -83,7 +83,8 @@ class GenericWrites:
             word = int(words[bad].flat[0])
             raise MissingProxyFence(
                 f"{what} reads shared memory at {word * 4:#x} written through the generic proxy "
-                f"by thread {int(self.thread[word]) % 1024} without a fence.proxy.async since")
+                f"by thread {int(self.thread[word]) % 1024} without a fence.proxy.async since"
+            )
 
 
 class RegistersInFlight:

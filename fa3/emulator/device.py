@@ -21,14 +21,16 @@ from .images import Images
 from .memory.regions import GlobalMemory
 from .shim import Launch, Shim
 
-_LAUNCH_FAILURE = 719       # cudaErrorLaunchFailure
+_LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 _SM_COUNT = 16
 MAX_LAUNCHES_KEPT = 10_000
 
 # cudaDeviceAttr -> value, an H200 as far as generated code cares
+# fmt: off
 ATTRIBUTES = {1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 49152,
               10: 32, 12: 65536, 39: 2048, 75: 9, 76: 0, 81: 233472, 82: 65536, 95: 1,
               97: 232448, 106: 32, 111: 1024, 120: 1}
+# fmt: on
 
 
 def storages(value) -> Iterator[tuple[int, int]]:
@@ -55,16 +57,21 @@ class Device:
     def __init__(self, shim: Path):
         self.memory = GlobalMemory()
         self.images = Images()
-        self.launches: list[dict] = []      # statistics, the latest MAX_LAUNCHES_KEPT launches
-        self._libraries: dict[int, str | None] = {}     # handle -> PTX
-        self._kernels: dict[int, tuple[str | None, str]] = {}       # handle -> PTX, entry name
-        self._modules: dict[bytes, object] = {}         # digest of PTX -> parsed module
-        self._allocations: dict[int, int] = {}          # address -> token
+        self.launches: list[dict] = []  # statistics, the latest MAX_LAUNCHES_KEPT launches
+        self._libraries: dict[int, str | None] = {}  # handle -> PTX
+        self._kernels: dict[int, tuple[str | None, str]] = {}  # handle -> PTX, entry name
+        self._modules: dict[bytes, object] = {}  # digest of PTX -> parsed module
+        self._allocations: dict[int, int] = {}  # address -> token
         self._lock = threading.RLock()
         self._failed = threading.local()
         self.shim = Shim(shim)
-        self.shim.connect(load=self._load, kernel=self._kernel, launch=self._launch,
-                          attribute=self._attribute, alloc=self._alloc)
+        self.shim.connect(
+            load=self._load,
+            kernel=self._kernel,
+            launch=self._launch,
+            attribute=self._attribute,
+            alloc=self._alloc,
+        )
 
     def register(self, *tensors) -> None:
         """Let kernels touch the memory behind torch or numpy arrays for as long as those live."""
@@ -134,7 +141,7 @@ class Device:
             with self._lock:
                 self._run(info.contents)
             return 0
-        except BaseException as error:      # noqa: BLE001 - kept for reraise()
+        except BaseException as error:  # noqa: BLE001 - kept for reraise()
             self._failed.error = error
             self.shim.failed(f"{type(error).__name__}: {error}")
             return _LAUNCH_FAILURE
@@ -148,7 +155,8 @@ class Device:
         if text is None:
             raise SetupError(
                 f"no PTX is known for kernel {name}: it was compiled before the emulator was "
-                "installed or in another process (see emulator.remember)")
+                "installed or in another process (see emulator.remember)"
+            )
         text = edit(text) if edit else text
         digest = hashlib.sha256(text.encode()).digest()
         if digest not in self._modules:
@@ -163,14 +171,31 @@ class Device:
         params = np.zeros(max(16, kernel.param_bytes), np.uint8)
         for i, p in enumerate(kernel.params):
             params[p.offset : p.offset + p.size] = np.frombuffer(
-                ctypes.string_at(info.params[i], p.size), np.uint8)
+                ctypes.string_at(info.params[i], p.size), np.uint8
+            )
         start = time.perf_counter()
-        grid = Grid(kernel, tuple(info.grid), tuple(info.block), tuple(info.cluster),
-                    info.smem_bytes, params, self.memory, Checks(chosen.checks),
-                    chosen.instruction_limit, chosen.sms)
+        grid = Grid(
+            kernel,
+            tuple(info.grid),
+            tuple(info.block),
+            tuple(info.cluster),
+            info.smem_bytes,
+            params,
+            self.memory,
+            Checks(chosen.checks),
+            chosen.instruction_limit,
+            chosen.sms,
+        )
         statistics = grid.run()
-        self.launches.append({
-            "kernel": kernel.name, "grid": grid.grid, "block": grid.block,
-            "cluster": grid.cluster, "smem": grid.smem_bytes,
-            "seconds": time.perf_counter() - start, **statistics})
+        self.launches.append(
+            {
+                "kernel": kernel.name,
+                "grid": grid.grid,
+                "block": grid.block,
+                "cluster": grid.cluster,
+                "smem": grid.smem_bytes,
+                "seconds": time.perf_counter() - start,
+                **statistics,
+            }
+        )
         del self.launches[:-MAX_LAUNCHES_KEPT]

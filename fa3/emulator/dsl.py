@@ -44,13 +44,15 @@ def check_version() -> None:
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise SetupError(f"the emulator needs {PACKAGE} {' or '.join(KNOWN_VERSIONS)}, "
-                         "which is not installed") from None
+        raise SetupError(
+            f"the emulator needs {PACKAGE} {' or '.join(KNOWN_VERSIONS)}, which is not installed"
+        ) from None
     if version not in KNOWN_VERSIONS:
         raise SetupError(
             f"the emulator patches internals of {PACKAGE} and is known to work with "
             f"{', '.join(KNOWN_VERSIONS)}; installed is {version}. Install a known version, or "
-            f"check fa3/emulator/dsl.py against the new one and add it to KNOWN_VERSIONS.")
+            f"check fa3/emulator/dsl.py against the new one and add it to KNOWN_VERSIONS."
+        )
 
 
 def check_runtime(library: Path) -> None:
@@ -63,7 +65,8 @@ def check_runtime(library: Path) -> None:
     if others - {str(library), str(library.resolve())}:
         raise SetupError(
             "emulator.install() came too late: a kernel was already compiled or loaded for the "
-            "real CUDA runtime in this process. Install the emulator before that.")
+            "real CUDA runtime in this process. Install the emulator before that."
+        )
 
 
 def set_environment(arch: str, library: Path) -> None:
@@ -71,8 +74,13 @@ def set_environment(arch: str, library: Path) -> None:
     folder = tempfile.mkdtemp(prefix="fa3_emulator_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.update(
-        CUTE_DSL_LIBS=str(library), CUTE_DSL_ARCH=arch, CUTE_DSL_KEEP="ptx,cubin",
-        CUTE_DSL_DUMP_DIR=folder, CUTE_DSL_LINEINFO="1", CUTE_DSL_DISABLE_FILE_CACHING="1")
+        CUTE_DSL_LIBS=str(library),
+        CUTE_DSL_ARCH=arch,
+        CUTE_DSL_KEEP="ptx,cubin",
+        CUTE_DSL_DUMP_DIR=folder,
+        CUTE_DSL_LINEINFO="1",
+        CUTE_DSL_DISABLE_FILE_CACHING="1",
+    )
     warnings.filterwarnings("ignore", message="Cache is disabled as user wants to generate PTX")
     if "cutlass" in sys.modules:
         _reread_environment()
@@ -141,7 +149,7 @@ def _relabel_tensors(device) -> None:
         for address, nbytes in storages(tensor):
             device.register_range(self, address, nbytes)
         ffi_tensor = getattr(self, "_tvm_ffi_tensor", None)
-        if ffi_tensor is not None:      # an object header of 24 bytes, then a DLTensor
+        if ffi_tensor is not None:  # an object header of 24 bytes, then a DLTensor
             _relabel(ffi_tensor.__chandle__() + 24)
         _relabel(_dltensor_of_capsule(self._dlpack_data))
 
@@ -169,7 +177,7 @@ def _accept_cpu_tensors() -> None:
     """TVM-FFI entry points check the device type of each argument: generate code that sees CUDA."""
     try:
         import cutlass.base_dsl.tvm_ffi_builder.tvm_ffi_builder as builder
-    except ImportError:     # apache-tvm-ffi is optional
+    except ImportError:  # apache-tvm-ffi is optional
         return
     for cls in vars(builder).values():
         if isinstance(cls, type) and "load_dltensor_device_type" in vars(cls):
@@ -185,15 +193,18 @@ def _watch_calls(device) -> None:
     try:
         import cutlass.cutlass_dsl.tvm_ffi_provider as provider
 
-        watched += [provider.TVMFFIJitCompiledFunction,
-                    provider.TVMFFIJitCompiledFunctionWithKwargs]
+        watched += [
+            provider.TVMFFIJitCompiledFunction,
+            provider.TVMFFIJitCompiledFunctionWithKwargs,
+        ]
     except ImportError:
         pass
     for cls in watched:
         cls.__call__ = _watched(device, cls.__call__)
     # @cute.jit functions called without cute.compile come in here
     executor.JitExecutor.run_compiled_program = _watched(
-        device, executor.JitExecutor.run_compiled_program)
+        device, executor.JitExecutor.run_compiled_program
+    )
 
 
 def _watched(device, call):
@@ -215,5 +226,3 @@ def _answer_hardware_queries() -> None:
     info.get_l2_cache_size_in_bytes = lambda self: 50 << 20
     if hasattr(info, "get_max_blocks_per_multiprocessor"):
         info.get_max_blocks_per_multiprocessor = lambda self, *args, **kwargs: 1
-
-

@@ -18,7 +18,8 @@ def _elf_size(blob: bytes, at: int) -> int:
     """Bytes of the ELF file at an offset: up to the end of its last header table."""
     programs, sections = struct.unpack_from("<QQ", blob, at + 0x20)
     program_size, num_programs, section_size, num_sections = struct.unpack_from(
-        "<4H", blob, at + 0x36)
+        "<4H", blob, at + 0x36
+    )
     return max(programs + program_size * num_programs, sections + section_size * num_sections)
 
 
@@ -33,7 +34,7 @@ def _digests(image: bytes):
 
 class Images:
     def __init__(self):
-        self._ptx: dict[bytes, bytes] = {}      # digest of a cubin -> deflated PTX
+        self._ptx: dict[bytes, bytes] = {}  # digest of a cubin -> deflated PTX
 
     def remember(self, cubin: bytes, ptx: str) -> None:
         for digest in _digests(cubin):

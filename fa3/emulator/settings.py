@@ -39,7 +39,8 @@ class Options:
 
 _default = Options()
 _scoped: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
-    "emulator_options", default=None)
+    "emulator_options", default=None
+)
 
 
 def current() -> Options:

@@ -93,8 +93,9 @@ def _compile(output: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         os.unlink(output)
-        raise SetupError(f"building the stand-in CUDA runtime failed: {shlex.join(command)}\n"
-                         f"{done.stderr}")
+        raise SetupError(
+            f"building the stand-in CUDA runtime failed: {shlex.join(command)}\n{done.stderr}"
+        )
 
 
 class Shim:
@@ -105,12 +106,25 @@ class Shim:
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self._callbacks: tuple = ()
 
-    def connect(self, *, load: Callable, kernel: Callable, launch: Callable,
-                attribute: Callable, alloc: Callable) -> None:
-        self._callbacks = (_LOAD(load), _KERNEL(kernel), _LAUNCH(launch), _ATTRIBUTE(attribute),
-                           _ALLOC(alloc))
+    def connect(
+        self,
+        *,
+        load: Callable,
+        kernel: Callable,
+        launch: Callable,
+        attribute: Callable,
+        alloc: Callable,
+    ) -> None:
+        self._callbacks = (
+            _LOAD(load),
+            _KERNEL(kernel),
+            _LAUNCH(launch),
+            _ATTRIBUTE(attribute),
+            _ALLOC(alloc),
+        )
         self._library.fa3_emulator_install(
-            *(ctypes.cast(f, ctypes.c_void_p) for f in self._callbacks))
+            *(ctypes.cast(f, ctypes.c_void_p) for f in self._callbacks)
+        )
 
     def failed(self, text: str) -> None:
         """Let the error that TVM-FFI raises for a failed launch say why."""

@@ -28,14 +28,23 @@ def compiled(emulator):
     cache = {}
 
     def get(name, *tensors, **constants):
-        key = (name, tuple((t.dtype, t.shape, t.stride()) for t in tensors),
-               tuple(constants.items()))
+        key = (
+            name,
+            tuple((t.dtype, t.shape, t.stride()) for t in tensors),
+            tuple(constants.items()),
+        )
         if key not in cache:
             stream = make_fake_stream(use_tvm_ffi_env_stream=True)
             examples = [from_dlpack(t, enable_tvm_ffi=True, assumed_align=16) for t in tensors]
             extra = [constants.pop("scalar")] if "scalar" in constants else []
-            cache[key] = cute.compile(getattr(kernels, name), *examples, *extra, stream,
-                                      **constants, options="--enable-tvm-ffi")
+            cache[key] = cute.compile(
+                getattr(kernels, name),
+                *examples,
+                *extra,
+                stream,
+                **constants,
+                options="--enable-tvm-ffi",
+            )
         return cache[key]
 
     return get

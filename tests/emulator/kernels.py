@@ -91,11 +91,19 @@ def _double(
     cute.arch.sync_threads()
     block = (cute.arch.block_idx()[0], cute.arch.block_idx()[1])
     s, g = cpasync.tma_partition(
-        load, 0, cute.make_layout(1), cute.group_modes(tile, 0, 2),
-        cute.group_modes(cute.local_tile(source, (TILE, TILE), block), 0, 2))
+        load,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(tile, 0, 2),
+        cute.group_modes(cute.local_tile(source, (TILE, TILE), block), 0, 2),
+    )
     so, go = cpasync.tma_partition(
-        store, 0, cute.make_layout(1), cute.group_modes(tile, 0, 2),
-        cute.group_modes(cute.local_tile(target, (TILE, TILE), block), 0, 2))
+        store,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(tile, 0, 2),
+        cute.group_modes(cute.local_tile(target, (TILE, TILE), block), 0, 2),
+    )
     if warp == 0:
         with cute.arch.elect_one():
             expected = TILE_BYTES * 2 if broken == "expect_tx" else TILE_BYTES
@@ -107,8 +115,7 @@ def _double(
         row, column = (i * THREADS + t) // TILE, t % TILE
         tile[row, column] = tile[row, column] * cutlass.Float16(2)
     if cutlass.const_expr(broken == "barrier"):
-        barriers = cute.make_tensor(cute.recast_ptr(full, dtype=cutlass.Int32),
-                                    cute.make_layout(2))
+        barriers = cute.make_tensor(cute.recast_ptr(full, dtype=cutlass.Int32), cute.make_layout(2))
         barriers[t % 2] = 7
     if cutlass.const_expr(broken != "fence"):
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -121,7 +128,10 @@ def _double(
 
 @cute.jit
 def double(
-    source: cute.Tensor, target: cute.Tensor, stream, broken: cutlass.Constexpr[str] = "",
+    source: cute.Tensor,
+    target: cute.Tensor,
+    stream,
+    broken: cutlass.Constexpr[str] = "",
 ):
     """target = 2 * source, fp16, through TMA both ways.
 
@@ -129,9 +139,11 @@ def double(
     """
     layout = cute.make_layout((TILE, TILE), stride=(TILE, 1))
     load, s = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), source, layout, (TILE, TILE))
+        cpasync.CopyBulkTensorTileG2SOp(), source, layout, (TILE, TILE)
+    )
     store, d = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileS2GOp(), target, layout, (TILE, TILE))
+        cpasync.CopyBulkTensorTileS2GOp(), target, layout, (TILE, TILE)
+    )
     rows, columns = source.shape
     grid = [(rows + TILE - 1) // TILE, (columns + TILE - 1) // TILE, 1]
     _double(load, s, store, d, broken).launch(grid=grid, block=[THREADS, 1, 1], stream=stream)
@@ -152,8 +164,10 @@ def _gemm(
     t, warp = cute.arch.thread_idx()[0], cute.arch.make_warp_uniform(cute.arch.warp_idx())
     smem = memory.SmemAllocator()
     full = smem.allocate_array(cutlass.Int64, 1)
-    sA, sB = (smem.allocate_tensor(cutlass.Float16, x.outer, byte_alignment=1024, swizzle=x.inner)
-              for x in (layout_a, layout_b))
+    sA, sB = (
+        smem.allocate_tensor(cutlass.Float16, x.outer, byte_alignment=1024, swizzle=x.inner)
+        for x in (layout_a, layout_b)
+    )
     if t == 0:
         cute.arch.mbarrier_init(full, 1)
     cute.arch.mbarrier_init_fence()
@@ -163,8 +177,12 @@ def _gemm(
             cute.arch.mbarrier_arrive_and_expect_tx(full, 2 * TILE_BYTES)
         for atom, tensor, shared in ((load_a, mA, sA), (load_b, mB, sB)):
             s, g = cpasync.tma_partition(
-                atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2),
-                cute.group_modes(cute.local_tile(tensor, (TILE, TILE), (0, 0)), 0, 2))
+                atom,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(shared, 0, 2),
+                cute.group_modes(cute.local_tile(tensor, (TILE, TILE), (0, 0)), 0, 2),
+            )
             cute.copy(atom, g, s[None, 0], tma_bar_ptr=full)
     cute.arch.mbarrier_wait(full, 0)
     thread = mma.get_slice(t)
@@ -197,18 +215,26 @@ def gemm(
 
     majors: contiguous modes of A (k or m) and B (k or n); broken "wait_group" leaves that out.
     """
-    kinds = [tensor_utils.LayoutEnum.ROW_MAJOR if m == "k" else tensor_utils.LayoutEnum.COL_MAJOR
-             for m in majors]
+    kinds = [
+        tensor_utils.LayoutEnum.ROW_MAJOR if m == "k" else tensor_utils.LayoutEnum.COL_MAJOR
+        for m in majors
+    ]
     modes = [OperandMajorMode.K if m == "k" else OperandMajorMode.MN for m in majors]
     mma = hopper_helpers.make_trivial_tiled_mma(
-        mA.element_type, mB.element_type, *modes, cutlass.Float32, (1, 1, 1), (TILE, TILE))
+        mA.element_type, mB.element_type, *modes, cutlass.Float32, (1, 1, 1), (TILE, TILE)
+    )
     shape = (TILE, TILE, TILE)
-    layouts = (hopper_helpers.make_smem_layout_a(kinds[0], shape, mA.element_type, 1),
-               hopper_helpers.make_smem_layout_b(kinds[1], shape, mB.element_type, 1))
+    layouts = (
+        hopper_helpers.make_smem_layout_a(kinds[0], shape, mA.element_type, 1),
+        hopper_helpers.make_smem_layout_b(kinds[1], shape, mB.element_type, 1),
+    )
     load = cpasync.CopyBulkTensorTileG2SOp()
     atom_a, tensor_a = cpasync.make_tiled_tma_atom(
-        load, mA, cute.slice_(layouts[0], (None, None, 0)), (TILE, TILE))
+        load, mA, cute.slice_(layouts[0], (None, None, 0)), (TILE, TILE)
+    )
     atom_b, tensor_b = cpasync.make_tiled_tma_atom(
-        load, mB, cute.slice_(layouts[1], (None, None, 0)), (TILE, TILE))
+        load, mB, cute.slice_(layouts[1], (None, None, 0)), (TILE, TILE)
+    )
     _gemm(mma, atom_a, tensor_a, atom_b, tensor_b, mC, *layouts, broken).launch(
-        grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+        grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )

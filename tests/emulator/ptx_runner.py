@@ -27,8 +27,17 @@ def launch(body, array, threads=128, *, grid=1, cluster=1, checks=(), header=HEA
     memory.add(array.ctypes.data, array.nbytes)
     params = np.zeros(16, np.uint8)
     params[:8].view(np.uint64)[0] = array.ctypes.data
-    return Launch(kernel, (grid, 1, 1), (threads, 1, 1), (cluster, 1, 1), 0, params, memory,
-                  Checks(checks), 100_000).run()
+    return Launch(
+        kernel,
+        (grid, 1, 1),
+        (threads, 1, 1),
+        (cluster, 1, 1),
+        0,
+        params,
+        memory,
+        Checks(checks),
+        100_000,
+    ).run()
 
 
 def lanes(instructions, result="%r9", inputs=(), threads=128, size=4):

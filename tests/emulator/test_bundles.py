@@ -11,13 +11,24 @@ from .ptx_runner import HEADER, launch
 
 NUM_REGISTERS = 12
 FORMS = (
-    "add.f32 {d}, {a}, {b};", "mul.f32 {d}, {a}, {b};", "fma.rn.f32 {d}, {a}, {b}, {c};",
-    "max.f32 {d}, {a}, {b};", "ex2.approx.ftz.f32 {d}, {a};", "mul.f32 {d}, {a}, 0f3F000000;",
-    "mul.f32 {d}, {a}, 0fBE800000;", "cvt.rn.bf16x2.f32 {d}, {a}, {b};",
-    "cvt.rn.f16x2.f32 {d}, {a}, {b};", "and.b32 {d}, {a}, 1073741823;", "add.s32 {d}, {a}, {b};",
-    "setp.lt.f32 {p}, {a}, {b};", "setp.geu.f32 {p}, {a}, {b};", "setp.gt.s32 {p}, {a}, 77;",
-    "selp.f32 {d}, {a}, {b}, {p};", "selp.b32 {d}, {a}, 5, {p};", "mov.b32 {d}, {a};",
-    "shl.b32 {d}, {a}, 1;",         # not plain: nothing moves across it
+    "add.f32 {d}, {a}, {b};",
+    "mul.f32 {d}, {a}, {b};",
+    "fma.rn.f32 {d}, {a}, {b}, {c};",
+    "max.f32 {d}, {a}, {b};",
+    "ex2.approx.ftz.f32 {d}, {a};",
+    "mul.f32 {d}, {a}, 0f3F000000;",
+    "mul.f32 {d}, {a}, 0fBE800000;",
+    "cvt.rn.bf16x2.f32 {d}, {a}, {b};",
+    "cvt.rn.f16x2.f32 {d}, {a}, {b};",
+    "and.b32 {d}, {a}, 1073741823;",
+    "add.s32 {d}, {a}, {b};",
+    "setp.lt.f32 {p}, {a}, {b};",
+    "setp.geu.f32 {p}, {a}, {b};",
+    "setp.gt.s32 {p}, {a}, 77;",
+    "selp.f32 {d}, {a}, {b}, {p};",
+    "selp.b32 {d}, {a}, 5, {p};",
+    "mov.b32 {d}, {a};",
+    "shl.b32 {d}, {a}, 1;",  # not plain: nothing moves across it
 )
 
 
@@ -57,12 +68,16 @@ def lines_of(body: str) -> list[str]:
 
 
 def test_an_interleaved_softmax_becomes_a_few_operations():
-    body = "".join(f"fma.rn.f32 %r{10 + 2 * i}, %r{10 + 2 * i}, %r1, %r2;\n"
-                   f"ex2.approx.ftz.f32 %r{11 + 2 * i}, %r{10 + 2 * i};\n" for i in range(16))
+    body = "".join(
+        f"fma.rn.f32 %r{10 + 2 * i}, %r{10 + 2 * i}, %r1, %r2;\n"
+        f"ex2.approx.ftz.f32 %r{11 + 2 * i}, %r{10 + 2 * i};\n"
+        for i in range(16)
+    )
     joined = [line for line in lines_of(body) if line.startswith("w.floats")]
     assert joined == [
         "w.floats[10:41:2]=(w.floats[10:41:2].astype(f8)*w.floats[1]+w.floats[2]).astype(f4)",
-        "w.floats[11:42:2]=exp2(w.floats[10:41:2])"]
+        "w.floats[11:42:2]=exp2(w.floats[10:41:2])",
+    ]
 
 
 def test_different_constants_are_joined_as_a_column():

@@ -21,6 +21,7 @@ def line_of(function: str, text: str) -> str:
 @pytest.fixture
 def double(emulator, compiled):
     """double(broken, checks) runs the kernel and returns the largest error."""
+
     def run(broken, *checks):
         source, target = torch.randn(64, 64).half(), torch.zeros(64, 64).half()
         with emulator.options(checks=checks):
@@ -32,14 +33,29 @@ def double(emulator, compiled):
 
 BUGS = [
     # broken, check, error, message, line of _double
-    ("fence", "proxy", "MissingProxyFence", r"TMA store reads .* by thread \d+ without a fence",
-     "cute.copy(store"),
+    (
+        "fence",
+        "proxy",
+        "MissingProxyFence",
+        r"TMA store reads .* by thread \d+ without a fence",
+        "cute.copy(store",
+    ),
     ("wait", "uninit late", "Uninitialized", "ld reads uninitialised", "* cutlass.Float16(2)"),
     ("phase", "uninit late", "Uninitialized", "ld reads uninitialised", "* cutlass.Float16(2)"),
-    ("barrier", "mbarrier", "BarrierMisuse", "ordinary store over the mbarrier at 0x0",
-     "barriers[t % 2] = 7"),
-    ("expect_tx", "", "Deadlock", "mbarrier 0x0 parity 0 .* 8192 bytes outstanding",
-     "mbarrier_wait(full, 1"),
+    (
+        "barrier",
+        "mbarrier",
+        "BarrierMisuse",
+        "ordinary store over the mbarrier at 0x0",
+        "barriers[t % 2] = 7",
+    ),
+    (
+        "expect_tx",
+        "",
+        "Deadlock",
+        "mbarrier 0x0 parity 0 .* 8192 bytes outstanding",
+        "mbarrier_wait(full, 1",
+    ),
 ]
 
 
@@ -63,7 +79,7 @@ def test_the_correct_kernel_passes_every_check(emulator, double):
 
 def test_poison_makes_unwritten_memory_show(double):
     assert double("wait", "late") > 0
-    assert not double("wait", "late", "poison") < float("inf")      # NaN
+    assert not double("wait", "late", "poison") < float("inf")  # NaN
 
 
 def test_late_mode_runs_bulk_loads_when_nothing_else_can(emulator, double):
@@ -115,8 +131,9 @@ def test_deadlock_at_a_named_barrier_lists_who_waits_where(emulator, compiled):
     a = torch.arange(128, dtype=torch.int32)
     with emulator.options(checks=()), pytest.raises(emulator.Deadlock) as caught:
         compiled("reverse", a, sync=256)(a)
-    assert "warps [0, 1, 2, 3] (128 lanes): barrier 1: 128 of 256 threads arrived" in \
-        str(caught.value)
+    assert "warps [0, 1, 2, 3] (128 lanes): barrier 1: 128 of 256 threads arrived" in str(
+        caught.value
+    )
     assert line_of("_reverse", "cute.arch.barrier(") in str(caught.value)
 
 

@@ -26,18 +26,28 @@ def python(code: str, tmp_path: Path, **environment) -> str:
     search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("CUTE_DSL_")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True,
-        timeout=300, env={**inherited, "PYTHONPATH": search, **environment})
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**inherited, "PYTHONPATH": search, **environment},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_importing_the_emulator_does_not_import_the_dsl(tmp_path):
-    assert python("""
+    assert (
+        python(
+            """
         import sys
         import fa3.emulator
         print("cutlass" in sys.modules)
-        """, tmp_path) == "False\n"
+        """,
+            tmp_path,
+        )
+        == "False\n"
+    )
 
 
 def test_installing_twice_is_harmless_and_another_arch_is_not(emulator):
@@ -113,21 +123,30 @@ PRELUDE = """
 
 
 def test_installing_after_the_dsl_was_imported_works(emulator, tmp_path):
-    assert "True" in python(PRELUDE + """
+    assert "True" in python(
+        PRELUDE
+        + """
     emulator.install()
     compiled()(a, b, c)
     print(torch.equal(c, a + b))
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
 
 
 def test_installing_after_something_was_compiled_is_an_error(emulator, tmp_path):
-    said = python(PRELUDE + """
+    said = python(
+        PRELUDE
+        + """
     compiled()
     try:
         emulator.install()
     except emulator.SetupError as error:
         print(error)
-    """, tmp_path, CUTE_DSL_ARCH="sm_90a")
+    """,
+        tmp_path,
+        CUTE_DSL_ARCH="sm_90a",
+    )
     assert "came too late" in said
 
 
@@ -135,13 +154,21 @@ def test_functions_from_object_files(emulator, tmp_path):
     """Exported here, loaded in another process with the cubin and PTX that were kept."""
     prelude = PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1)
     folder = f"    from pathlib import Path\n    folder = Path({str(tmp_path)!r})\n"
-    python(prelude + folder + """
+    python(
+        prelude
+        + folder
+        + """
     function = compiled()
     function.export_to_c(str(folder / "add.o"), function_name="add")
     (folder / "cubin").write_bytes(function.__cubin__)
     (folder / "ptx").write_text(function.__ptx__)
-    """, tmp_path)
-    said = python(prelude + folder + """
+    """,
+        tmp_path,
+    )
+    said = python(
+        prelude
+        + folder
+        + """
     function = load_module(str(folder / "add.o"), enable_tvm_ffi=True)["add"]
     emulator.remember((folder / "cubin").read_bytes(), (folder / "ptx").read_text())
     emulator.call(function, a, b, c)
@@ -150,20 +177,26 @@ def test_functions_from_object_files(emulator, tmp_path):
         function(a, b, c)
     except RuntimeError as error:
         print(error)
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
     assert said.startswith("True\n")
     assert "OutOfBounds: global read" in said and "none is registered" in said
 
 
 def test_a_kernel_without_ptx_is_named(emulator, compiled, tmp_path):
-    said = python(PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1) + """
+    said = python(
+        PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1)
+        + """
     from fa3.emulator.images import Images
     Images.remember = lambda self, cubin, ptx: None
     try:
         compiled()(a, b, c)
     except emulator.SetupError as error:
         print(error)
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
     assert "no PTX is known for kernel kernel_cutlass" in said
 
 
@@ -172,7 +205,7 @@ def test_images_are_recognised_by_the_cubin_inside():
         blob = bytearray(bytes([fill]) * size)
         blob[:4] = b"\x7fELF"
         blob[0x20:0x30] = bytes(16)
-        blob[0x28] = 64                 # section headers at 64, one of (size - 64) bytes
+        blob[0x28] = 64  # section headers at 64, one of (size - 64) bytes
         blob[0x36:0x3A] = bytes(4)
         blob[0x3A:0x3E] = bytes([size - 64, 0, 1, 0])
         return bytes(blob)
@@ -211,7 +244,7 @@ def test_registered_tensors_stay_until_they_are_collected(emulator):
     kept, array = torch.zeros(8), np.zeros((4, 4))
     emulator.register(kept[2:], array.T)
     emulator.register(kept)
-    assert len(_device.memory) == before + 1        # views that were dropped are gone already
+    assert len(_device.memory) == before + 1  # views that were dropped are gone already
     address = kept.data_ptr()
     assert _device.memory.find(address, address + 32).end == address + 32
     del kept

@@ -69,8 +69,9 @@ FLOAT = {
     "setp.neu.f32 %p1, %r1, %r1; selp.f32 %r9, %r1, %r2, %p1;": G,
     "copysign.f32 %r9, %r1, %r2;": np.copysign(G, F),
     "cvt.rn.f32.s32 %r9, %r0;": TID.astype(np.float32),
-    "cvt.rn.f16x2.f32 %r9, %r1, %r2;":
-        np.stack([G, F], 1).astype(np.float16).view(np.float32)[:, 0],
+    "cvt.rn.f16x2.f32 %r9, %r1, %r2;": np.stack([G, F], 1)
+    .astype(np.float16)
+    .view(np.float32)[:, 0],
 }
 
 
@@ -125,13 +126,16 @@ def test_shared_memory_and_barrier():
     np.testing.assert_array_equal(lanes(code, inputs=(X,)), X[::-1])
 
 
-@pytest.mark.parametrize("code, expected", [
-    ("atom.global.add.u32 %r9, [%rd0], 2;", 256),
-    ("red.global.max.u32 [%rd0], %r0;", 127),
-    ("atom.global.cas.b32 %r9, [%rd0], 0, 5;", 5),
-    ("atom.global.exch.b32 %r9, [%rd0], %r0;", 127),
-    ("red.global.inc.u32 [%rd0], 99;", 28),
-])
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("atom.global.add.u32 %r9, [%rd0], 2;", 256),
+        ("red.global.max.u32 [%rd0], %r0;", 127),
+        ("atom.global.cas.b32 %r9, [%rd0], 0, 5;", 5),
+        ("atom.global.exch.b32 %r9, [%rd0], %r0;", 127),
+        ("red.global.inc.u32 [%rd0], 99;", 28),
+    ],
+)
 def test_atomics(code, expected):
     array = np.zeros(4, u4)
     launch(code, array)
@@ -139,8 +143,10 @@ def test_atomics(code, expected):
 
 
 def test_atomics_return_old_values():
-    code = "atom.global.add.u32 %r9, [%rd0], 1; mul.wide.u32 %rd1, %r0, 4; " \
-           "add.s64 %rd2, %rd0, %rd1; st.global.b32 [%rd2+16], %r9;"
+    code = (
+        "atom.global.add.u32 %r9, [%rd0], 1; mul.wide.u32 %rd1, %r0, 4; "
+        "add.s64 %rd2, %rd0, %rd1; st.global.b32 [%rd2+16], %r9;"
+    )
     array = np.zeros(132, u4)
     launch(code, array)
     assert sorted(array[4:]) == list(range(128))
@@ -169,21 +175,24 @@ def test_remote_shared_memory():
     assert array.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("code, error, message", [
-    ("st.global.b32 [%rd0+4096], %r0;", OutOfBounds, "after the start of the nearest"),
-    ("ld.global.b32 %r1, [%rd0+-8];", OutOfBounds, "8 bytes before the start of the nearest"),
-    ("ld.shared.b32 %r1, [buffer+4096];", OutOfBounds, "outside the CTA's 0x1000 bytes"),
-    ("ld.shared.b32 %r1, [buffer+-4];", OutOfBounds, "shared access at 0xfffffffc"),
-    ("ld.shared.v4.b32 {%r1,%r2,%r3,%r4}, [buffer+8];", Misaligned, "16-byte"),
-    ("ld.global.b64 %rd1, [%rd0+4];", Misaligned, "8-byte global read"),
-    ("bar.sync 1, 100;", BarrierMisuse, "not a multiple"),
-    ("bar.sync 16;", BarrierMisuse, "there are 16"),
-    ("bar.sync 3, 256;", Deadlock, "barrier 3: 128 of 256 threads arrived"),
-    ("trap;", RuntimeError, "trap executed"),
-    ("tcgen05.alloc.b32 [buffer], 32;", Unsupported, "not emulated: tcgen05.alloc"),
-    ("setp.eq.bf16x2 %p1, %r1, %r2;", Unsupported, "comparison of halves"),
-    ("mov.u32 %r1, %pm0;", Unsupported, "special register %pm0"),
-])
+@pytest.mark.parametrize(
+    "code, error, message",
+    [
+        ("st.global.b32 [%rd0+4096], %r0;", OutOfBounds, "after the start of the nearest"),
+        ("ld.global.b32 %r1, [%rd0+-8];", OutOfBounds, "8 bytes before the start of the nearest"),
+        ("ld.shared.b32 %r1, [buffer+4096];", OutOfBounds, "outside the CTA's 0x1000 bytes"),
+        ("ld.shared.b32 %r1, [buffer+-4];", OutOfBounds, "shared access at 0xfffffffc"),
+        ("ld.shared.v4.b32 {%r1,%r2,%r3,%r4}, [buffer+8];", Misaligned, "16-byte"),
+        ("ld.global.b64 %rd1, [%rd0+4];", Misaligned, "8-byte global read"),
+        ("bar.sync 1, 100;", BarrierMisuse, "not a multiple"),
+        ("bar.sync 16;", BarrierMisuse, "there are 16"),
+        ("bar.sync 3, 256;", Deadlock, "barrier 3: 128 of 256 threads arrived"),
+        ("trap;", RuntimeError, "trap executed"),
+        ("tcgen05.alloc.b32 [buffer], 32;", Unsupported, "not emulated: tcgen05.alloc"),
+        ("setp.eq.bf16x2 %p1, %r1, %r2;", Unsupported, "comparison of halves"),
+        ("mov.u32 %r1, %pm0;", Unsupported, "special register %pm0"),
+    ],
+)
 def test_errors_name_the_instruction(code, error, message):
     with pytest.raises(error, match=message) as caught:
         launch(code, np.zeros(16, u4))

@@ -8,7 +8,7 @@ from fa3.emulator.matrix.descriptors import chunks
 
 from .ptx_runner import launch
 
-LAYOUTS = {0: 16, 3: 32, 2: 64, 1: 128}     # descriptor layout -> bytes of a swizzled row
+LAYOUTS = {0: 16, 3: 32, 2: 64, 1: 128}  # descriptor layout -> bytes of a swizzled row
 
 
 def descriptor(start, lbo, sbo, layout):
@@ -22,8 +22,9 @@ def element_address(desc, row, k, es, mn_major):
     width = LAYOUTS[layout]
     if not mn_major:
         at = k * es
-        offset = (row // 8) * sbo + (row % 8) * width + \
-            (at if layout else (at // 16) * lbo + at % 16)
+        offset = (
+            (row // 8) * sbo + (row % 8) * width + (at if layout else (at // 16) * lbo + at % 16)
+        )
     else:
         at = row * es
         outer, inner = (lbo, sbo) if layout else (sbo, lbo)
@@ -40,12 +41,17 @@ def test_operands_are_gathered_from_the_documented_addresses(layout, es, mn_majo
     desc = descriptor(1024 + 32 * (layout != 0), 2048, 1024, layout)
     rows, k = 64, 32 // es
     found = chunks((desc,), rows, es, mn_major)
-    memory = np.arange(64 * 1024 // es, dtype=f"u{es * 2}").astype(f"u{es}") if es == 1 else \
-        np.arange(64 * 1024 // es, dtype=np.uint16)
+    memory = (
+        np.arange(64 * 1024 // es, dtype=f"u{es * 2}").astype(f"u{es}")
+        if es == 1
+        else np.arange(64 * 1024 // es, dtype=np.uint16)
+    )
     got = memory.view(np.uint64).reshape(-1, 2)[found].reshape(len(found), -1).view(f"u{es}")
     got = got.T if mn_major else got
-    expected = [[memory[element_address(desc, r, c, es, mn_major) // es] for c in range(k)]
-                for r in range(rows)]
+    expected = [
+        [memory[element_address(desc, r, c, es, mn_major) // es] for c in range(k)]
+        for r in range(rows)
+    ]
     np.testing.assert_array_equal(got, expected)
 
 
@@ -81,11 +87,15 @@ def test_mma_m16n8k16(kind):
     array = np.array(fragments + [np.zeros(32, np.uint32)] * 4, np.uint32)
     load = "".join(f"ld.global.b32 %r{10 + i}, [%rd2+{128 * i}];\n" for i in range(10))
     store = "".join(f"st.global.b32 [%rd2+{128 * (10 + i)}], %r{30 + i};\n" for i in range(4))
-    launch(f"""mul.wide.u32 %rd1, %r0, 4; add.s64 %rd2, %rd0, %rd1;
+    launch(
+        f"""mul.wide.u32 %rd1, %r0, 4; add.s64 %rd2, %rd0, %rd1;
         {load}
         mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%r30,%r31,%r32,%r33}},
             {{%r10,%r11,%r12,%r13}}, {{%r14,%r15}}, {{%r16,%r17,%r18,%r19}};
-        {store}""", array, threads=32)
+        {store}""",
+        array,
+        threads=32,
+    )
     d = np.zeros((16, 8), np.float32)
     for n, (i, x) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
         d[g + 8 * i, 2 * q + x] = array[10 + n].view(np.float32)
@@ -104,5 +114,5 @@ def test_ldmatrix(trans):
     matrices = np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 8)
     array = matrices.copy()
     launch(code, array, threads=32)
-    got = array.reshape(8, 4, 4, 2).transpose(2, 0, 1, 3).reshape(4, 8, 8)    # lane 4 g + q
+    got = array.reshape(8, 4, 4, 2).transpose(2, 0, 1, 3).reshape(4, 8, 8)  # lane 4 g + q
     np.testing.assert_array_equal(got, matrices.swapaxes(1, 2) if trans else matrices)

@@ -22,7 +22,7 @@ def test_a_fresh_mbarrier_is_in_phase_0():
 
 def test_a_phase_completes_when_arrivals_and_bytes_are_in():
     barrier = MBarrier(1)
-    barrier.tx -= 64            # data may come before they are expected
+    barrier.tx -= 64  # data may come before they are expected
     barrier.settle()
     assert barrier.phase == 0
     barrier.tx += 64
@@ -40,7 +40,9 @@ INIT = """setp.eq.u32 %p1, %r0, 0;
 
 
 def test_waiting_threads_see_what_was_written_before_the_arrivals():
-    code = INIT + """
+    code = (
+        INIT
+        + """
         shl.b32 %r1, %r0, 2; mov.u32 %r2, buffer; add.s32 %r3, %r2, %r1;
         st.shared.b32 [%r3+64], %r0;
         mbarrier.arrive.shared.b64 %rd1, [buffer];
@@ -49,15 +51,19 @@ def test_waiting_threads_see_what_was_written_before_the_arrivals():
         sub.s32 %r4, %r2, %r1;
         ld.shared.b32 %r5, [%r4+572];
         mul.wide.u32 %rd2, %r0, 4; add.s64 %rd3, %rd0, %rd2; st.global.b32 [%rd3], %r5;"""
+    )
     array = np.zeros(128, np.uint32)
     launch(code, array)
     assert array.tolist() == list(range(127, -1, -1))
 
 
 def test_test_wait_returns_false_without_waiting():
-    code = INIT + """
+    code = (
+        INIT
+        + """
         mbarrier.test_wait.parity.shared.b64 %p2, [buffer], 0;
         selp.b32 %r1, 5, 6, %p2; st.global.b32 [%rd0], %r1;"""
+    )
     array = np.zeros(4, np.uint32)
     launch(code, array)
     assert array[0] == 6
@@ -66,13 +72,16 @@ def test_test_wait_returns_false_without_waiting():
 WAIT = "$W: mbarrier.try_wait.parity.shared.b64 %p2, [buffer], 0; @!%p2 bra $W;"
 
 
-@pytest.mark.parametrize("code, error, message", [
-    (INIT + WAIT, Deadlock, r"mbarrier 0x0 parity 0 \(phase 0, 128 of 128 arrivals"),
-    (INIT + "mbarrier.arrive.shared.b64 %rd1, [buffer], 129;", BarrierMisuse, "more arrivals"),
-    ("mbarrier.arrive.shared.b64 %rd1, [buffer+8];", BarrierMisuse, "was not initialised"),
-    ("mbarrier.init.shared.b64 [buffer], 0;", BarrierMisuse, "count 0"),
-    ("mbarrier.init.shared.b64 [buffer+4], 1;", KernelError, "8-byte aligned"),
-])
+@pytest.mark.parametrize(
+    "code, error, message",
+    [
+        (INIT + WAIT, Deadlock, r"mbarrier 0x0 parity 0 \(phase 0, 128 of 128 arrivals"),
+        (INIT + "mbarrier.arrive.shared.b64 %rd1, [buffer], 129;", BarrierMisuse, "more arrivals"),
+        ("mbarrier.arrive.shared.b64 %rd1, [buffer+8];", BarrierMisuse, "was not initialised"),
+        ("mbarrier.init.shared.b64 [buffer], 0;", BarrierMisuse, "count 0"),
+        ("mbarrier.init.shared.b64 [buffer+4], 1;", KernelError, "8-byte aligned"),
+    ],
+)
 def test_mbarrier_errors(code, error, message):
     with pytest.raises(error, match=message):
         launch(code, np.zeros(4, np.uint32))
@@ -92,7 +101,7 @@ def test_regions_merge_only_where_they_overlap():
     with pytest.raises(OutOfBounds, match="100 bytes after the start"):
         memory.find(base + 100, base + 104)
     memory.remove(first)
-    memory.remove(first)        # twice is harmless
+    memory.remove(first)  # twice is harmless
     assert len(memory) == 1
 
 
@@ -164,9 +173,14 @@ def test_a_tensor_map_over_unregistered_memory_is_an_error(matrix):
         box.read([0, 0])
 
 
-@pytest.mark.parametrize("word, value, error, message", [
-    (2, 0, KernelError, "corrupt"), (2, 2 | 1 << 4 | 6 << 7 | 5 << 13, Unsupported, "swizzle"),
-    (13, 1, Unsupported, "element strides")])
+@pytest.mark.parametrize(
+    "word, value, error, message",
+    [
+        (2, 0, KernelError, "corrupt"),
+        (2, 2 | 1 << 4 | 6 << 7 | 5 << 13, Unsupported, "swizzle"),
+        (13, 1, Unsupported, "element strides"),
+    ],
+)
 def test_tensor_maps_that_are_refused(matrix, word, value, error, message):
     blob = tensor_map(matrix.array, (16, 16))
     blob.view(np.uint32)[word] = value

@@ -49,7 +49,10 @@ def kernel():
 
 def test_parameters_are_packed_by_alignment(kernel):
     assert [(p.name, p.offset, p.size) for p in kernel.params] == [
-        ("a", 0, 1), ("b", 8, 8), ("map", 64, 128)]
+        ("a", 0, 1),
+        ("b", 8, 8),
+        ("map", 64, 128),
+    ]
     assert kernel.param_bytes == 192
     assert kernel.directives["reqntid"] == [384, 1, 1]
 
@@ -61,7 +64,7 @@ def test_dynamic_shared_memory_follows_static(kernel):
 
 def test_registers_get_rows_by_class(kernel):
     assert kernel.regs["%r3"] == ("w", 3) and kernel.regs["%q"] == ("w", 4)
-    assert kernel.counts == {"p": 4, "w": 5}    # with P1
+    assert kernel.counts == {"p": 4, "w": 5}  # with P1
 
 
 def test_braces_scope_registers_and_labels(kernel):
@@ -84,20 +87,23 @@ def test_source_lines_skip_lines_of_inline_asm(kernel):
     assert str(ret.loc) == "/somewhere/other.py:99"
 
 
-@pytest.mark.parametrize("text, operand", [
-    ("0f3F800000", ("f32", 0x3F800000)),
-    ("0d3FF0000000000000", ("f64", 0x3FF0000000000000)),
-    ("-12", ("imm", -12)),
-    ("0x1fU", ("imm", 31)),
-    ("017", ("imm", 15)),
-    ("0", ("imm", 0)),
-    ("1.5", ("f32", 0x3FC00000)),
-    ("_", ("sink",)),
-    ("!%p1", ("not", ("reg", "%p1"))),
-    ("%r1|%p1", ("pair", ("reg", "%r1"), ("reg", "%p1"))),
-    ("[buffer+16]", ("mem", ("reg", "buffer"), 16)),
-    ("[%rd1, {%r1, 2}]", ("map", ("reg", "%rd1"), [("reg", "%r1"), ("imm", 2)])),
-])
+@pytest.mark.parametrize(
+    "text, operand",
+    [
+        ("0f3F800000", ("f32", 0x3F800000)),
+        ("0d3FF0000000000000", ("f64", 0x3FF0000000000000)),
+        ("-12", ("imm", -12)),
+        ("0x1fU", ("imm", 31)),
+        ("017", ("imm", 15)),
+        ("0", ("imm", 0)),
+        ("1.5", ("f32", 0x3FC00000)),
+        ("_", ("sink",)),
+        ("!%p1", ("not", ("reg", "%p1"))),
+        ("%r1|%p1", ("pair", ("reg", "%r1"), ("reg", "%p1"))),
+        ("[buffer+16]", ("mem", ("reg", "buffer"), 16)),
+        ("[%rd1, {%r1, 2}]", ("map", ("reg", "%rd1"), [("reg", "%r1"), ("imm", 2)])),
+    ],
+)
 def test_operands(text, operand):
     assert parse_operand(text, lambda name: name) == operand
 

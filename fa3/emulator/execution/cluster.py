@@ -18,9 +18,9 @@ class Cluster:
     def __init__(self, launch, positions: list[tuple[int, int, int]]):
         self.launch = launch
         self.proxy = ProxyClock()
-        self.events = 0             # counts whatever may wake a waiting fragment
-        self.arrived = self.generation = 0      # of the cluster barrier
-        self._in_transit: deque = deque()       # loads that late mode has not delivered yet
+        self.events = 0  # counts whatever may wake a waiting fragment
+        self.arrived = self.generation = 0  # of the cluster barrier
+        self._in_transit: deque = deque()  # loads that late mode has not delivered yet
         gx, gy, _ = launch.grid
         self.ctas: list[CTA] = []
         for rank, (x, y, z) in enumerate(positions):
@@ -33,8 +33,9 @@ class Cluster:
     def peer(self, number: int):
         """Shared memory of the CTA of rank number - 1."""
         if not 1 <= number <= len(self.ctas):
-            raise KernelError(f"shared::cluster access to CTA {number - 1} of a cluster of "
-                              f"{len(self.ctas)}")
+            raise KernelError(
+                f"shared::cluster access to CTA {number - 1} of a cluster of {len(self.ctas)}"
+            )
         return self.ctas[number - 1].smem
 
     def asynchronously(self, w, site: int, copy) -> None:
@@ -90,8 +91,10 @@ class Cluster:
     def _check_limit(self) -> None:
         done = sum(w.instructions for w in self.warpgroups)
         if done > self.launch.instruction_limit:
-            raise Runaway(f"more than {self.launch.instruction_limit} instructions in one "
-                          "cluster: an endless loop?")
+            raise Runaway(
+                f"more than {self.launch.instruction_limit} instructions in one "
+                "cluster: an endless loop?"
+            )
 
     @staticmethod
     def _computing(running) -> bool:

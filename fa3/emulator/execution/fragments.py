@@ -17,7 +17,7 @@ import numpy as np
 
 RUNNING, WAITING, CONVERGING, AT_BARRIER = range(4)
 _FAR = 1 << 30
-_NEVER = bool       # bool() is False
+_NEVER = bool  # bool() is False
 
 
 class Fragment:
@@ -59,7 +59,8 @@ class Fragment:
 
     def describe(self) -> str:
         return {RUNNING: "running", CONVERGING: "waiting for the rest of its warp(s)"}.get(
-            self.state) or self.why()
+            self.state
+        ) or self.why()
 
 
 def _next(fragments: list[Fragment]) -> Fragment | None:
@@ -185,7 +186,7 @@ def leave(w, fr):
     w.live = w.live & ~fr.mask
     w.fragments.remove(fr)
     w.cta.lanes_left(int(fr.mask.sum()))
-    for f in w.fragments:       # a warp may be complete now
+    for f in w.fragments:  # a warp may be complete now
         if f.state == CONVERGING:
             f.state = RUNNING
     return -1

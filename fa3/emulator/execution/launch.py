@@ -14,7 +14,7 @@ from ..memory.regions import GlobalMemory
 from ..ptx import Kernel
 from .cluster import Cluster
 
-MAX_SMEM = 232_448      # bytes a CTA may have on compute capability 9.0
+MAX_SMEM = 232_448  # bytes a CTA may have on compute capability 9.0
 
 Dim3 = tuple[int, int, int]
 
@@ -25,8 +25,8 @@ class Launch:
     grid: Dim3
     block: Dim3
     cluster: Dim3
-    dynamic_smem: int       # bytes
-    params: np.ndarray      # the parameter bytes, packed as kernel.params says
+    dynamic_smem: int  # bytes
+    params: np.ndarray  # the parameter bytes, packed as kernel.params says
     memory: GlobalMemory
     checks: Checks
     instruction_limit: int
@@ -36,7 +36,7 @@ class Launch:
         self.threads = self.block[0] * self.block[1] * self.block[2]
         self.smem_bytes = self.kernel.static_smem + self.dynamic_smem
         self.tensor_maps: dict = {}
-        self.ticks = 0      # of %clock and %globaltimer
+        self.ticks = 0  # of %clock and %globaltimer
         self._validate()
         self.lowered = lower(self.kernel, self.checks.wgmma)
 
@@ -49,8 +49,9 @@ class Launch:
         if not 1 <= self.threads <= 1024:
             raise KernelError(f"{self.threads} threads per CTA; 1 to 1024 are possible")
         if self.smem_bytes > MAX_SMEM:
-            raise KernelError(f"{self.smem_bytes} bytes of shared memory requested, {MAX_SMEM} "
-                              "available")
+            raise KernelError(
+                f"{self.smem_bytes} bytes of shared memory requested, {MAX_SMEM} available"
+            )
 
     def run(self) -> dict:
         """Run every CTA; returns statistics."""
@@ -68,5 +69,4 @@ class Launch:
         corners = (range(0, d, c) for d, c in zip(self.grid[::-1], self.cluster[::-1], strict=True))
         cx, cy, cz = self.cluster
         for z, y, x in itertools.product(*corners):
-            yield [(x + i, y + j, z + k)
-                   for k in range(cz) for j in range(cy) for i in range(cx)]
+            yield [(x + i, y + j, z + k) for k in range(cz) for j in range(cy) for i in range(cx)]

@@ -7,7 +7,7 @@ from ..ptx import Instr
 
 
 def place(instr: Instr | None) -> str:
-    """"kernel.py:12 (PTX line 34: add.s32 ...)" """
+    """ "kernel.py:12 (PTX line 34: add.s32 ...)" """
     if instr is None:
         return "the end of the kernel"
     ptx = f"PTX line {instr.line}: {instr.text[:90]}"
@@ -27,8 +27,10 @@ def located(error: Exception, w) -> EmulatorError:
     instr = _instruction(kernel, fr.pc if pc is None else pc)
     kind = type(error) if isinstance(error, EmulatorError) else KernelError
     text = f"{error}" if isinstance(error, EmulatorError) else f"{type(error).__name__}: {error}"
-    found = kind(f"{text}\n  at {place(instr)}\n  in CTA {w.cta.position}, warps "
-                 f"{w.warps(fr.mask)} of kernel {kernel.name[:60]}")
+    found = kind(
+        f"{text}\n  at {place(instr)}\n  in CTA {w.cta.position}, warps "
+        f"{w.warps(fr.mask)} of kernel {kernel.name[:60]}"
+    )
     found.source = str(instr.loc) if instr is not None and instr.loc else ""
     return found
 
@@ -39,6 +41,8 @@ def deadlock(warpgroups) -> str:
     for w in warpgroups:
         for f in w.fragments:
             instr = _instruction(w.launch.kernel, f.site)
-            lines.append(f"  CTA {w.cta.position} warps {w.warps(f.mask)} ({int(f.mask.sum())} "
-                         f"lanes): {f.describe()} at {place(instr)}")
+            lines.append(
+                f"  CTA {w.cta.position} warps {w.warps(f.mask)} ({int(f.mask.sum())} "
+                f"lanes): {f.describe()} at {place(instr)}"
+            )
     return "\n".join(lines)

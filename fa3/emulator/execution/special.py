@@ -35,9 +35,15 @@ class SpecialRegisters(dict):
             t = np.arange(w.lanes) + w.first_thread
             bx, by, _ = launch.block
             return (t % bx, t // bx % by, t // (bx * by))[axis]
-        return {"%ntid": launch.block[axis], "%ctaid": cta, "%nctaid": launch.grid[axis],
-                "%clusterid": cta // cluster, "%nclusterid": launch.grid[axis] // cluster,
-                "%cluster_ctaid": cta % cluster, "%cluster_nctaid": cluster}.get(base)
+        return {
+            "%ntid": launch.block[axis],
+            "%ctaid": cta,
+            "%nctaid": launch.grid[axis],
+            "%clusterid": cta // cluster,
+            "%nclusterid": launch.grid[axis] // cluster,
+            "%cluster_ctaid": cta % cluster,
+            "%cluster_nctaid": cluster,
+        }.get(base)
 
     def _scalar(self, name: str):
         w, launch = self._w, self._w.launch
@@ -49,11 +55,18 @@ class SpecialRegisters(dict):
         if name.startswith("%lanemask_"):
             bit = _u8(1) << lane
             below = bit - _u8(1)
-            return {"lt": below, "eq": bit, "le": below | bit, "gt": ~(below | bit), "ge": ~below
-                    }[name[-2:]].astype(_u4)
+            return {"lt": below, "eq": bit, "le": below | bit, "gt": ~(below | bit), "ge": ~below}[
+                name[-2:]
+            ].astype(_u4)
         size = int(np.prod(launch.cluster))
-        return {"%nwarpid": (launch.threads + 31) // 32, "%smid": w.cta.number % launch.sms,
-                "%nsmid": launch.sms, "%gridid": 1,
-                "%dynamic_smem_size": launch.dynamic_smem, "%total_smem_size": launch.smem_bytes,
-                "%cluster_ctarank": w.cta.rank, "%cluster_nctarank": size,
-                "%is_explicit_cluster": int(size > 1)}.get(name)
+        return {
+            "%nwarpid": (launch.threads + 31) // 32,
+            "%smid": w.cta.number % launch.sms,
+            "%nsmid": launch.sms,
+            "%gridid": 1,
+            "%dynamic_smem_size": launch.dynamic_smem,
+            "%total_smem_size": launch.smem_bytes,
+            "%cluster_ctarank": w.cta.rank,
+            "%cluster_nctarank": size,
+            "%is_explicit_cluster": int(size > 1),
+        }.get(name)

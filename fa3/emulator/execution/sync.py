@@ -13,9 +13,9 @@ class _NamedBarrier:
     __slots__ = ("arrived", "expected", "held")
 
     def __init__(self):
-        self.arrived = 0                    # threads
-        self.expected: int | None = None    # threads; None: all of the CTA
-        self.held = []                      # fragments to release
+        self.arrived = 0  # threads
+        self.expected: int | None = None  # threads; None: all of the CTA
+        self.held = []  # fragments to release
 
 
 class NamedBarriers:
@@ -28,12 +28,15 @@ class NamedBarriers:
         if number >= NUM_BARRIERS:
             raise BarrierMisuse(f"named barrier {number}: there are {NUM_BARRIERS}")
         if expected is not None and (expected % 32 or expected == 0):
-            raise BarrierMisuse(f"barrier {number}: thread count {expected} is not a multiple "
-                                "of the warp size")
+            raise BarrierMisuse(
+                f"barrier {number}: thread count {expected} is not a multiple of the warp size"
+            )
         b = self._barriers.setdefault(number, _NamedBarrier())
         if b.arrived and b.expected != expected:
-            raise BarrierMisuse(f"barrier {number}: participants disagree on the thread count "
-                                f"({b.expected} and {expected})")
+            raise BarrierMisuse(
+                f"barrier {number}: participants disagree on the thread count "
+                f"({b.expected} and {expected})"
+            )
         b.expected = expected
         b.arrived += threads
         return b
@@ -43,8 +46,9 @@ class NamedBarriers:
         b = self._barriers[number]
         want = b.expected if b.expected is not None else (live + 31) // 32 * 32
         if b.arrived > want:
-            raise BarrierMisuse(f"barrier {number}: {b.arrived} threads arrived where {want} "
-                                "were expected")
+            raise BarrierMisuse(
+                f"barrier {number}: {b.arrived} threads arrived where {want} were expected"
+            )
         if b.arrived == want:
             for f in b.held:
                 f.state = RUNNING
@@ -58,7 +62,7 @@ class NamedBarriers:
 def barrier(w, fr, number, count, arrive, pc, after):
     """bar.sync, or bar.arrive which does not wait; count None: all threads of the CTA."""
     numbers = w.active(number, fr.mask)
-    if (numbers != numbers[0]).any():       # warps naming different barriers
+    if (numbers != numbers[0]).any():  # warps naming different barriers
         return split(w, fr, rows(number, w.lanes) == numbers[0], pc, pc)
     i = int(numbers[0])
     warps = int(fr.mask.reshape(-1, 32).any(1).sum())
@@ -67,8 +71,11 @@ def barrier(w, fr, number, count, arrive, pc, after):
     b = barriers.arrive(i, 32 * warps, expected)
     w.cluster.events += 1
     if not arrive:
-        fr.hold_at_barrier(pc, after, lambda: f"barrier {i}: {b.arrived} of "
-                           f"{b.expected or cta.live} threads arrived")
+        fr.hold_at_barrier(
+            pc,
+            after,
+            lambda: f"barrier {i}: {b.arrived} of {b.expected or cta.live} threads arrived",
+        )
         b.held.append(fr)
     barriers.release(i, cta.live)
     return -1 if fr.state == AT_BARRIER else after

@@ -73,8 +73,12 @@ def reduce(w, m, op, a):
     x = rows(a, w.lanes).reshape(-1, 32)
     limits = np.iinfo(x.dtype)
     f, neutral = {
-        "add": (np.add, 0), "or": (np.bitwise_or, 0), "xor": (np.bitwise_xor, 0),
+        "add": (np.add, 0),
+        "or": (np.bitwise_or, 0),
+        "xor": (np.bitwise_xor, 0),
         "and": (np.bitwise_and, ~x.dtype.type(0)),
-        "min": (np.minimum, limits.max), "max": (np.maximum, limits.min)}[op]
+        "min": (np.minimum, limits.max),
+        "max": (np.maximum, limits.min),
+    }[op]
     reduced = f.reduce(np.where(active, x, x.dtype.type(neutral)), axis=1, dtype=x.dtype)
     return np.repeat(reduced, 32)

@@ -29,7 +29,10 @@ class Warpgroup:
         self.cta, self.index = cta, index
         self.cluster, self.launch = cta.cluster, cta.cluster.launch
         self.checks, self.memory, self.params = (
-            self.launch.checks, self.launch.memory, self.launch.params)
+            self.launch.checks,
+            self.launch.memory,
+            self.launch.params,
+        )
         self.first_thread = LANES * index
         threads = min(LANES, self.launch.threads - self.first_thread)
         self.lanes = (threads + 31) // 32 * 32
@@ -45,7 +48,7 @@ class Warpgroup:
         self.cluster_generation = np.zeros(self.lanes, np.int64)
         self.wgmma = Queue(self)
         self.in_flight = RegistersInFlight() if self.checks.wgmma else None
-        self.bulk, self.cp_async = Groups(), Groups()       # of late mode: by lane, by warp
+        self.bulk, self.cp_async = Groups(), Groups()  # of late mode: by lane, by warp
 
     def _allocate_registers(self, counts: dict[str, int]) -> None:
         n = self.lanes
@@ -102,7 +105,8 @@ class Warpgroup:
                 error = RegisterInFlight(
                     f"{what} register {names[0]}{more} "
                     f"{'used' if what == 'accumulator' else 'overwritten'} while its wgmma is "
-                    "still in flight (no wait_group)")
+                    "still in flight (no wait_group)"
+                )
                 error.site = pc
                 raise error
 

@@ -67,7 +67,7 @@ def fma(e, i):
     t = instr_type(i)
     a, b, c = (e.src(x, t) for x in i.args[1:])
     d = e.dst(i.args[0], t)
-    if t == "f32":          # the product is exact in double
+    if t == "f32":  # the product is exact in double
         e.put(d, f"({a}.astype(f8)*{b}+{c}).astype(f4)")
     elif t == "f64":
         e.put(d, f"{a}*{b}+{c}")
@@ -79,8 +79,9 @@ def fma(e, i):
 def div(e, i):
     t = instr_type(i)
     a, b = e.src(i.args[1], t), e.src(i.args[2], t)
-    e.put(e.dst(i.args[0], t),
-          f"divide({a},{b})" if KIND[t] == "f" else f"integers.divide({a},{b})")
+    e.put(
+        e.dst(i.args[0], t), f"divide({a},{b})" if KIND[t] == "f" else f"integers.divide({a},{b})"
+    )
 
 
 @lowers("rem")
@@ -114,8 +115,15 @@ def min_max(e, i):
     e.put(d, f"maximum({value},{e.constant(0, DTYPE[t])})" if "relu" in i.parts else value)
 
 
-_FUNCTIONS = {"ex2": "exp2", "lg2": "log2", "rcp": "reciprocal", "sqrt": "sqrt", "tanh": "tanh",
-              "sin": "sin", "cos": "cos"}
+_FUNCTIONS = {
+    "ex2": "exp2",
+    "lg2": "log2",
+    "rcp": "reciprocal",
+    "sqrt": "sqrt",
+    "tanh": "tanh",
+    "sin": "sin",
+    "cos": "cos",
+}
 
 
 @lowers(*_FUNCTIONS)

@@ -11,8 +11,7 @@ from .registry import lowers
 def logic(e, i):
     t, name = instr_type(i), i.parts[0]
     if t == "pred":
-        return e.ufunc(f"logical_{name}", e.dst(i.args[0], "u32"),
-                       *(e.pred(x) for x in i.args[1:]))
+        return e.ufunc(f"logical_{name}", e.dst(i.args[0], "u32"), *(e.pred(x) for x in i.args[1:]))
     f = "invert" if name == "not" else f"bitwise_{name}"
     e.ufunc(f, e.dst(i.args[0], t), *(e.src(x, t) for x in i.args[1:]))
 
@@ -40,8 +39,10 @@ def _count(e, operand, t) -> str:
 @lowers("shf")
 def shf(e, i):
     lo, hi, n = (e.src(x, "u32") for x in i.args[1:])
-    e.put(e.dst(i.args[0], "u32"),
-          f"integers.funnel_shift({lo},{hi},{n},{i.parts[1] == 'l'},{'wrap' in i.parts})")
+    e.put(
+        e.dst(i.args[0], "u32"),
+        f"integers.funnel_shift({lo},{hi},{n},{i.parts[1] == 'l'},{'wrap' in i.parts})",
+    )
 
 
 @lowers("bfe")
@@ -109,20 +110,33 @@ def brev(e, i):
 @lowers("selp")
 def selp(e, i):
     t = instr_type(i)
-    e.put(e.dst(i.args[0], t),
-          f"where({e.pred(i.args[3])},{e.src(i.args[1], t)},{e.src(i.args[2], t)})")
+    e.put(
+        e.dst(i.args[0], t),
+        f"where({e.pred(i.args[3])},{e.src(i.args[1], t)},{e.src(i.args[2], t)})",
+    )
 
 
 @lowers("slct")
 def slct(e, i):
     t, u = i.parts[1], i.parts[-1]
-    e.put(e.dst(i.args[0], t),
-          f"where({e.src(i.args[3], u)}>=0,{e.src(i.args[1], t)},{e.src(i.args[2], t)})")
+    e.put(
+        e.dst(i.args[0], t),
+        f"where({e.src(i.args[3], u)}>=0,{e.src(i.args[1], t)},{e.src(i.args[2], t)})",
+    )
 
 
-_COMPARE = {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
-            "eq": "equal", "ne": "not_equal", "lo": "less", "ls": "less_equal", "hi": "greater",
-            "hs": "greater_equal"}
+_COMPARE = {
+    "lt": "less",
+    "le": "less_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+    "lo": "less",
+    "ls": "less_equal",
+    "hi": "greater",
+    "hs": "greater_equal",
+}
 # comparisons that are true of NaN, by the ordered comparison they negate
 _UNORDERED = {"ltu": "greater_equal", "leu": "greater", "gtu": "less_equal", "geu": "less"}
 
@@ -133,8 +147,13 @@ def comparison(cmp: str, t: str, x: str, y: str) -> str:
         if cmp in _UNORDERED:
             return f"~{_UNORDERED[cmp]}({x},{y})"
         nan = f"(isnan({x})|isnan({y}))"
-        special = {"ne": f"not_equal({x},{y})&~{nan}", "neu": f"not_equal({x},{y})",
-                   "equ": f"equal({x},{y})|{nan}", "nan": nan, "num": f"~{nan}"}
+        special = {
+            "ne": f"not_equal({x},{y})&~{nan}",
+            "neu": f"not_equal({x},{y})",
+            "equ": f"equal({x},{y})|{nan}",
+            "nan": nan,
+            "num": f"~{nan}",
+        }
         if cmp in special:
             return special[cmp]
     return f"{_COMPARE[cmp]}({x},{y})"
@@ -151,8 +170,11 @@ def setp(e, i):
     plain = cmp in _COMPARE and not (KIND[t] == "f" and cmp == "ne")
     if plain and len(i.args) == 3 and second is None and d:
         return e.ufunc(_COMPARE[cmp], d, x, y)
-    also = f"{ {'and': '&', 'or': '|', 'xor': '^'}[i.parts[2]]}{e.pred(i.args[3])}" \
-        if len(i.args) == 4 else ""
+    also = (
+        f"{ {'and': '&', 'or': '|', 'xor': '^'}[i.parts[2]] }{e.pred(i.args[3])}"
+        if len(i.args) == 4
+        else ""
+    )
     e.line(f"t=({comparison(cmp, t, x, y)})")
     e.put(d, f"t{also}")
     if second is not None:

@@ -41,10 +41,17 @@ def _tensor(e, i, reduction):
         raise Unsupported("im2col")
     a = i.args
     if a[0][0] == "map":
-        return e.call(bulk.tensor_store, e.pc, _map(e, a[0]), e.address(a[1], "shared"),
-                      repr(reduction))
-    e.call(bulk.tensor_load, e.pc, e.address(a[0], "shared"), _map(e, a[1]),
-           e.address(a[2], "shared"), _multicast(e, i, 3))
+        return e.call(
+            bulk.tensor_store, e.pc, _map(e, a[0]), e.address(a[1], "shared"), repr(reduction)
+        )
+    e.call(
+        bulk.tensor_load,
+        e.pc,
+        e.address(a[0], "shared"),
+        _map(e, a[1]),
+        e.address(a[2], "shared"),
+        _multicast(e, i, 3),
+    )
 
 
 def _bulk(e, i, reduction):
@@ -53,13 +60,25 @@ def _bulk(e, i, reduction):
     own = q.index("shared::cta") if "shared::cta" in q else len(q)
     if q[-1] == "global" or "global" in q and q.index("global") < own < len(q):
         kind = next((x for x in reversed(q) if x in DTYPE), "b8")
-        return e.call(bulk.store, e.pc, e.address(a[0], "global"), e.address(a[1], "shared"), size,
-                      repr((reduction, kind) if reduction else None))
+        return e.call(
+            bulk.store,
+            e.pc,
+            e.address(a[0], "global"),
+            e.address(a[1], "shared"),
+            size,
+            repr((reduction, kind) if reduction else None),
+        )
     destination, barrier = e.address(a[0], "shared"), e.address(a[3], "shared")
     if own < len(q) and "global" not in q:
         return e.call(bulk.between_ctas, destination, e.address(a[1], "shared"), size, barrier)
-    e.call(bulk.load, e.pc, destination, f"({e.address(a[1], 'global')},{size})", barrier,
-           _multicast(e, i, 4))
+    e.call(
+        bulk.load,
+        e.pc,
+        destination,
+        f"({e.address(a[1], 'global')},{size})",
+        barrier,
+        _multicast(e, i, 4),
+    )
 
 
 @lowers("tensormap")
@@ -67,8 +86,7 @@ def tensormap_(e, i):
     """tensormap.replace.tile.FIELD and tensormap.cp_fenceproxy."""
     q, a = i.parts, i.args
     if q[1] == "cp_fenceproxy":
-        return e.call(tensormap.copy, e.address(a[0], "global"), e.address(a[1], "shared"),
-                      a[2][1])
+        return e.call(tensormap.copy, e.address(a[0], "global"), e.address(a[1], "shared"), a[2][1])
     field = q[3]
     if q[1] != "replace" or field not in ("global_address", "global_dim", "global_stride"):
         raise Unsupported("tensormap field")

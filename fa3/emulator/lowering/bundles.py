@@ -21,26 +21,40 @@ from ..ptx import Instr
 from .bits import comparison
 from .emitter import Emitter
 
-SMALLEST = 4        # instructions worth an operation of their own
+SMALLEST = 4  # instructions worth an operation of their own
 
 # opcode -> numpy expression of its operands, which are arrays
 _FLOAT = {
-    "add": "add({0},{1})", "sub": "subtract({0},{1})", "mul": "multiply({0},{1})",
-    "fma": "({0}.astype(f8)*{1}+{2}).astype(f4)", "max": "fmax({0},{1})",
-    "min": "fmin({0},{1})", "ex2": "exp2({0})", "neg": "negative({0})",
-    "selp": "where({2},{0},{1})", "mov": "{0}",
+    "add": "add({0},{1})",
+    "sub": "subtract({0},{1})",
+    "mul": "multiply({0},{1})",
+    "fma": "({0}.astype(f8)*{1}+{2}).astype(f4)",
+    "max": "fmax({0},{1})",
+    "min": "fmin({0},{1})",
+    "ex2": "exp2({0})",
+    "neg": "negative({0})",
+    "selp": "where({2},{0},{1})",
+    "mov": "{0}",
 }
 _INTEGER = {
-    "add": "add({0},{1})", "sub": "subtract({0},{1})", "max": "maximum({0},{1})",
-    "min": "minimum({0},{1})", "and": "bitwise_and({0},{1})", "or": "bitwise_or({0},{1})",
-    "xor": "bitwise_xor({0},{1})", "selp": "where({2},{0},{1})", "mov": "{0}",
+    "add": "add({0},{1})",
+    "sub": "subtract({0},{1})",
+    "max": "maximum({0},{1})",
+    "min": "minimum({0},{1})",
+    "and": "bitwise_and({0},{1})",
+    "or": "bitwise_or({0},{1})",
+    "xor": "bitwise_xor({0},{1})",
+    "selp": "where({2},{0},{1})",
+    "mov": "{0}",
 }
 _MODIFIERS = {"rn", "ftz", "approx"}
 _PACKED = ("f16x2", "bf16x2")
 # type -> (array of all registers in Warpgroup, register class, expressions)
 _TYPES = {
-    "f32": ("floats", "w", _FLOAT), "s32": ("ints", "w", _INTEGER),
-    "u32": ("words", "w", _INTEGER), "b32": ("words", "w", _INTEGER),
+    "f32": ("floats", "w", _FLOAT),
+    "s32": ("ints", "w", _INTEGER),
+    "u32": ("words", "w", _INTEGER),
+    "b32": ("words", "w", _INTEGER),
 }
 _PREDICATES = "predicates"
 
@@ -62,10 +76,10 @@ class Item:
 
     pc: int
     lines: list[str]
-    key: tuple | None = None        # equal keys can be joined; None: not plain
+    key: tuple | None = None  # equal keys can be joined; None: not plain
     expression: str = ""
     target: Row | None = None
-    sources: list[Row | str] = field(default_factory=list)      # str: the name of a constant
+    sources: list[Row | str] = field(default_factory=list)  # str: the name of a constant
 
     @property
     def reads(self) -> set[tuple[str, int]]:
@@ -97,8 +111,10 @@ def _form(instr: Instr) -> tuple[str, list[str]]:
         expression = comparison(parts[1], kind, "{0}", "{1}") if len(instr.args) == 3 else ""
         return expression, [_PREDICATES, array, array]
     if head == "cvt" and parts[-2] in _PACKED and set(parts[1:-2]) <= {"rn"}:
-        return (f"convert.pack('{parts[-2]}',('rn',),{{0}}.reshape(-1),{{1}}.reshape(-1),"
-                "{0}.size).reshape(-1,w.lanes)"), ["words", array, array]
+        return (
+            f"convert.pack('{parts[-2]}',('rn',),{{0}}.reshape(-1),{{1}}.reshape(-1),"
+            "{0}.size).reshape(-1,w.lanes)"
+        ), ["words", array, array]
     expression = expressions.get(head, "")
     if not set(parts[1:-1]) <= _MODIFIERS:
         return "", []
@@ -142,7 +158,7 @@ def _schedule(e: Emitter, window: list[Item]) -> list[tuple[int, str]]:
     out = []
     while ready:
         counts = Counter(window[i].key for i in ready)
-        key = max(counts, key=counts.__getitem__)       # the first of equals: program order
+        key = max(counts, key=counts.__getitem__)  # the first of equals: program order
         chosen = [i for i in ready if window[i].key == key]
         ready = [i for i in ready if window[i].key != key]
         out += _join(e, [window[i] for i in chosen])
@@ -182,8 +198,10 @@ def _join(e: Emitter, group: list[Item]) -> list[tuple[int, str]]:
     if len(group) < SMALLEST:
         return [(item.pc, line) for item in group for line in item.lines]
     packs = group[0].key[0].startswith("cvt")
-    sources = [_operand(e, [item.sources[p] for item in group], every=packs)
-               for p in range(len(group[0].sources))]
+    sources = [
+        _operand(e, [item.sources[p] for item in group], every=packs)
+        for p in range(len(group[0].sources))
+    ]
     value = group[0].expression.format(*sources)
     rows = _rows(e, [item.target.index for item in group])
     return [(group[0].pc, f"w.{group[0].target.array}[{rows}]={value}")]
@@ -207,5 +225,3 @@ def _rows(e: Emitter, registers: list[int]) -> str:
     if len(steps) == 1 and (step := steps.pop()) > 0:
         return f"{registers[0]}:{registers[-1] + 1}:{step}"
     return e.bind(np.array(registers))
-
-

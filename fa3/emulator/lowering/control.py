@@ -80,5 +80,6 @@ def barrier(e, i, after):
         raise Unsupported("bar.red")
     number = e.src(i.args[0], "u32")
     count = e.src(i.args[1], "u32") if len(i.args) > 1 else None
-    e.line(f"return {e.bind(sync.barrier)}(w,fr,{number},{count},{'arrive' in i.parts},{e.pc},"
-           f"{after})")
+    e.line(
+        f"return {e.bind(sync.barrier)}(w,fr,{number},{count},{'arrive' in i.parts},{e.pc},{after})"
+    )

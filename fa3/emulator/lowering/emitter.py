@@ -13,14 +13,42 @@ from ..memory.generic import PARAMETERS, WINDOW_SHIFT
 from ..numerics import convert, halves, integers
 from ..ptx import Instr, Kernel
 
-BANK = {("w", "u"): "U", ("w", "s"): "S", ("w", "f"): "F", ("d", "u"): "D", ("d", "s"): "Q",
-        ("d", "f"): "E", ("h", "u"): "H", ("h", "s"): "J", ("h", "f"): "G"}
+BANK = {
+    ("w", "u"): "U",
+    ("w", "s"): "S",
+    ("w", "f"): "F",
+    ("d", "u"): "D",
+    ("d", "s"): "Q",
+    ("d", "f"): "E",
+    ("h", "u"): "H",
+    ("h", "s"): "J",
+    ("h", "f"): "G",
+}
 WIDTH = {"w": 4, "d": 8, "h": 2}
 # PTX type -> numpy dtype, by the short name that generated code knows
-DTYPE = {"u8": "u1", "s8": "i1", "b8": "u1", "u16": "u2", "s16": "i2", "b16": "u2", "f16": "f2",
-         "bf16": "u2", "u32": "u4", "s32": "i4", "b32": "u4", "f32": "f4", "f16x2": "u4",
-         "bf16x2": "u4", "tf32": "f4", "u64": "u8", "s64": "i8", "b64": "u8", "f64": "f8",
-         "e4m3x2": "u2", "e5m2x2": "u2"}
+DTYPE = {
+    "u8": "u1",
+    "s8": "i1",
+    "b8": "u1",
+    "u16": "u2",
+    "s16": "i2",
+    "b16": "u2",
+    "f16": "f2",
+    "bf16": "u2",
+    "u32": "u4",
+    "s32": "i4",
+    "b32": "u4",
+    "f32": "f4",
+    "f16x2": "u4",
+    "bf16x2": "u4",
+    "tf32": "f4",
+    "u64": "u8",
+    "s64": "i8",
+    "b64": "u8",
+    "f64": "f8",
+    "e4m3x2": "u2",
+    "e5m2x2": "u2",
+}
 KIND = {t: {"f": "f", "i": "s"}.get(d[0], "u") for t, d in DTYPE.items()}
 _UFUNCS = """add subtract multiply less less_equal greater greater_equal equal not_equal bitwise_and
     bitwise_or bitwise_xor invert left_shift right_shift logical_and logical_or logical_not
@@ -38,12 +66,16 @@ class Emitter:
         self.kernel = kernel
         self.names = {n: getattr(np, n) for n in _UFUNCS}
         self.names.update(np=np, convert=convert, halves=halves, integers=integers)
-        self.names.update({t: np.dtype(t).type for t in
-                           ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")})
+        self.names.update(
+            {
+                t: np.dtype(t).type
+                for t in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+            }
+        )
         self._constants: dict[tuple, str] = {}
         self._functions: dict[object, str] = {}
         self.lines: list[str] = []
-        self.mask: str | None = None        # name of the mask of the current instruction
+        self.mask: str | None = None  # name of the mask of the current instruction
         self.pc = 0
 
     def begin(self, pc: int, mask: str | None) -> None:
@@ -67,8 +99,9 @@ class Emitter:
         if key not in self._constants:
             name = f"k{len(self._constants)}"
             unsigned = d.kind in "ui"
-            self.names[name] = np.array([value], f"u{d.itemsize}").view(d) if unsigned else \
-                np.array([value], d)
+            self.names[name] = (
+                np.array([value], f"u{d.itemsize}").view(d) if unsigned else np.array([value], d)
+            )
             self._constants[key] = name
         return self._constants[key]
 
@@ -97,11 +130,17 @@ class Emitter:
             is_float = KIND[t] == "f"
             return self.constant(float(operand[1]) if is_float else operand[1], DTYPE[t])
         if kind == "f32":
-            return self._bits(operand[1], "u4", "f4") if DTYPE[t] == "f4" else \
-                self.constant(operand[1], DTYPE[t])
+            return (
+                self._bits(operand[1], "u4", "f4")
+                if DTYPE[t] == "f4"
+                else self.constant(operand[1], DTYPE[t])
+            )
         if kind == "f64":
-            return self._bits(operand[1], "u8", "f8") if KIND[t] == "f" else \
-                self.constant(operand[1], "u8")
+            return (
+                self._bits(operand[1], "u8", "f8")
+                if KIND[t] == "f"
+                else self.constant(operand[1], "u8")
+            )
         if kind == "not":
             return f"~{self.src(operand[1], t)}"
         raise Unsupported(f"operand {operand}")
@@ -114,7 +153,7 @@ class Emitter:
             return f"P[{r[1]}]"
         row = f"{BANK[r[0], KIND[t]]}[{r[1]}]"
         need = itemsize(t)
-        if need < WIDTH[r[0]] and KIND[t] != "f":       # narrow read of a wide register
+        if need < WIDTH[r[0]] and KIND[t] != "f":  # narrow read of a wide register
             return f"{row}.astype({DTYPE[t]})"
         if need != WIDTH[r[0]]:
             raise Unsupported(f"register {name} of {WIDTH[r[0]]} bytes read as {t}")

@@ -26,8 +26,10 @@ def wgmma_(e, i):
     a = None if i.args[1][0] == "vec" else e.src(i.args[1], "u64")
     scale = i.args[3]
     accumulate = bool(scale[1]) if scale[0] == "imm" else e.pred(scale)
-    e.line(f"{e.bind(wgmma.issue)}(w,{e.bind(_shape(e, i))},{a},{e.src(i.args[2], 'u64')},"
-           f"{accumulate})")
+    e.line(
+        f"{e.bind(wgmma.issue)}(w,{e.bind(_shape(e, i))},{a},{e.src(i.args[2], 'u64')},"
+        f"{accumulate})"
+    )
 
 
 def _shape(e, i) -> wgmma.Shape:
@@ -45,9 +47,16 @@ def _shape(e, i) -> wgmma.Shape:
     contiguous = (np.diff(accumulator) == 1).all()
     used = frozenset(registers.tolist()) if registers is not None else frozenset()
     return wgmma.Shape(
-        n, k, tuple(types), (bool(trans_a), bool(trans_b)), signs[0] * signs[1] < 0,
+        n,
+        k,
+        tuple(types),
+        (bool(trans_a), bool(trans_b)),
+        signs[0] * signs[1] < 0,
         slice(int(accumulator[0]), int(accumulator[-1]) + 1) if contiguous else accumulator,
-        registers, (frozenset(accumulator.tolist()), used), e.pc)
+        registers,
+        (frozenset(accumulator.tolist()), used),
+        e.pc,
+    )
 
 
 @lowers("mma")
@@ -68,5 +77,9 @@ def ldmatrix_(e, i):
     loads = i.parts[0] == "ldmatrix"
     registers, address = (i.args[0], i.args[1]) if loads else (i.args[1], i.args[0])
     rows = e.rows([(e.dst if loads else e.src)(x, "u32") for x in vector(registers)])
-    e.call(ldmatrix.load if loads else ldmatrix.store, rows, e.address(address, "shared"),
-           "trans" in i.parts)
+    e.call(
+        ldmatrix.load if loads else ldmatrix.store,
+        rows,
+        e.address(address, "shared"),
+        "trans" in i.parts,
+    )

@@ -75,8 +75,10 @@ def mapa(e, i):
 @lowers("getctarank")
 def getctarank(e, i):
     x = e.src(i.args[1], "u32")
-    e.put(e.dst(i.args[0], "u32"),
-          f"where({x}>>u4({RANK_SHIFT}),({x}>>u4({RANK_SHIFT}))-u4(1),u4(w.cta.rank))")
+    e.put(
+        e.dst(i.args[0], "u32"),
+        f"where({x}>>u4({RANK_SHIFT}),({x}>>u4({RANK_SHIFT}))-u4(1),u4(w.cta.rank))",
+    )
 
 
 def cp_async_ampere(e, i):
@@ -89,5 +91,10 @@ def cp_async_ampere(e, i):
     if "mbarrier" in q:
         return e.call(cp_async.mbarrier_arrive, e.address(i.args[0], "shared"), "noinc" in q)
     partial = len(i.args) > 3 and i.args[3][0] in ("imm", "reg")
-    e.call(cp_async.copy, i.args[2][1], e.address(i.args[0], "shared"),
-           e.address(i.args[1], "global"), e.src(i.args[3], "u32") if partial else None)
+    e.call(
+        cp_async.copy,
+        i.args[2][1],
+        e.address(i.args[0], "shared"),
+        e.address(i.args[1], "global"),
+        e.src(i.args[3], "u32") if partial else None,
+    )

@@ -28,8 +28,10 @@ def _pack(e, d, parts, size: int):
     part = size // len(parts)
     if part not in _UNSIGNED:
         raise Unsupported("pack")
-    shifted = (f"({e.src(x, _UNSIGNED[part])}.astype(u{size})<<u{size}({8 * part * j}))"
-               for j, x in enumerate(parts))
+    shifted = (
+        f"({e.src(x, _UNSIGNED[part])}.astype(u{size})<<u{size}({8 * part * j}))"
+        for j, x in enumerate(parts)
+    )
     e.put(e.dst(d, _UNSIGNED[size]), "|".join(shifted))
 
 
@@ -47,7 +49,7 @@ def cvta(e, i):
     if "shared" in i.parts[2 if to else 1]:
         window = SHARED << WINDOW_SHIFT
         x = f"{x}&u8({window - 1})" if to else f"{x}|u8({window})"
-    e.put(e.dst(i.args[0], t), x)       # global and parameter addresses are generic already
+    e.put(e.dst(i.args[0], t), x)  # global and parameter addresses are generic already
 
 
 @lowers("isspacep")

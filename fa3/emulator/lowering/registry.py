@@ -11,16 +11,28 @@ TERMINATORS: dict[str, Callable] = {}
 _IMMEDIATE_FULL_MASKS = (("imm", -1), ("imm", 0xFFFFFFFF))
 
 # whole warps execute these together
-_WARP_WIDE = {"elect", "shfl", "vote", "match", "redux", "bar", "barrier", "ldmatrix", "stmatrix",
-              "mma"}
+_WARP_WIDE = {
+    "elect",
+    "shfl",
+    "vote",
+    "match",
+    "redux",
+    "bar",
+    "barrier",
+    "ldmatrix",
+    "stmatrix",
+    "mma",
+}
 _WITH_MEMBER_MASK = {"elect", "shfl", "vote", "match", "redux"}
 
 
 def lowers(*opcodes: str):
     """Register f(emitter, instr) for instructions whose opcode starts with one of these."""
+
     def register(f):
         HANDLERS.update(dict.fromkeys(opcodes, f))
         return f
+
     return register
 
 
@@ -29,9 +41,11 @@ def terminates(*opcodes: str):
 
     They end a segment; `after` is the pc of the next instruction.
     """
+
     def register(f):
         TERMINATORS.update(dict.fromkeys(opcodes, f))
         return f
+
     return register
 
 
@@ -50,5 +64,5 @@ def converges(instr: Instr) -> str | None:
     if head not in _WARP_WIDE:
         return None
     if head in _WITH_MEMBER_MASK and instr.args[-1] not in _IMMEDIATE_FULL_MASKS:
-        return None         # a partial membermask: trust the program
+        return None  # a partial membermask: trust the program
     return "warp"

@@ -22,11 +22,11 @@ _FAILURES = (NotImplementedError, KeyError, AttributeError, TypeError, ValueErro
 
 @dataclass(slots=True)
 class Segment:
-    run: Callable               # (warpgroup, fragment) -> next pc or -1
-    length: int                 # instructions
-    touched: frozenset = frozenset()        # 32-bit registers named, if the check wants to know
+    run: Callable  # (warpgroup, fragment) -> next pc or -1
+    length: int  # instructions
+    touched: frozenset = frozenset()  # 32-bit registers named, if the check wants to know
     written: frozenset = frozenset()
-    instructions: list = field(default_factory=list)        # (pc, touched, written) of each
+    instructions: list = field(default_factory=list)  # (pc, touched, written) of each
 
     def registers(self) -> Iterator[tuple[int, frozenset, frozenset]]:
         return iter(self.instructions)
@@ -51,7 +51,7 @@ class Lowered:
         self._emitter = Emitter(kernel)
         self._leaders = set(kernel.labels.values())
         self._converges = [converges(i) for i in kernel.code] + [None]
-        self._pcs: dict[object, list[int]] = {}         # code object -> pc of each source line
+        self._pcs: dict[object, list[int]] = {}  # code object -> pc of each source line
 
     def converges(self, pc: int) -> str | None:
         return self._converges[pc]
@@ -80,7 +80,7 @@ class Lowered:
         (see matrix/wgmma.py).
         """
         items: list[Item] = []
-        unfinished: frozenset = frozenset()     # registers of wgmmas issued so far
+        unfinished: frozenset = frozenset()  # registers of wgmmas issued so far
         pc = start
         while True:
             stop = self._stop(pc, start, whole)
@@ -89,8 +89,11 @@ class Lowered:
                 items.append(Item(pc, ["w.wgmma.flush()"]))
                 unfinished = frozenset()
             joined = whole and not last
-            items.append(describe(self._emitter, self.kernel.code[pc], pc, lines) if joined else
-                         Item(pc, lines))
+            items.append(
+                describe(self._emitter, self.kernel.code[pc], pc, lines)
+                if joined
+                else Item(pc, lines)
+            )
             if last:
                 return bundle(self._emitter, items), pc if stop else pc + 1
             unfinished |= self._issues(pc)
@@ -180,5 +183,3 @@ class Lowered:
                     elif isinstance(x, list):
                         todo.extend(x)
         return frozenset(found)
-
-

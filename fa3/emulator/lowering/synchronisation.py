@@ -15,13 +15,22 @@ def mbarrier_(e, i):
     elif action == "inval":
         e.call(mbarrier.invalidate, e.address(a[0], "shared"))
     elif action in ("expect_tx", "complete_tx"):
-        e.call(mbarrier.transaction, e.address(a[0], "shared"), e.src(a[1], "u32"),
-               1 if action == "complete_tx" else -1)
+        e.call(
+            mbarrier.transaction,
+            e.address(a[0], "shared"),
+            e.src(a[1], "u32"),
+            1 if action == "complete_tx" else -1,
+        )
     elif action == "arrive":
         token, a = (("sink",), a) if a[0][0] == "mem" else (a[0], a[1:])
         x = e.src(a[1], "u32") if len(a) > 1 else None
-        e.call(mbarrier.arrive, e.dst(token, "u64"), e.address(a[0], "shared"), x,
-               "expect_tx" in i.parts)
+        e.call(
+            mbarrier.arrive,
+            e.dst(token, "u64"),
+            e.address(a[0], "shared"),
+            x,
+            "expect_tx" in i.parts,
+        )
     else:
         raise Unsupported(f"mbarrier.{action}")
 
@@ -33,7 +42,16 @@ def fence(e, i):
         e.call(shared.fence_async)
 
 
-@lowers("prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "applypriority", "discard",
-        "createpolicy", "pmevent", "brkpt")
+@lowers(
+    "prefetch",
+    "prefetchu",
+    "griddepcontrol",
+    "setmaxnreg",
+    "applypriority",
+    "discard",
+    "createpolicy",
+    "pmevent",
+    "brkpt",
+)
 def hint(e, i):
     """No effect on results."""

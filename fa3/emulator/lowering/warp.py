@@ -38,8 +38,10 @@ def shfl(e, i):
 
 @lowers("vote")
 def vote(e, i):
-    e.put(e.dst(i.args[0], "u32"),
-          f"{e.bind(warp_ops.vote)}(w,{e.mask},'{i.parts[2]}',{e.pred(i.args[1])})")
+    e.put(
+        e.dst(i.args[0], "u32"),
+        f"{e.bind(warp_ops.vote)}(w,{e.mask},'{i.parts[2]}',{e.pred(i.args[1])})",
+    )
 
 
 @lowers("activemask")
@@ -51,12 +53,16 @@ def activemask(e, i):
 def match(e, i):
     if i.parts[1] != "any":
         raise Unsupported("match.all")
-    e.put(e.dst(i.args[0], "u32"),
-          f"{e.bind(warp_ops.match_any)}(w,{e.mask},{e.src(i.args[1], instr_type(i))})")
+    e.put(
+        e.dst(i.args[0], "u32"),
+        f"{e.bind(warp_ops.match_any)}(w,{e.mask},{e.src(i.args[1], instr_type(i))})",
+    )
 
 
 @lowers("redux")
 def redux(e, i):
     t = instr_type(i)
-    e.put(e.dst(i.args[0], t),
-          f"{e.bind(warp_ops.reduce)}(w,{e.mask},'{i.parts[2]}',{e.src(i.args[1], t)})")
+    e.put(
+        e.dst(i.args[0], t),
+        f"{e.bind(warp_ops.reduce)}(w,{e.mask},'{i.parts[2]}',{e.src(i.args[1], t)})",
+    )

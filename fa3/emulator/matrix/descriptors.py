@@ -21,8 +21,8 @@ import numpy as np
 from ..errors import Unsupported
 
 CHUNK = 16
-STEP_BYTES = 32         # of K in one wgmma, whatever the type
-_MASK = {0: 0, 3: 1, 2: 3, 1: 7}        # layout -> xor mask on chunk indices
+STEP_BYTES = 32  # of K in one wgmma, whatever the type
+_MASK = {0: 0, 3: 1, 2: 3, 1: 7}  # layout -> xor mask on chunk indices
 
 
 @functools.lru_cache(maxsize=2048)
@@ -39,18 +39,20 @@ def chunks(starts: tuple[int, ...], rows: int, es: int, mn_major: bool) -> np.nd
 
 def _chunks(desc: int, rows: int, es: int, mn_major: bool) -> np.ndarray:
     start = desc & 0x3FFF
-    lbo, sbo = (desc >> 16) & 0x3FFF, (desc >> 32) & 0x3FFF         # in chunks
+    lbo, sbo = (desc >> 16) & 0x3FFF, (desc >> 32) & 0x3FFF  # in chunks
     if (desc >> 49) & 7:
         raise Unsupported(f"wgmma descriptor {desc:#x} with a base offset")
     mask = _MASK[(desc >> 62) & 3]
-    width = mask + 1                    # chunks of one swizzled row
+    width = mask + 1  # chunks of one swizzled row
     if mn_major:
         c, j = np.ogrid[: STEP_BYTES // es, : rows * es // CHUNK]
-        offset = (j // width) * lbo + j % width + (c % 8) * width + (c // 8) * sbo if mask else \
-            j * sbo + c % 8 + (c // 8) * lbo
+        offset = (
+            (j // width) * lbo + j % width + (c % 8) * width + (c // 8) * sbo
+            if mask
+            else j * sbo + c % 8 + (c // 8) * lbo
+        )
     else:
         r, j = np.ogrid[:rows, : STEP_BYTES // CHUNK]
-        offset = (r // 8) * sbo + (r % 8) * width + j if mask else \
-            (r // 8) * sbo + r % 8 + j * lbo
+        offset = (r // 8) * sbo + (r % 8) * width + j if mask else (r // 8) * sbo + r % 8 + j * lbo
     chunk = start + offset
     return chunk ^ ((chunk >> 3) & mask)

@@ -10,8 +10,7 @@ from ..numerics.formats import rows
 
 def _row_addresses(w, m, address, offset, n):
     """(warps, (warps, n, 8) row addresses) of the warps taking part."""
-    warps = np.arange(w.lanes // 32) if m is None else \
-        np.flatnonzero(m.reshape(-1, 32).any(1))
+    warps = np.arange(w.lanes // 32) if m is None else np.flatnonzero(m.reshape(-1, 32).any(1))
     a = rows(address, w.lanes).reshape(-1, 32)[warps, : 8 * n].astype(np.int64) + offset
     if (a & 15).any():
         raise Misaligned(f"ldmatrix/stmatrix row address {int(a[(a & 15) != 0][0]):#x}")
@@ -25,7 +24,7 @@ def load(w, m, registers, address, offset, transposed):
     warps, a = _row_addresses(w, m, address, offset, n)
     if smem.written is not None:
         smem.written.require(a.ravel(), 16, "ldmatrix")
-    x = smem.chunks[a >> 4].view(np.uint16)                 # (warps, n, 8, 8)
+    x = smem.chunks[a >> 4].view(np.uint16)  # (warps, n, 8, 8)
     if transposed:
         x = np.ascontiguousarray(x.swapaxes(2, 3))
     x = x.view(np.uint32).reshape(len(warps), n, 32)

@@ -25,11 +25,12 @@ def mma(w, m, how, d, a, b, c):
         x = w.words[registers].reshape(len(registers), -1, 32)[:, warps].transpose(1, 2, 0)
         return np.ascontiguousarray(x).view(ELEMENT[kind][1])
 
-    per, parts = 4 // ELEMENT[a_type][0], len(a) // 2        # elements per register, parts of K
+    per, parts = 4 // ELEMENT[a_type][0], len(a) // 2  # elements per register, parts of K
     left = grab(a, a_type).reshape(n, 8, 4, parts, 2, per).transpose(0, 4, 1, 3, 2, 5)
     right = grab(b, b_type).reshape(n, 8, 4, parts, per).transpose(0, 1, 3, 2, 4)
-    product = decode(left.reshape(n, 16, k), a_type) @ \
-        decode(right.reshape(n, 8, k), b_type).swapaxes(1, 2)
+    product = decode(left.reshape(n, 16, k), a_type) @ decode(
+        right.reshape(n, 8, k), b_type
+    ).swapaxes(1, 2)
     # (warp, row half, g, q, p) -> register 2 * half + p
     product = product.reshape(n, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, n, 32)
     old = np.stack([rows(x, w.lanes).reshape(-1, 32)[warps] for x in c])

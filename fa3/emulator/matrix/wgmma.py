@@ -34,23 +34,29 @@ class Shape:
 
     n: int
     k: int
-    types: tuple[str, str, str]         # D, A, B
-    transposed: tuple[bool, bool]       # A, B are MN-major
-    negated: bool                       # scale-a * scale-b is -1
-    accumulator: slice | np.ndarray     # rows of 32-bit registers
-    a_registers: np.ndarray | None      # None: A is in shared memory
-    registers: tuple[frozenset, frozenset]      # accumulator and A, for the check
-    site: int                           # pc
+    types: tuple[str, str, str]  # D, A, B
+    transposed: tuple[bool, bool]  # A, B are MN-major
+    negated: bool  # scale-a * scale-b is -1
+    accumulator: slice | np.ndarray  # rows of 32-bit registers
+    a_registers: np.ndarray | None  # None: A is in shared memory
+    registers: tuple[frozenset, frozenset]  # accumulator and A, for the check
+    site: int  # pc
 
     def key(self):
         """Instructions of equal key that follow each other may be joined along K."""
-        return (self.n, self.types, self.transposed, self.negated, self.registers[0],
-                self.a_registers is None)
+        return (
+            self.n,
+            self.types,
+            self.transposed,
+            self.negated,
+            self.registers[0],
+            self.a_registers is None,
+        )
 
 
 class Issued(NamedTuple):
     shape: Shape
-    a: int | None       # descriptors
+    a: int | None  # descriptors
     b: int
     accumulate: bool
 
@@ -61,7 +67,7 @@ class Queue:
     def __init__(self, w):
         self.w = w
         self.issued: list[Issued] = []
-        self.committed: list[list[Issued]] = []     # of late mode
+        self.committed: list[list[Issued]] = []  # of late mode
 
     def flush(self) -> None:
         """Execute what was issued, unless that is to happen late."""
@@ -71,7 +77,7 @@ class Queue:
 
     def commit(self) -> None:
         self.flush()
-        self.committed.append(self.issued)      # empty unless late
+        self.committed.append(self.issued)  # empty unless late
         self.issued = []
 
     def wait(self, keep: int) -> None:
@@ -84,7 +90,7 @@ class Queue:
         for _, same in itertools.groupby(issued, lambda i: i.shape.key()):
             run: list[Issued] = []
             for i in same:
-                if run and not i.accumulate:        # starts afresh
+                if run and not i.accumulate:  # starts afresh
                     _multiply(self.w, run)
                     run = []
                 run.append(i)
@@ -95,9 +101,14 @@ def issue(w, shape: Shape, a, b, accumulate):
     """wgmma.mma_async; a and b are rows with descriptors (a None: registers)."""
     if w.in_flight is not None:
         w.in_flight.issue(*shape.registers)
-    w.wgmma.issued.append(Issued(
-        shape, None if a is None else int(a[0]), int(b[0]),
-        accumulate if isinstance(accumulate, bool) else bool(accumulate[0])))
+    w.wgmma.issued.append(
+        Issued(
+            shape,
+            None if a is None else int(a[0]),
+            int(b[0]),
+            accumulate if isinstance(accumulate, bool) else bool(accumulate[0]),
+        )
+    )
 
 
 def commit(w):

@@ -8,8 +8,14 @@ from ..errors import Unsupported
 from ..numerics import halves
 from . import generic, shared
 
-_BINARY = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-           "or": np.bitwise_or, "xor": np.bitwise_xor}
+_BINARY = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 HALF = ("f16", "bf16", "f16x2", "bf16x2")
 
 

@@ -14,9 +14,15 @@ from ..errors import Misaligned, OutOfBounds, Unsupported
 from . import mbarrier, tensormap
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
 
-_CHUNK = 16         # bytes; swizzles permute chunks
-_REDUCIBLE = {"f32": np.float32, "f16": np.float16, "u32": np.uint32, "s32": np.int32,
-              "u64": np.uint64, "f64": np.float64}
+_CHUNK = 16  # bytes; swizzles permute chunks
+_REDUCIBLE = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "u32": np.uint32,
+    "s32": np.int32,
+    "u64": np.uint64,
+    "f64": np.float64,
+}
 
 
 def swizzled_chunks(start: int, nbytes: int, mask: int) -> np.ndarray:
@@ -60,8 +66,11 @@ def _targets(w, dst: int, barrier: int, multicast: int | None):
     """[(memory, offset, mbarrier address)] a load is delivered to."""
     if multicast is None:
         return [(*shared_at(w, dst), barrier)]
-    return [(w.cluster.peer(rank + 1), dst & OFFSET, (barrier & OFFSET) | (rank + 1) << RANK_SHIFT)
-            for rank in range(16) if multicast >> rank & 1]
+    return [
+        (w.cluster.peer(rank + 1), dst & OFFSET, (barrier & OFFSET) | (rank + 1) << RANK_SHIFT)
+        for rank in range(16)
+        if multicast >> rank & 1
+    ]
 
 
 def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast):
@@ -96,7 +105,7 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
         at = (w.lane_value(src, lane) + src_offset) & OFFSET
         same = (box.address, c, at)
         if reduction is None and not w.checks.late and same in seen:
-            continue            # every lane of a warp storing the same box
+            continue  # every lane of a warp storing the same box
         seen.add(same)
         _later(w, lane, site, partial(_tensor_store, w, box, c, at, reduction))
 
@@ -123,8 +132,10 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
         b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
         mask = None if multicast is None else w.lane_value(multicast, lane)
         if s % 16 or n % 16 or d % 16:
-            raise Misaligned(f"cp.async.bulk of {n} bytes from {s:#x} to {d:#x}: addresses and "
-                             "size must be multiples of 16")
+            raise Misaligned(
+                f"cp.async.bulk of {n} bytes from {s:#x} to {d:#x}: addresses and "
+                "size must be multiples of 16"
+            )
         w.cluster.asynchronously(w, site, partial(_load, w, d, s, n, b, mask))
 
 

@@ -20,21 +20,27 @@ def copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
         return
     if not w.checks.late:
         return _copy(w, m, size, dst, dst_offset, src, src_offset, src_size)
-    dst, src, src_size = (None if x is None else rows(x, w.lanes).copy()
-                          for x in (dst, src, src_size))
+    dst, src, src_size = (
+        None if x is None else rows(x, w.lanes).copy() for x in (dst, src, src_size)
+    )
     mask = (w.live if m is None else m).reshape(-1, 32)
     for warp in np.flatnonzero(mask.any(1)).tolist():
         own = np.zeros_like(mask)
         own[warp] = mask[warp]
-        w.cp_async.add(warp, partial(_copy, w, own.reshape(-1), size, dst, dst_offset, src,
-                                     src_offset, src_size))
+        w.cp_async.add(
+            warp,
+            partial(_copy, w, own.reshape(-1), size, dst, dst_offset, src, src_offset, src_size),
+        )
 
 
 def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
     memory, a = shared.locate(w, m, dst, dst_offset, size)
     g = w.active(src, m).astype(np.int64) + src_offset
-    n = np.full(len(a), size) if src_size is None else \
-        np.broadcast_to(w.active(src_size, m).astype(np.int64), a.shape)
+    n = (
+        np.full(len(a), size)
+        if src_size is None
+        else np.broadcast_to(w.active(src_size, m).astype(np.int64), a.shape)
+    )
     memory.generic_write(w, m, a, size)
     out = np.zeros((len(a), size), np.uint8)
     some = n > 0

@@ -35,16 +35,19 @@ class MBarrier:
         return (self.phase & 1) != (value & 1) if parity else self.phase > value
 
     def __str__(self):
-        return (f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes "
-                "outstanding")
+        return (
+            f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes "
+            "outstanding"
+        )
 
 
 def find(w, address: int) -> MBarrier:
     memory, offset = shared_at(w, address)
     barrier = memory.barriers.get(offset)
     if barrier is None:
-        raise BarrierMisuse("operation on an mbarrier that was not initialised: shared address "
-                            f"{offset:#x}")
+        raise BarrierMisuse(
+            f"operation on an mbarrier that was not initialised: shared address {offset:#x}"
+        )
     return barrier
 
 
@@ -78,8 +81,7 @@ def invalidate(w, m, address, offset):
 
 def transaction(w, m, address, offset, nbytes, sign):
     """mbarrier.complete_tx (sign 1) and mbarrier.expect_tx (sign -1)."""
-    for at, n in zip(_addresses(w, m, address, offset), w.active(nbytes, m).tolist(),
-                     strict=True):
+    for at, n in zip(_addresses(w, m, address, offset), w.active(nbytes, m).tolist(), strict=True):
         complete(w, at, sign * n)
 
 
@@ -95,8 +97,10 @@ def arrive(w, m, row, address, offset, x, expect):
         if expect:
             barrier.tx += value
         if arrivals > barrier.pending:
-            raise BarrierMisuse(f"mbarrier at {at & OFFSET:#x}: more arrivals than its count of "
-                                f"{barrier.count} in one phase")
+            raise BarrierMisuse(
+                f"mbarrier at {at & OFFSET:#x}: more arrivals than its count of "
+                f"{barrier.count} in one phase"
+            )
         barrier.pending -= arrivals
         barrier.settle()
     w.cluster.events += 1
@@ -114,8 +118,12 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
     a = w.active(address, fr.mask).astype(np.int64) + offset
     x = w.active(x, fr.mask)
     if a.size > 1 and ((a != a[0]).any() or (x != x[0]).any()):
-        done = np.array([find(w, int(p)).passed(int(v), parity)
-                         for p, v in zip(a, np.broadcast_to(x, a.shape), strict=True)])
+        done = np.array(
+            [
+                find(w, int(p)).passed(int(v), parity)
+                for p, v in zip(a, np.broadcast_to(x, a.shape), strict=True)
+            ]
+        )
     else:
         done = np.full(len(a), find(w, int(a[0])).passed(int(x[0]), parity))
     everyone = bool(done.all())
@@ -125,7 +133,7 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
         if everyone or timed_out:
             return after
         fr.pc = after
-        fr.sleep()              # a failed poll lets others run
+        fr.sleep()  # a failed poll lets others run
         return -1
     first = int(np.flatnonzero(~done)[0])
     at, value = int(a[first]), int(np.broadcast_to(x, a.shape)[first])
@@ -133,7 +141,8 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
     fr.pc = pc
     fr.wait_until(
         lambda: barrier.passed(value, parity),
-        lambda: f"mbarrier {at & OFFSET:#x} {'parity' if parity else 'token'} {value} ({barrier})")
+        lambda: f"mbarrier {at & OFFSET:#x} {'parity' if parity else 'token'} {value} ({barrier})",
+    )
     return -1
 
 

@@ -79,14 +79,15 @@ class GlobalMemory:
             region = regions[i]
             if hi <= region.end:
                 return region
-        raise OutOfBounds(f"global {what} at {lo:#x}..{hi:#x} is outside every registered tensor"
-                          f"{self._nearest(lo)}")
+        raise OutOfBounds(
+            f"global {what} at {lo:#x}..{hi:#x} is outside every registered tensor"
+            f"{self._nearest(lo)}"
+        )
 
     def _nearest(self, address: int) -> str:
         if not self._regions:
             return " (none is registered)"
-        near = min(self._regions,
-                   key=lambda r: min(abs(address - r.start), abs(address - r.end)))
+        near = min(self._regions, key=lambda r: min(abs(address - r.start), abs(address - r.end)))
         if address < near.start:
             where = f"{near.start - address} bytes before the start of"
         else:

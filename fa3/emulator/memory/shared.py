@@ -16,9 +16,20 @@ from ..errors import BarrierMisuse, Misaligned, OutOfBounds, Unsupported
 
 OFFSET = 0xFFFFFF
 RANK_SHIFT = 24
-MAX_CLUSTER = 16        # CTAs
-_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.float16, np.uint32, np.int32, np.float32,
-          np.uint64, np.int64, np.float64)
+MAX_CLUSTER = 16  # CTAs
+_TYPES = (
+    np.uint8,
+    np.int8,
+    np.uint16,
+    np.int16,
+    np.float16,
+    np.uint32,
+    np.int32,
+    np.float32,
+    np.uint64,
+    np.int64,
+    np.float64,
+)
 
 
 class SharedMemory:
@@ -27,8 +38,8 @@ class SharedMemory:
         self.size = nbytes
         self.raw = np.full(padded, 0xFF if checks.poison else 0, np.uint8)
         self.view = {t: self.raw.view(t) for t in _TYPES}
-        self.chunks = self.raw.view(np.uint64).reshape(-1, 2)       # 16 bytes each
-        self.barriers: dict = {}        # offset -> MBarrier
+        self.chunks = self.raw.view(np.uint64).reshape(-1, 2)  # 16 bytes each
+        self.barriers: dict = {}  # offset -> MBarrier
         self.written = WrittenWords(padded) if checks.uninit else None
         self.generic = GenericWrites(padded, clock) if checks.proxy else None
 

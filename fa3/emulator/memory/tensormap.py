@@ -23,14 +23,26 @@ from .generic import PARAMETERS, WINDOW_SHIFT
 from .shared import OFFSET
 
 BYTES = 128
-SWIZZLE_MASK = {0: 0, 1: 1, 2: 3, 3: 7}     # none, 32, 64, 128 bytes -> xor mask on 16-byte chunks
+SWIZZLE_MASK = {0: 0, 1: 1, 2: 3, 3: 7}  # none, 32, 64, 128 bytes -> xor mask on 16-byte chunks
 # u8 u16 u32 s32 u64 s64 f16 f32 f32ftz f64 bf16 tf32 tf32ftz
 _WIDTH = (1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4)
 _S32, _BF16 = 3, 10
-_FLOAT = {6: np.float16, 7: np.float32, 8: np.float32, 9: np.float64, 11: np.float32,
-          12: np.float32}
-_REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-           "or": np.bitwise_or, "xor": np.bitwise_xor}
+_FLOAT = {
+    6: np.float16,
+    7: np.float32,
+    8: np.float32,
+    9: np.float64,
+    11: np.float32,
+    12: np.float32,
+}
+_REDUCE = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
 
 class TensorMap:
@@ -56,8 +68,9 @@ class TensorMap:
         self.dtype = np.dtype(f"u{self.width}")
         self.address = words[0] | words[1] << 32
         self.dims = [x + 1 for x in words[8 : 8 + rank]]
-        self.strides = [self.width] + [(words[3 + i] | (words[7] >> 4 * i & 15) << 32) << 4
-                                       for i in range(rank - 1)]
+        self.strides = [self.width] + [
+            (words[3 + i] | (words[7] >> 4 * i & 15) << 32) << 4 for i in range(rank - 1)
+        ]
         self.box = [int(x) + 1 for x in blob[55 : 55 + rank]]
         self.box_bytes = int(np.prod(self.box)) * self.width
 
@@ -78,13 +91,16 @@ class TensorMap:
             region = self.memory.find(start, start + extent, "TMA access")
         except OutOfBounds as e:
             raise OutOfBounds(f"{e}; {self} at {list(coords)}") from None
-        view = np.ndarray(shape[::-1], self.dtype, region.bytes, start - region.start,
-                          self.strides[::-1])
+        view = np.ndarray(
+            shape[::-1], self.dtype, region.bytes, start - region.start, self.strides[::-1]
+        )
         return view, tuple(tile[::-1])
 
     def __str__(self):
-        return (f"tensor map base {self.address:#x} dims {self.dims} strides {self.strides} "
-                f"box {self.box}")
+        return (
+            f"tensor map base {self.address:#x} dims {self.dims} strides {self.strides} "
+            f"box {self.box}"
+        )
 
     def read(self, coords) -> np.ndarray:
         """The bytes of the box at coords; zeros (or NaN) outside the tensor."""

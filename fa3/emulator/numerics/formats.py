@@ -61,7 +61,7 @@ def f32_to_fp8(x, kind: str):
     a = np.abs(x).astype(f8)
     i = np.searchsorted(middle, a, side="left")
     tie = (i < top) & (a == middle[np.minimum(i, top - 1)])
-    i = np.where(tie & (i & 1 == 1), i + 1, i)      # a tie went to the lower code: make it even
+    i = np.where(tie & (i & 1 == 1), i + 1, i)  # a tie went to the lower code: make it even
     code = np.where(np.isnan(x), _FP8_NAN, np.minimum(i, top)).astype(u1)
     return code | (np.signbit(x).astype(u1) << u1(7))
 

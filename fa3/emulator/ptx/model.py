@@ -13,13 +13,37 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 REGISTER_CLASS = {
-    "pred": "p", "b16": "h", "u16": "h", "s16": "h", "f16": "h", "b8": "h",
-    "b32": "w", "u32": "w", "s32": "w", "f32": "w",
-    "b64": "d", "u64": "d", "s64": "d", "f64": "d",
+    "pred": "p",
+    "b16": "h",
+    "u16": "h",
+    "s16": "h",
+    "f16": "h",
+    "b8": "h",
+    "b32": "w",
+    "u32": "w",
+    "s32": "w",
+    "f32": "w",
+    "b64": "d",
+    "u64": "d",
+    "s64": "d",
+    "f64": "d",
 }
 SIZE = {
-    "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2,
-    "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8,
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
 }
 
 
@@ -41,14 +65,14 @@ class Param(NamedTuple):
 
 @dataclass
 class Instr:
-    op: str                             # full opcode, e.g. "ld.shared.v4.b32"
-    args: list                          # operands
-    pred: str | None = None             # guarding predicate register
-    neg: bool = False                   # guarded by its negation
-    line: int = 0                       # of the PTX text
+    op: str  # full opcode, e.g. "ld.shared.v4.b32"
+    args: list  # operands
+    pred: str | None = None  # guarding predicate register
+    neg: bool = False  # guarded by its negation
+    line: int = 0  # of the PTX text
     text: str = ""
     loc: Location | None = None
-    parts: tuple[str, ...] = ()         # op.split(".")
+    parts: tuple[str, ...] = ()  # op.split(".")
 
     def __post_init__(self):
         self.parts = self.parts or tuple(self.op.split("."))
@@ -59,14 +83,14 @@ class Kernel:
     name: str
     params: list[Param] = field(default_factory=list)
     param_bytes: int = 0
-    regs: dict[str, tuple[str, int]] = field(default_factory=dict)      # name -> (class, index)
-    counts: dict[str, int] = field(default_factory=dict)                # class -> registers
+    regs: dict[str, tuple[str, int]] = field(default_factory=dict)  # name -> (class, index)
+    counts: dict[str, int] = field(default_factory=dict)  # class -> registers
     code: list[Instr] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)                # name -> pc
-    shared: dict[str, tuple[int, int]] = field(default_factory=dict)    # symbol -> (offset, bytes)
-    static_smem: int = 0                # bytes; the dynamic array (0 bytes above) starts there
+    labels: dict[str, int] = field(default_factory=dict)  # name -> pc
+    shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # symbol -> (offset, bytes)
+    static_smem: int = 0  # bytes; the dynamic array (0 bytes above) starts there
     directives: dict[str, list[int]] = field(default_factory=dict)
-    lowered: dict = field(default_factory=dict)     # filled by lowering.lower()
+    lowered: dict = field(default_factory=dict)  # filled by lowering.lower()
 
     def declare(self, name: str, type_: str) -> None:
         """Give a register the next row of its class."""

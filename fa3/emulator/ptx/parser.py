@@ -17,9 +17,11 @@ _SHARED_LINE = re.compile(r"^\s*(?:\.extern\s+|\.visible\s+)?\.shared[^;\n]*;", 
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
-    r"(?:\.ptr\s+(?:\.(?!align)\w+\s+)*(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?")
+    r"(?:\.ptr\s+(?:\.(?!align)\w+\s+)*(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+)
 _DIRECTIVE = re.compile(
-    r"\.(reqntid|maxntid|minnctapersm|maxnreg|reqnctapercluster|explicitcluster)\b([\s\d,]*)")
+    r"\.(reqntid|maxntid|minnctapersm|maxnreg|reqnctapercluster|explicitcluster)\b([\s\d,]*)"
+)
 _GUARD = re.compile(r"^@(!?)([%\w$]+)\s+(.*)$")
 _REG = re.compile(r"^\.reg\s+\.(\w+)\s+(.*)$")
 _COUNTED = re.compile(r"^(%?[\w$]+)<(\d+)>$")
@@ -52,7 +54,7 @@ def _entry(text: str, match: re.Match, shared: dict, files: dict) -> Kernel:
     _Body(kernel, symbols, files).read(text, brace + 1)
     offset = 0
     for name, (align, size) in sorted(symbols.items(), key=lambda x: x[1][1] == 0):
-        offset = -(-offset // align) * align        # static symbols first, the dynamic array last
+        offset = -(-offset // align) * align  # static symbols first, the dynamic array last
         kernel.shared[name] = (offset, size)
         offset += size
     kernel.static_smem = offset
@@ -82,7 +84,7 @@ def _shared(text: str) -> tuple[str, tuple[int, int]]:
 
 
 class _Statement(NamedTuple):
-    kind: str           # "{", "}", "label", "loc", "comment" or "stmt"
+    kind: str  # "{", "}", "label", "loc", "comment" or "stmt"
     text: str
     line: int
 
@@ -113,7 +115,7 @@ def _statements(text: str, at: int) -> Iterator[_Statement]:
             else:
                 pending += mark
         elif pending.strip():
-            pending += mark         # a vector operand
+            pending += mark  # a vector operand
         else:
             depth += 1 if mark == "{" else -1
             if depth == 0:
@@ -184,8 +186,11 @@ class _Body:
         for item in names.split(","):
             item = item.strip()
             counted = _COUNTED.match(item)
-            for name in ([f"{counted.group(1)}{i}" for i in range(int(counted.group(2)))]
-                         if counted else [item]):
+            for name in (
+                [f"{counted.group(1)}{i}" for i in range(int(counted.group(2)))]
+                if counted
+                else [item]
+            ):
                 self.scopes[-1][name] = name + suffix
                 self.kernel.declare(name + suffix, kind)
 
@@ -194,8 +199,11 @@ class _Body:
         if m := _GUARD.match(text):
             neg, pred, body = bool(m.group(1)), self.rename(m.group(2)), m.group(3)
         op, _, rest = body.partition(" ")
-        args = [("raw", rest)] if op.startswith("call") else \
-            [parse_operand(x, self.rename) for x in split(rest)]
+        args = (
+            [("raw", rest)]
+            if op.startswith("call")
+            else [parse_operand(x, self.rename) for x in split(rest)]
+        )
         return Instr(op, args, pred, neg, line, text, self.loc)
 
 
