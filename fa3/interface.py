@@ -48,7 +48,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
 
     q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); h_q is a multiple of
     h_k, query head h reads key head h // (h_q // h_k). Head dims are multiples of 8 up to 256.
-    Last dimensions are contiguous, other strides multiples of 16 bytes (or any, if the size is 1).
+    Last dimensions are contiguous and tensors start at multiples of 16 bytes. Other strides are
+    free; q, k or v is copied first if one of them is no multiple of 16 bytes, TMA's unit.
 
     causal: query i sees the keys j <= i + s_k - s_q (aligned to the bottom right).
     window_size: query i sees i + s_k - s_q - left <= j <= i + s_k - s_q + right; -1 is no bound;

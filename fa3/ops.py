@@ -19,8 +19,9 @@ from .problem import (
     Problem,
     check_address,
     check_disjoint,
+    check_last_stride,
     check_out,
-    check_strides,
+    odd_dimension,
     tma_strides,
 )
 
@@ -34,7 +35,10 @@ class Plan(NamedTuple):
     scalars: tuple[float, int, int, int]  # softmax_scale_log2, window_left, window_right, num_ctas
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    views: tuple | None  # strides for q, k, v, out where TMA does not accept theirs
+    views: tuple | None  # strides for q, k, v, out that TMA accepts where only size-1 ones are odd
+    copies: (
+        tuple | None
+    )  # which of q, k, v must be copied, their strides being no multiples of 16 B
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
@@ -47,18 +51,21 @@ def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_m
     options = Options(softmax_scale, causal, window_left, window_right, sm_margin)
     problem = Problem.of(*layouts.values(), options)
     for name, layout in layouts.items():
-        check_strides(name, layout)
+        check_last_stride(name, layout)
+    copies = tuple(odd_dimension(layout) is not None for layout in layouts.values())
     if out is not None:
         layouts["out"] = Layout(*out)
         check_out(layouts["out"], problem)
     run, num_ctas = _kernel_of(problem)
     views = tuple(tma_strides(layout) for layout in layouts.values())
+    views = tuple(None if i < 3 and copies[i] else view for i, view in enumerate(views))
     return Plan(
         run,
         (problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, num_ctas),
         problem.out_shape,
         problem.lse_shape,
         views if any(views) else None,
+        copies if any(copies) and not problem.is_empty else None,
     )
 
 
@@ -117,6 +124,9 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
         check_disjoint(out, q=q, k=k, v=v)
         torch.autograd.graph.increment_version(out)
     lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
+    if plan.copies is not None:
+        tensors = zip((q, k, v), plan.copies, strict=True)
+        q, k, v = (t.contiguous() if copy else t for t, copy in tensors)
     if plan.views is None:
         plan.run(q, k, v, out, lse, *plan.scalars)
     else:

@@ -135,21 +135,18 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
 
 
-def check_strides(name: str, layout: Layout) -> None:
-    """TMA reads rows that are contiguous and start at multiples of 16 bytes."""
-    shape, stride = layout.shape, layout.stride
-    if 0 in shape:
-        return
-    if stride[-1] != 1:
-        raise ValueError(f"{name} has stride {stride[-1]} in its last dimension, expected 1")
+def check_last_stride(name: str, layout: Layout) -> None:
+    if 0 not in layout.shape and layout.stride[-1] != 1:
+        raise ValueError(f"{name} has stride {layout.stride[-1]} in its last dimension, expected 1")
+
+
+def odd_dimension(layout: Layout) -> int | None:
+    """The first dimension whose stride TMA cannot express: its unit is 16 bytes."""
     size = layout.dtype.itemsize
-    for dim in range(len(shape) - 1):
-        step = stride[dim] * size
-        if shape[dim] > 1 and (step % ALIGNMENT or stride[dim] >= MAX_STRIDE):
-            raise ValueError(
-                f"{name} has stride {stride[dim]} in dimension {dim}, that is {step} bytes, "
-                f"expected a multiple of {ALIGNMENT} bytes below {MAX_STRIDE * size}"
-            )
+    for dim, (n, step) in enumerate(zip(layout.shape[:-1], layout.stride, strict=False)):
+        if n > 1 and (step * size % ALIGNMENT or step >= MAX_STRIDE):
+            return dim
+    return None
 
 
 def tma_strides(layout: Layout) -> tuple[int, ...] | None:
@@ -179,7 +176,14 @@ def check_out(out: Layout, problem: Problem) -> None:
     ):
         if given != wanted:
             raise ValueError(f"out has {what} {given}, expected {wanted}")
-    check_strides("out", out)
+    check_last_stride("out", out)
+    if 0 not in out.shape and (dim := odd_dimension(out)) is not None:
+        size = out.dtype.itemsize
+        raise ValueError(
+            f"out has stride {out.stride[dim]} in dimension {dim}, that is "
+            f"{out.stride[dim] * size} bytes, expected a multiple of {ALIGNMENT} bytes below "
+            f"{MAX_STRIDE * size}"
+        )
     ordered = sorted((step, n) for step, n in zip(out.stride, out.shape, strict=True) if n > 1)
     reach = 0
     for step, n in ordered:

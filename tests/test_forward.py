@@ -190,6 +190,25 @@ def test_strides_of_dimensions_of_size_one(device):
     assert torch.equal(lse, wanted_lse)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_strides_that_tma_cannot_express(name, dim, device):
+    """They are no multiples of 16 bytes: the tensor is copied, the caller's is left alone."""
+    case = Case(batch=2, s_q=70, s_k=90)
+    given = dict(zip("qkv", (x.values for x in make_inputs(case, device)), strict=True))
+    wanted, wanted_lse = _attention(case, *given.values(), device)
+    x = given[name]
+    b, length, heads, d = x.shape
+    stride = list(x.new_empty(b, length + 8, heads + 1, d + 8).stride())  # room, so none overlap
+    stride[dim] += 4
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, stride, strict=True))
+    odd = x.new_full((span,), math.nan).as_strided(x.shape, stride).copy_(x)
+    out, lse = _attention(case, *(given | {name: odd}).values(), device)
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse)
+    assert odd.stride() == tuple(stride)
+
+
 @pytest.mark.gpu
 def test_stream_and_graph(device):
     """A side stream, and a CUDA graph that is replayed on new input."""
