@@ -55,12 +55,13 @@ class OnlineSoftmax:
         return cute.arch.vote_any_sync(not all_below_zero)
 
     @cute.jit
-    def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor):
+    def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):
         """Rows with a score beyond the headroom take it as maximum: correct y, the sum and O.
 
         The warp's other rows stay as they are, to the bit: a row's result is its own.
+        acc_O is None at a tile's first block, where there is no O yet.
         """
-        rows_S, rows_O = rows_and_columns(acc_S), rows_and_columns(acc_O)
+        rows_S = rows_and_columns(acc_S)
         for r in cutlass.range_constexpr(2):
             top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
             has_seen = self.seen[r] != NO_KEY
@@ -75,7 +76,8 @@ class OnlineSoftmax:
             self.shift[r] += change
             self.row_sum[r] *= correction
             _add(rows_S[r, None], change)
-            _multiply(rows_O[r, None], correction)
+            if cutlass.const_expr(acc_O is not None):
+                _multiply(rows_and_columns(acc_O)[r, None], correction)
 
     def exponentiate(self, acc_S: cute.Tensor):
         """y -> P in place, summed in two chains so that no addition waits for the one before."""
@@ -113,10 +115,11 @@ def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
 
 
 def _maximum(row: cute.Tensor) -> Float32:
-    top = row[0]
-    for i in range(1, cute.size(row)):
-        top = cute.arch.fmax(top, row[i])
-    return top
+    """In four chains, so that no comparison waits for the one before."""
+    tops = [row[i] for i in range(4)]
+    for i in range(4, cute.size(row)):
+        tops[i % 4] = cute.arch.fmax(tops[i % 4], row[i])
+    return cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
 
 
 def _add(row: cute.Tensor, summand: Float32):

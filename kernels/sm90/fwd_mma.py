@@ -76,7 +76,9 @@ def attend(
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
     mask.apply(frag.acc_S, blocks.n_max - 1)
-    moves = softmax.scale(frag.acc_S)
+    softmax.scale(frag.acc_S)
+    softmax.move(frag.acc_S, None)
+    moves = cutlass.Boolean(False)
 
     for phase in blocks.phases():
         n_block = phase.n_end - 1
