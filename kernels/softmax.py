@@ -1,4 +1,4 @@
-"""OnlineSoftmax: the running reference and sum of a thread's two query rows."""
+"""OnlineSoftmax: the running shift and sum of a thread's two query rows."""
 
 import math
 from dataclasses import dataclass

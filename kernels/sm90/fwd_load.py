@@ -11,8 +11,8 @@ from .rings import FwdRings
 def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
     """Fill the rings, tile after tile: K of block n travels beside V of block n + 1.
 
-    The first K of a tile goes ahead of its Q, which has to wait until the O of the tile before
-    has left the same space.
+    The first K of a tile goes ahead of its Q, which may have to wait until the O of the tile
+    before has left the same space (config.OSpace).
     """
     q, k, v = rings.q.producer(), rings.k.producer(), rings.v.producer()
     for wave in cutlass.range(tiles.count, unroll=1):

@@ -80,6 +80,6 @@ class Ring:
 
 @dataclass(frozen=True)
 class FwdRings:
-    q: Ring  # 1 stage; O leaves through the same space
+    q: Ring  # 1 stage
     k: Ring
     v: Ring
