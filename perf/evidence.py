@@ -21,11 +21,10 @@ import torch
 
 from .check import attention, visible_keys
 from .progress import track
-from .report import OURS
+from .report import OURS, RESULTS
 from .sweep import DTYPES, ROOT, commit
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
-RESULTS = ROOT / "perf" / "results"
 BEGIN, END = "<!-- begin: python -m perf.evidence -->", "<!-- end -->"
 MASKS = ("full", "causal", "local")
 WINDOW = (100, 30)  # of the variants with a local mask

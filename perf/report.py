@@ -1,6 +1,14 @@
-"""What a sweep leaves behind: a terminal table, a CSV file, a PNG chart."""
+"""What a sweep leaves behind: a terminal table, a CSV file, a PNG chart, one line per pass.
 
+python -m perf.report              the newest run of perf/results: its table and its summary
+python -m perf.report --summary    the summary alone: ours over the best peer of every row
+"""
+
+import argparse
 import csv
+import statistics
+import sys
+import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -9,6 +17,10 @@ from pathlib import Path
 from .backends import OURS
 from .cases import Case
 
+RESULTS = Path(__file__).resolve().parent / "results"  # what was measured and committed
+FORWARD = "forward"
+PASSES = (FORWARD,)  # each has its line in the summary, measured or not
+NOT_MEASURED = "not measured"
 BOLD, PLAIN = "\033[1m", "\033[0m"
 COLOURS = {
     "fa3": "#c0392b",
@@ -52,6 +64,7 @@ class Row:
     sm_mhz: int | None = None  # under load, after the case
     memory_mhz: int | None = None
     note: str = ""
+    of_pass: str = FORWARD
 
     @classmethod
     def of(cls, case: Case, backend: str, **measured) -> "Row":
@@ -73,6 +86,9 @@ class Row:
     @property
     def title(self) -> str:
         return f"{self.dtype} head dim {self.head_dim} {'causal' if self.causal else 'full'}"
+
+
+Measured = tuple[Row, Machine]
 
 
 def panels(rows: Iterable[Row]) -> list[list[Row]]:
@@ -131,6 +147,81 @@ def write_csv(path: Path, rows: Iterable[Row], machine: Machine) -> None:
             writer.writerow({**asdict(row), **asdict(machine)})
 
 
+def read_csv(path: Path) -> list[Measured]:
+    """What write_csv wrote; a column that the file does not have yet gets its default."""
+    with path.open(newline="") as file:
+        return [row_of(line) for line in csv.DictReader(file)]
+
+
+def row_of(line: dict[str, str]) -> Measured:
+    return _parsed(Row, line), _parsed(Machine, line)
+
+
+def _parsed(kind, line: dict[str, str]):
+    values = {}
+    for field in fields(kind):
+        text = line.get(field.name)
+        if text is None:
+            continue
+        (plain, *_) = typing.get_args(field.type) or (field.type,)
+        if plain is bool:
+            values[field.name] = text == "True"
+        elif plain is str or text:
+            values[field.name] = plain(text)
+    return kind(**values)
+
+
+def ratios(rows: Iterable[Row]) -> dict[tuple, float]:
+    """Ours over the best peer, by (dtype, head_dim, causal, length) of the cases that have both."""
+    found = {}
+    for case, speed in _speeds(rows).items():
+        peers = [value for name, value in speed.items() if name != OURS]
+        if OURS in speed and peers:
+            found[case] = speed[OURS] / max(peers)
+    return found
+
+
+def _speeds(rows: Iterable[Row]) -> dict[tuple, dict[str, float]]:
+    """case -> backend -> TFLOPs/s; a case in which nothing has a time is there too."""
+    speeds: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        of_case = speeds.setdefault((*row.panel, row.length), {})
+        if row.tflops is not None:
+            of_case[row.backend] = row.tflops
+    return speeds
+
+
+def newest(measured: Iterable[Measured], of_pass: str) -> list[Measured]:
+    """The rows of the last run in which ours has a time: figures of one run only are compared."""
+    rows = [(row, machine) for row, machine in measured if row.of_pass == of_pass]
+    runs = [m for row, m in rows if row.backend == OURS and row.tflops is not None]
+    if not runs:
+        return []
+    last = max(runs, key=lambda machine: machine.date)
+    return [(row, machine) for row, machine in rows if machine == last]
+
+
+def summary(measured: Iterable[Measured]) -> list[str]:
+    """One line per pass: its newest run beside the best peer of every row."""
+    measured = list(measured)
+    lines = []
+    for of_pass in PASSES:
+        run = newest(measured, of_pass)
+        if not run:
+            lines.append(f"{of_pass}: {NOT_MEASURED}")
+            continue
+        rows, machine = [row for row, _ in run], run[0][1]
+        found, count = list(ratios(rows).values()), len(_speeds(rows))
+        where = f"on {machine.device}, {machine.date[:10]}"
+        if not found:
+            lines.append(f"{of_pass}: no peer beside any of {count} rows {where}")
+            continue
+        over = f"{count}" if len(found) == count else f"{len(found)} of {count}"
+        mean, worst = statistics.geometric_mean(found), min(found)
+        lines.append(f"{of_pass}: geomean {mean:.2f} worst {worst:.2f} over {over} rows {where}")
+    return lines
+
+
 def write_chart(path: Path, rows: list[Row], machine: Machine) -> None:
     """Bars by length and backend, a panel per dtype, head dim and mask; a line for the matmul."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -176,3 +267,27 @@ def _draw_panel(axis, panel: list[Row], backends: list[str]) -> None:
     axis.set_ylabel("TFLOPs/s", fontsize=8)
     axis.set_axisbelow(True)
     axis.grid(axis="y", linewidth=0.3)
+
+
+def main(argv: list[str] | None = None, folder: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m perf.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--summary", action="store_true", help="only a line per pass")
+    options = parser.parse_args(argv)
+    measured = [line for path in sorted(folder.glob("*.csv")) for line in read_csv(path)]
+    if not options.summary:
+        for of_pass in PASSES:
+            run = newest(measured, of_pass)
+            if run:
+                machine = run[0][1]
+                print(f"{of_pass} on {machine.device}, {machine.date}, commit {machine.commit}\n")
+                print(table([row for row, _ in run], bold=sys.stdout.isatty()), end="\n\n")
+    print("\n".join(summary(measured)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,22 @@
 
 import csv
 import re
+from dataclasses import replace
 
 import pytest
 
 from perf.cases import Case, flops
-from perf.report import BOLD, Machine, Row, table, write_chart, write_csv
+from perf.report import (
+    BOLD,
+    Machine,
+    Row,
+    main,
+    read_csv,
+    summary,
+    table,
+    write_chart,
+    write_csv,
+)
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 
@@ -84,3 +95,73 @@ def test_chart_is_a_picture_with_a_bar_for_every_time(rows, tmp_path, monkeypatc
     write_chart(path, rows, SYNTHETIC)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert sorted(heights) == [30.0, 60.0, 90.0, 100.0, 120.0, 150.0]
+
+
+def measured(rows, **where):
+    return [(one, replace(SYNTHETIC, **where)) for one in rows]
+
+
+def test_csv_is_read_as_it_was_written(rows, tmp_path):
+    path = tmp_path / "synthetic.csv"
+    write_csv(path, rows, SYNTHETIC)
+    assert read_csv(path) == measured(rows)
+
+
+def test_csv_from_before_a_column_was_there(rows, tmp_path):
+    path = tmp_path / "synthetic.csv"
+    write_csv(path, rows, SYNTHETIC)
+    with path.open() as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        del line["of_pass"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    assert read_csv(path) == measured(rows)
+
+
+def test_summary(rows):
+    """120 / 100, 90 / 150 and 60 / 30."""
+    mean = (1.2 * 0.6 * 2.0) ** (1 / 3)
+    assert summary(measured(rows)) == [
+        f"forward: geomean {mean:.2f} worst 0.60 over 3 rows on SYNTHETIC GPU, 1970-01-01"
+    ]
+
+
+def test_summary_takes_the_best_peer(rows):
+    faster = row("cudnn", 240.0)
+    assert "worst 0.50 over 3 rows" in summary(measured([*rows, faster]))[0]
+
+
+def test_summary_counts_a_row_that_ours_could_not_do(rows):
+    alone = row("fa2", 50.0, length=4096)
+    assert "over 3 of 4 rows" in summary(measured([*rows, alone]))[0]
+
+
+def test_summary_is_of_the_newest_run_alone(rows):
+    later = measured([row("fa3", 70.0), row("fa2", 100.0)], date="1970-01-02T00:00Z")
+    (line,) = summary(later + measured(rows))
+    assert line == "forward: geomean 0.70 worst 0.70 over 1 rows on SYNTHETIC GPU, 1970-01-02"
+
+
+def test_summary_where_nothing_was_measured(rows):
+    peers = [one for one in rows if one.backend != "fa3"]
+    assert summary([]) == summary(measured(peers)) == ["forward: not measured"]
+
+
+def test_summary_without_any_peer():
+    (line,) = summary(measured([row("fa3", 70.0)]))
+    assert line == "forward: no peer beside any of 1 rows on SYNTHETIC GPU, 1970-01-01"
+
+
+def test_command(rows, tmp_path, capsys):
+    assert main(["--summary"], tmp_path) == 0
+    assert capsys.readouterr().out == "forward: not measured\n"
+    write_csv(tmp_path / "synthetic.csv", rows, SYNTHETIC)
+    assert main([], tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "forward on SYNTHETIC GPU, 1970-01-01T00:00Z, commit synthetic"
+    assert lines[-1] == summary(measured(rows))[0]
+    assert main(["--summary"], tmp_path) == 0
+    assert capsys.readouterr().out.splitlines() == lines[-1:]
