@@ -1,0 +1,73 @@
+"""Step: the accuracy suite on the GPU, a line per test.
+
+The process that replaces one in which a test hung or lost the CUDA context goes on with the tests
+that have no line yet.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from .log import FRESH, LOST_CONTEXT, Log
+
+
+class Recorder:
+    """A pytest plugin: leaves out what the log holds, and writes what every other test did."""
+
+    def __init__(self, log: Log):
+        self._log = log
+        self._lost = False
+        self._outcome: dict = {}
+
+    def pytest_collection_modifyitems(self, config, items):
+        known = {line["item"] for line in self._log.ended()}
+        left_out = [item for item in items if item.nodeid in known]
+        items[:] = [item for item in items if item.nodeid not in known]
+        config.hook.pytest_deselected(items=left_out)
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self._outcome = {"outcome": "passed"}
+        self._log.begin(nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            text = str(report.longrepr)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self._outcome = {"error": crash.message[:400] if crash else text[-400:]}
+            self._lost = self._lost or any(sign in text for sign in LOST_CONTEXT)
+        elif report.skipped:
+            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self._outcome = {"outcome": "skipped", "why": why[:200]}
+
+    def pytest_runtest_logfinish(self, nodeid, location):
+        self._log.end(nodeid, **self._outcome)
+        if self._lost:
+            pytest.exit("the CUDA context is lost", returncode=FRESH)
+
+
+def work(log: Log, folder: Path) -> None:
+    from .passes import PASSES
+
+    run(log, [test for row in PASSES for test in row.tests])
+
+
+def run(log: Log, tests: list[str]) -> None:
+    """Raises SystemExit where pytest ended otherwise than by running the tests."""
+    code = pytest.main(["-p", "no:cacheprovider", "-q", *tests], plugins=[Recorder(log)])
+    ran = (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.NO_TESTS_COLLECTED,  # a former process had run them all
+    )
+    if code not in ran:
+        raise SystemExit(int(code))
+
+
+def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
+    bad = [item for item in items if "error" in item]
+    skipped = [item for item in items if item.get("outcome") == "skipped"]
+    passed = len(items) - len(bad) - len(skipped)
+    lines = [f"{passed} passed, {len(bad)} failed, {len(skipped)} skipped"]
+    for item in bad[:5]:
+        lines.append(f"{item['item']}: {' '.join(item['error'].split())[:110]}")
+    return passed > 0 and not bad, "\n".join(lines)

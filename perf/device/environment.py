@@ -1,0 +1,140 @@
+"""Steps: what machine this is, and how fast anything could be on it."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+from .. import sweep, timing
+from ..backends import BACKENDS, Absent
+from ..cases import Case
+from ..check import exact
+from .log import Log
+
+SMI = (
+    "name,driver_version,vbios_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,"
+    "power.draw,power.limit,temperature.gpu,memory.total,memory.used,persistence_mode,ecc.mode.current"
+)
+PACKAGES = (
+    "nvidia-cutlass-dsl-libs-base",
+    "apache-tvm-ffi",
+    "flash-attn-4",
+    "quack-kernels",
+    "triton",
+    "numpy",
+    "pytest",
+)
+TOOLS = ("compute-sanitizer", "ncu", "nvdisasm", "cuobjdump", "nvcc", "cc")
+COPY_BYTES = 4 << 30
+REPEATS = 20
+PEER_CASE = Case.paper("bf16", 128, False, 1024)
+
+
+def report(log: Log, folder: Path) -> None:
+    """Step: GPU, driver, clocks, versions, tools."""
+    log.item("gpu", lambda: dict(zip(SMI.split(","), sweep.nvidia_smi(SMI), strict=False)))
+    log.item("software", _software)
+    log.item("tools", lambda: {name: tool(name) or "absent" for name in TOOLS})
+
+
+def _software() -> dict:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "sms": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **versions,
+    }
+
+
+def tool(name: str) -> str | None:
+    """Its path; the CUDA toolkit is often not on PATH."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def ceilings(log: Log, folder: Path) -> None:
+    """Step: matrix products, a copy, and which peers run here."""
+    sample = timing.GpuTimer()
+    call, _ = timing.matmul_call(torch.bfloat16)
+    timing.warm_up(call, sweep.WARM_UP_SECONDS)
+    for dtype in (torch.bfloat16, torch.float16):
+        log.item(f"product {dtype}", lambda d=dtype: _rate(sample, *timing.matmul_call(d)))
+    log.item("product torch.float8_e4m3fn", lambda: _rate(sample, *_fp8_call()))
+    log.item("copy", lambda: _copy(sample))
+    log.item("clocks under load", lambda: sweep.clocks_under_load(call))
+    torch.manual_seed(0)
+    qkv = [torch.randn(PEER_CASE.shape, device="cuda").bfloat16() for _ in range(3)]
+    expected = exact(PEER_CASE, *qkv)
+    for name, prepare in BACKENDS.items():
+        log.item(f"peer {name}", lambda p=prepare: _peer(p, qkv, expected))
+
+
+def _peer(prepare, qkv, expected) -> dict:
+    try:
+        return {"row_error": sweep.admit(PEER_CASE, prepare, qkv, expected)[1]}
+    except Absent as absent:
+        return {"absent": str(absent)[:300]}
+
+
+def _rate(sample: timing.Sample, call, operations: float) -> dict:
+    times = sorted(sample(call, REPEATS))
+    return {"tflops": round(operations / times[len(times) // 2] / 1e9, 1)}
+
+
+def _fp8_call():
+    size = timing.MATMUL_SIZE
+    a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16), 2.0 * size**3
+
+
+def _copy(sample: timing.Sample) -> dict:
+    """Bytes read plus bytes written."""
+    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = sorted(sample(lambda: target.copy_(source), REPEATS))
+    return {"tb_per_s": round(2 * COPY_BYTES / times[len(times) // 2] / 1e9, 2)}
+
+
+def summarise_report(items: list[dict], folder: Path) -> tuple[bool, str]:
+    """One line of the machine; not good where any part could not be read."""
+    gpu, software = (
+        next((i for i in items if i["item"] == name), {}) for name in ("gpu", "software")
+    )
+    text = (
+        f"{software.get('device', '?')}, {software.get('sms', '?')} SMs, "
+        f"driver {gpu.get('driver_version', '?')}, torch {software.get('torch', '?')}, "
+        f"DSL {software.get('nvidia-cutlass-dsl-libs-base', '?')}"
+    )
+    return bool(items) and not any("error" in item for item in items), text
+
+
+def summarise_ceilings(items: list[dict], folder: Path) -> tuple[bool, str]:
+    figures = []
+    for item in items:
+        name = item["item"].replace("product torch.", "")
+        if "tflops" in item:
+            figures.append(f"{name} {item['tflops']} TFLOPs/s")
+        elif "tb_per_s" in item:
+            figures.append(f"copy {item['tb_per_s']} TB/s")
+    lines = [", ".join(figures)]
+    for item in items:
+        why = item.get("absent") or item.get("error")
+        if why:
+            lines.append(f"{item['item']}: {why[:90]}")
+    return bool(items) and not any("error" in item for item in items), "\n".join(lines)

@@ -1,0 +1,146 @@
+"""Step: candidate configs timed side by side; the winners as rows of the tuning table.
+
+The kernels whose sweep fell furthest behind a peer come first. Every candidate is an item: first
+its compilation and its output beside fp32, so that one that hangs or is wrong is out, then one item
+in which all that are left are timed in interleaved rounds.
+"""
+
+import csv
+import math
+import statistics
+from concurrent.futures import Future
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+
+from .. import check, report, timing
+from ..cases import HIDDEN, TOKENS
+from ..sweep import DTYPES
+from .compiling import compile_one, name_of, pool
+from .log import Log
+from .passes import PASSES
+from .speed import CSV
+
+LENGTHS = (1024, 4096, 16_384)
+ROUNDS = 3
+TRIAL = (1, 900, 4)  # b, s, h of the check
+WINNER = "times"  # the last word of the item that holds the times of all
+
+
+def as_code(config) -> str:
+    """The expression that makes it, without what is the default."""
+    named = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.default is MISSING or value != field.default:
+            named.append(f"{field.name}={value!r}")
+    return f"{type(config).__name__}({', '.join(named)})"
+
+
+def by_need(signatures: list, csv_file: Path) -> list:
+    """Those first whose worst row of the sweep is furthest behind the best peer."""
+    worst: dict[tuple, float] = {}
+    if csv_file.is_file():
+        with csv_file.open() as file:
+            rows = [report.row_of(line)[0] for line in csv.DictReader(file)]
+        for case, ratio in report.ratios(rows).items():
+            panel = case[0], case[1], "causal" if case[2] else "full"
+            worst[panel] = min(ratio, worst.get(panel, math.inf))
+
+    def place(signature) -> float:
+        panel = signature.dtype, signature.head_dim, signature.mask
+        same = signature.head_dim == signature.head_dim_v
+        return worst.get(panel, math.inf) if same else math.inf
+
+    return sorted(signatures, key=place)
+
+
+def work(log: Log, folder: Path) -> None:
+    sample = timing.GpuTimer()
+    timing.warm_up(timing.matmul_call(torch.bfloat16)[0], 1.0)
+    with pool() as processes:
+        todo = []
+        for number, row in enumerate(PASSES):
+            for signature in by_need(row.tuned(), folder / CSV):
+                jobs = {
+                    config: processes.submit(compile_one, number, signature, config)
+                    for config in row.candidates(signature)
+                }
+                todo.append((row, signature, jobs))
+        for row, signature, jobs in todo:
+            _one(log, row, signature, jobs, sample)
+
+
+def _one(log: Log, row, signature, jobs: dict[object, Future], sample: timing.Sample) -> None:
+    kernel = f"{row.name} {name_of(signature)}"
+
+    def trial(config, job: Future) -> dict:
+        job.result()
+        qkv = inputs(signature, *TRIAL, "cuda")
+        return {"row_error": try_out(row, signature, config, qkv)}
+
+    for config, job in jobs.items():
+        log.item(f"{kernel} {as_code(config)}", lambda c=config, j=job: trial(c, j))
+    lines = {line["item"]: line for line in log.ended()}
+    good = [c for c in jobs if "error" not in lines[f"{kernel} {as_code(c)}"]]
+    log.item(f"{kernel} {WINNER}", lambda: times_of(row, signature, good, sample))
+
+
+def inputs(signature, batch: int, length: int, heads: int, device) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    widths = signature.head_dim, signature.head_dim, signature.head_dim_v
+    dtype = DTYPES[signature.dtype]
+    return [torch.randn(batch, length, heads, d, device=device).to(dtype) for d in widths]
+
+
+def try_out(row, signature, config, qkv) -> float:
+    """The error of a config's output; raises where it is not right."""
+    causal = signature.mask == "causal"
+    out = row.bind(config, causal, *qkv)()
+    length = qkv[0].shape[1]
+    seen = check.visible_keys(length, length, -1, 0 if causal else -1, out.device)
+    heads_first = [x.float().transpose(1, 2).flatten(0, 1) for x in qkv]
+    exact = check.attention(*heads_first, seen).unflatten(0, (out.shape[0], -1)).transpose(1, 2)
+    error = check.row_error(out, exact)
+    if error > check.ROW_ERROR[signature.dtype]:
+        raise ValueError(f"wrong output: a row is off by {error:.2g} of its length")
+    return error
+
+
+def times_of(row, signature, configs: list, sample: timing.Sample, lengths=LENGTHS) -> dict:
+    """Geometric mean over the lengths of every config's TFLOPs/s, the best first."""
+    speeds: dict[object, list[float]] = {config: [] for config in configs}
+    causal = signature.mask == "causal"
+    for length in lengths:
+        batch, heads = max(TOKENS // length, 1), max(HIDDEN // signature.head_dim, 1)
+        qkv = inputs(signature, batch, length, heads, "cuda")
+        calls = {config: row.bind(config, causal, *qkv) for config in configs}
+        pairs = batch * heads * length**2 * (0.5 if causal else 1.0)
+        operations = 2.0 * (signature.head_dim + signature.head_dim_v) * pairs
+        for config, times in timing.interleave(calls, ROUNDS, sample).items():
+            speeds[config].append(operations / statistics.median(times) / 1e9)
+    means = {as_code(c): round(statistics.geometric_mean(s), 1) for c, s in speeds.items()}
+    return {
+        "dims": [signature.head_dim, signature.head_dim_v],
+        "mask": signature.mask,
+        "shipped": as_code(row.config(signature)),
+        "tflops": dict(sorted(means.items(), key=lambda pair: -pair[1])),
+    }
+
+
+def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
+    """Rows of the tuning table with their measured speed, and what the shipped config reached."""
+    out = [i for i in items if "error" in i]
+    timed = [item for item in items if item.get("tflops")]
+    lines = [f"{len(timed)} kernels, {len(items) - len(timed)} candidates, {len(out)} of them out"]
+    for item in timed:
+        best, speed = next(iter(item["tflops"].items()))
+        shipped = item["tflops"].get(item["shipped"])
+        line = f'{tuple(item["dims"])}: {{"{item["mask"]}": {best}}},  # {speed:.0f}'
+        if best != item["shipped"]:
+            line += f"; shipped {item['shipped']}: {'out' if shipped is None else f'{shipped:.0f}'}"
+        lines.append(line)
+    for item in out[:4]:
+        lines.append(f"{item['item']}: {item['error'][:80]}")
+    return bool(timed), "\n".join(lines)
