@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 
+from .compare import ScheduleDifference, compare_schedules
 from .errors import (
     BarrierMisuse,
     Deadlock,
@@ -27,14 +28,15 @@ from .errors import (
     Uninitialized,
     Unsupported,
 )
-from .settings import ALL_CHECKS, CHECKS, Options, configure, options
+from .settings import ALL_CHECKS, CHECKS, SCHEDULES, Options, configure, options
 
 # fmt: off
 __all__ = [
-    "ALL_CHECKS", "CHECKS", "BarrierMisuse", "Deadlock", "EmulatorError", "KernelError",
-    "Misaligned", "MissingProxyFence", "Options", "OutOfBounds", "RegisterInFlight", "Runaway",
-    "SetupError", "Uninitialized", "Unsupported", "call", "configure", "install", "installed",
-    "launches", "options", "register", "remember",
+    "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock", "EmulatorError",
+    "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds",
+    "RegisterInFlight", "Runaway", "ScheduleDifference", "SetupError", "Uninitialized",
+    "Unsupported", "call", "compare_schedules", "configure", "install", "installed", "launches",
+    "options", "register", "remember",
 ]
 # fmt: on
 

@@ -185,6 +185,7 @@ class Device:
             Checks(chosen.checks),
             chosen.instruction_limit,
             chosen.sms,
+            chosen.timing(),
         )
         statistics = grid.run()
         self.launches.append(

@@ -17,6 +17,29 @@ CHECKS = {
     "mbarrier": "ordinary stores over a live mbarrier",
 }
 ALL_CHECKS = tuple(CHECKS)
+SCHEDULES = ("eager", "late", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When asynchronous work completes, and in which order warps run.
+
+    eager    at issue; each warpgroup runs until it is blocked
+    late     bulk loads when nothing else can run, all else at the wait that covers it
+    random   at random moments between those; warps are interleaved at random
+    """
+
+    kind: str = "eager"
+    seed: int = 0  # of random
+    trace: list | None = None  # if given, every asynchronous operation is appended to it
+
+    def __post_init__(self):
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.kind!r}; known are {', '.join(SCHEDULES)}")
+
+    @property
+    def defers(self) -> bool:
+        return self.kind != "eager"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +49,12 @@ class Options:
     """Streaming multiprocessors that HardwareInfo and %nsmid report."""
     instruction_limit: int = 20_000_000
     """Warpgroup instructions of one cluster after which it counts as an endless loop."""
+    schedule: str | None = None
+    """See Schedule.  None: "late" if the check of that name is on, else "eager"."""
+    seed: int = 0
+    """Of the schedule "random": the same seed gives the same run."""
+    trace: list | None = None
+    """Where to note every asynchronous operation (memory/operations.py); None: nowhere."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 
@@ -35,6 +64,12 @@ class Options:
             raise ValueError(f"unknown checks {sorted(unknown)}; known are {', '.join(CHECKS)}")
         if self.sms < 1:
             raise ValueError(f"sms must be at least 1, not {self.sms}")
+        self.timing()
+
+    def timing(self) -> Schedule:
+        """The schedule that these options choose."""
+        kind = self.schedule or ("late" if "late" in self.checks else "eager")
+        return Schedule(kind, self.seed, self.trace)
 
 
 _default = Options()
@@ -57,7 +92,7 @@ def _changed(base: Options, late: bool | None, changes: dict) -> Options:
 
 
 def configure(*, late: bool | None = None, **changes) -> None:
-    """Change the defaults of later launches: checks, sms, instruction_limit, edit (see Options).
+    """Change the defaults of later launches: fields of Options.
 
     late switches the check of that name on or off and leaves the others alone.
     """

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from ..checks import ProxyClock
 from ..errors import Deadlock, EmulatorError, KernelError, Runaway
+from ..memory.operations import Operation
 from . import report
 from .cta import CTA
 from .fragments import RUNNING, WAITING
+from .interleaving import Interleaving
 
 # rounds of timed-out waits without progress after which the cluster counts as dead
 STALE_ROUNDS = 50
 
 
 class Cluster:
-    def __init__(self, launch, positions: list[tuple[int, int, int]]):
-        self.launch = launch
+    def __init__(self, launch, positions: list[tuple[int, int, int]], number: int):
+        """positions of its CTAs in the grid; number counts the clusters of the launch."""
+        self.launch, self.number = launch, number
         self.proxy = ProxyClock()
         self.events = 0  # counts whatever may wake a waiting fragment
         self.arrived = self.generation = 0  # of the cluster barrier
-        self._in_transit: deque = deque()  # loads that late mode has not delivered yet
+        self.in_flight: list[Operation] = []  # late: loads; random: whatever may complete now
         gx, gy, _ = launch.grid
         self.ctas: list[CTA] = []
         for rank, (x, y, z) in enumerate(positions):
@@ -38,12 +39,16 @@ class Cluster:
             )
         return self.ctas[number - 1].smem
 
-    def asynchronously(self, w, site: int, copy) -> None:
-        """Deliver a bulk load: at once, or in late mode when nothing else can run."""
-        if self.launch.checks.late:
-            self._in_transit.append((w, w.deferred(site, copy)))
-        else:
-            copy()
+    def issue(self, operation: Operation, waited_for: bool) -> None:
+        """Complete an operation now or, as the schedule says, later.
+
+        waited_for: its own thread waits for its group; in late mode the wait completes it.
+        """
+        kind = self.launch.schedule.kind
+        if kind == "eager":
+            operation.complete()
+        elif kind == "random" or not waited_for:
+            self.in_flight.append(operation)
 
     def settle(self) -> None:
         """Complete the cluster barrier if every live thread has arrived."""
@@ -53,42 +58,48 @@ class Cluster:
             self.events += 1
 
     def run(self) -> None:
+        if self.launch.schedule.kind == "random":
+            Interleaving(self).run()
+        else:
+            self._run_in_order()
+        while self.in_flight:
+            self.land(0)
+
+    def _run_in_order(self) -> None:
         running = self.warpgroups
         stale, seen = 0, -1
         while True:
-            ran = any([self._step(w) for w in running])
+            ran = any([self.step(w, w.run) for w in running])
             running = [w for w in running if w.fragments]
             if not running:
                 break
-            self._check_limit()
+            self.check_limit()
             if ran and self.events != seen:
                 seen, stale = self.events, 0
-            elif self._in_transit:
-                self._land()
+            elif self.in_flight:
+                self.land(0)
                 stale = 0
             else:
                 stale += 1
                 if stale > STALE_ROUNDS and not self._computing(running):
                     raise Deadlock(report.deadlock(running))
                 seen = self.events
-                self._time_out(running)
-        while self._in_transit:
-            self._land()
+                self.time_out(running)
 
-    def _step(self, w) -> bool:
+    def step(self, w, run) -> bool:
+        """run() on behalf of a warpgroup: errors get their place in the kernel."""
         try:
-            return w.run()
+            return run()
         except (EmulatorError, IndexError) as error:
             raise report.located(error, w) from error
 
-    def _land(self) -> None:
-        w, copy = self._in_transit.popleft()
-        try:
-            copy()
-        except EmulatorError as error:
-            raise report.located(error, w) from error
+    def land(self, i: int) -> None:
+        """Complete the i-th operation in flight, or the one that has to precede it."""
+        operation = self.in_flight[i].next()
+        self.in_flight.remove(operation)
+        self.step(operation.w, operation.complete)
 
-    def _check_limit(self) -> None:
+    def check_limit(self) -> None:
         done = sum(w.instructions for w in self.warpgroups)
         if done > self.launch.instruction_limit:
             raise Runaway(
@@ -102,7 +113,7 @@ class Cluster:
         return any(f.state == RUNNING for w in running for f in w.fragments)
 
     @staticmethod
-    def _time_out(running) -> None:
+    def time_out(running) -> None:
         """Let every mbarrier wait return false, as try_wait may."""
         for w in running:
             for f in w.fragments:

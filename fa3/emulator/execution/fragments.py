@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 RUNNING, WAITING, CONVERGING, AT_BARRIER = range(4)
-_FAR = 1 << 30
+FAR = 1 << 30
 _NEVER = bool  # bool() is False
 
 
@@ -74,9 +74,9 @@ def _next(fragments: list[Fragment]) -> Fragment | None:
     return chosen
 
 
-def _merge(fragments: list[Fragment], into: Fragment) -> int:
+def merge(fragments: list[Fragment], into: Fragment) -> int:
     """Join fragments at the same pc; returns the pc of the next one ahead."""
-    ahead = _FAR
+    ahead = FAR
     for f in list(fragments):
         if f is into or f.state not in (RUNNING, CONVERGING):
             continue
@@ -92,15 +92,15 @@ def run(w, budget: int = 20_000) -> bool:
     """Run a warpgroup until every fragment is blocked; True if anything executed."""
     ran = False
     while (fr := _next(w.fragments)) is not None:
-        ahead = _merge(w.fragments, fr) if len(w.fragments) > 1 else _FAR
+        ahead = merge(w.fragments, fr) if len(w.fragments) > 1 else FAR
         ran = True
-        budget = _run_fragment(w, fr, ahead, budget)
+        budget = run_fragment(w, fr, ahead, budget)
         if budget <= 0:
             return True
     return ran
 
 
-def _run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
+def run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
     """Run one fragment until it is blocked or reaches pc `ahead`; returns the budget left."""
     whole = fr.mask.tobytes() == w.ones
     lowered = w.launch.lowered
@@ -128,6 +128,10 @@ def _run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
 def _converged(w, fr: Fragment, pc: int, kind: str) -> bool:
     """Hold back the warps of a fragment that are not complete; True if it may go on at once."""
     fr.pc = pc
+    fragments = len(w.fragments)
+    merge(w.fragments, fr)
+    if len(w.fragments) < fragments:
+        return False  # perhaps complete now: it starts again from here
     if kind == "warpgroup":
         if (fr.mask == w.live).all():
             return True
@@ -179,8 +183,8 @@ def guard(w, fr, predicate, negated, pc, after):
 
 
 def leave(w, fr):
-    """ret and exit.  Outstanding bulk stores of late mode are executed, not waited for."""
-    for lane in w.lane_list(fr.mask) if w.checks.late else ():
+    """ret and exit.  Outstanding bulk stores are executed, not waited for."""
+    for lane in w.lane_list(fr.mask) if w.groups_kept else ():
         w.bulk.commit(lane)
         w.bulk.drain(lane, 0)
     w.live = w.live & ~fr.mask

@@ -12,6 +12,7 @@ from ..errors import KernelError
 from ..lowering import lower
 from ..memory.regions import GlobalMemory
 from ..ptx import Kernel
+from ..settings import Schedule
 from .cluster import Cluster
 
 MAX_SMEM = 232_448  # bytes a CTA may have on compute capability 9.0
@@ -31,14 +32,18 @@ class Launch:
     checks: Checks
     instruction_limit: int
     sms: int = 132
+    schedule: Schedule | None = None  # None: late if that check is on, else eager
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]
         self.smem_bytes = self.kernel.static_smem + self.dynamic_smem
         self.tensor_maps: dict = {}
+        self.events = 0  # issues and completions of asynchronous operations
         self.ticks = 0  # of %clock and %globaltimer
+        if self.schedule is None:
+            self.schedule = Schedule("late" if self.checks.late else "eager")
         self._validate()
-        self.lowered = lower(self.kernel, self.checks.wgmma)
+        self.lowered = lower(self.kernel, self.checks.wgmma, self.schedule.kind == "random")
 
     def _validate(self) -> None:
         if any(d % c for d, c in zip(self.grid, self.cluster, strict=True)):
@@ -53,12 +58,17 @@ class Launch:
                 f"{self.smem_bytes} bytes of shared memory requested, {MAX_SMEM} available"
             )
 
+    def tick(self) -> int:
+        """The number of this event of asynchronous operations."""
+        self.events += 1
+        return self.events
+
     def run(self) -> dict:
         """Run every CTA; returns statistics."""
         instructions = segments = 0
         with np.errstate(all="ignore"):
-            for positions in self._clusters():
-                cluster = Cluster(self, positions)
+            for number, positions in enumerate(self._clusters()):
+                cluster = Cluster(self, positions, number)
                 cluster.run()
                 instructions += sum(w.instructions for w in cluster.warpgroups)
                 segments += sum(w.segments for w in cluster.warpgroups)

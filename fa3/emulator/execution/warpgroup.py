@@ -8,12 +8,10 @@ and whole classes as arrays (registers, lanes): words, ints, floats, predicates.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from ..checks import RegistersInFlight
-from ..errors import KernelError, RegisterInFlight
+from ..errors import RegisterInFlight
 from ..matrix.wgmma import Queue
 from ..memory.groups import Groups
 from ..numerics.formats import rows
@@ -48,7 +46,8 @@ class Warpgroup:
         self.cluster_generation = np.zeros(self.lanes, np.int64)
         self.wgmma = Queue(self)
         self.in_flight = RegistersInFlight() if self.checks.wgmma else None
-        self.bulk, self.cp_async = Groups(), Groups()  # of late mode: by lane, by warp
+        self.groups_kept = self.launch.schedule.defers
+        self.bulk, self.cp_async = Groups(), Groups()  # by lane, by warp; empty unless kept
 
     def _allocate_registers(self, counts: dict[str, int]) -> None:
         n = self.lanes
@@ -88,10 +87,6 @@ class Warpgroup:
     def run(self) -> bool:
         return fragments.run(self)
 
-    def deferred(self, site: int, work):
-        """work, whose errors name the instruction that issued it, at pc `site`."""
-        return partial(_run_deferred, site, work)
-
     def check_in_flight(self, segment) -> None:
         """Check "wgmma", before a segment is executed."""
         if not self.in_flight or not self.in_flight.conflict(segment.touched, segment.written)[0]:
@@ -109,11 +104,3 @@ class Warpgroup:
                 )
                 error.site = pc
                 raise error
-
-
-def _run_deferred(site: int, work) -> None:
-    try:
-        work()
-    except KernelError as error:
-        error.site = site
-        raise

@@ -93,6 +93,7 @@ def cp_async_ampere(e, i):
     partial = len(i.args) > 3 and i.args[3][0] in ("imm", "reg")
     e.call(
         cp_async.copy,
+        e.pc,
         i.args[2][1],
         e.address(i.args[0], "shared"),
         e.address(i.args[1], "global"),

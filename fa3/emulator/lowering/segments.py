@@ -16,6 +16,7 @@ from .bundles import Item, bundle, describe
 from .emitter import Emitter
 from .registry import HANDLERS, converges, terminator
 
+_ACCESSES = {"ld", "st", "atom", "red", "ldmatrix", "stmatrix", "cp", "mbarrier", "wgmma"}
 _BANKS = "USFDQEHJGP"
 _FAILURES = (NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError)
 
@@ -32,22 +33,26 @@ class Segment:
         return iter(self.instructions)
 
 
-def lower(kernel: Kernel, track_registers: bool) -> Lowered:
+def lower(kernel: Kernel, track_registers: bool, fine: bool = False) -> Lowered:
     """The segments of a kernel, kept with it."""
-    if track_registers not in kernel.lowered:
-        kernel.lowered[track_registers] = Lowered(kernel, track_registers)
-    return kernel.lowered[track_registers]
+    key = track_registers, fine
+    if key not in kernel.lowered:
+        kernel.lowered[key] = Lowered(kernel, track_registers, fine)
+    return kernel.lowered[key]
 
 
 class Lowered:
     """Segments by starting pc: `whole` for all lanes of a warpgroup, `masked` for some."""
 
-    def __init__(self, kernel: Kernel, track_registers: bool):
-        """track_registers: note registers, and keep wgmma instructions in segments of their own."""
+    def __init__(self, kernel: Kernel, track_registers: bool, fine: bool):
+        """track_registers: note registers, and keep wgmma instructions in segments of their own.
+
+        fine: a segment starts at every access to memory, so that others may run before it.
+        """
         self.kernel = kernel
         self.whole: dict[int, Segment] = {}
         self.masked: dict[int, Segment] = {}
-        self._track = track_registers
+        self._track, self._fine = track_registers, fine
         self._emitter = Emitter(kernel)
         self._leaders = set(kernel.labels.values())
         self._converges = [converges(i) for i in kernel.code] + [None]
@@ -121,6 +126,8 @@ class Lowered:
         if pc in self._leaders or (not whole and self._converges[pc]):
             return True
         code = self.kernel.code
+        if self._fine and code[pc].parts[0] in _ACCESSES and "param" not in code[pc].parts:
+            return True
         return self._track and "wgmma" in (code[pc].parts[0], code[pc - 1].parts[0])
 
     def _lower(self, pc: int, whole: bool) -> tuple[list[str], bool]:

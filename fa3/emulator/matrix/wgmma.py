@@ -3,10 +3,11 @@
 Accumulator fragment: D[16 w + 8 h + g, 8 j + 2 q + p] is in lane 32 w + 4 g + q,
 element 4 j + 2 h + p.
 
-MMAs are collected, at most until their commit_group (in late mode until the wait_group that
-covers them), and then executed in order; those of one accumulator that follow each other become
-one matrix product.  Compilers do read accumulators before the commit (moves of packed halves,
-which ptxas orders): generated code calls flush() before it touches a register of an issued MMA.
+MMAs are collected, at most until their commit_group (or, as the schedule says, up to the
+wait_group that covers them), and then executed in order; those of one accumulator that follow each
+other become one matrix product.  Compilers do read accumulators before the commit (moves of packed
+halves, which ptxas orders): generated code calls flush() before it touches a register of an issued
+MMA.
 
 Products accumulate in fp32 in the order of BLAS: the hardware truncates
 differently, for fp8 noticeably.
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import KernelError, OutOfBounds
+from ..memory.operations import Operation
 from ..numerics.formats import f2, high_half, join_halves, low_half
 from . import descriptors
 from .elements import ELEMENT, decode
@@ -67,24 +70,43 @@ class Queue:
     def __init__(self, w):
         self.w = w
         self.issued: list[Issued] = []
-        self.committed: list[list[Issued]] = []  # of late mode
+        self.committed: list[Operation] = []  # groups, oldest first
+        self.deferred = w.launch.schedule.defers
 
     def flush(self) -> None:
-        """Execute what was issued, unless that is to happen late."""
-        if self.issued and not self.w.checks.late:
+        """Execute what was issued, unless that is to happen later."""
+        if self.issued and not self.deferred:
             issued, self.issued = self.issued, []
             self._execute(issued)
 
     def commit(self) -> None:
         self.flush()
-        self.committed.append(self.issued)  # empty unless late
-        self.issued = []
+        if not self.deferred:
+            return
+        issued, self.issued = self.issued, []
+        site = issued[0].shape.site if issued else self.w.current.pc
+        work = partial(self._execute, issued)
+        spans = self._spans(issued) if self.w.launch.schedule.trace is not None else []
+        group = Operation(self.w, site, self.w.live, "wgmma", spans, work)
+        group.queue = self.committed
+        self.committed.append(group)
+        self.w.cluster.issue(group, waited_for=True)
 
     def wait(self, keep: int) -> None:
         done = self.committed[: max(0, len(self.committed) - keep)]
-        del self.committed[: len(done)]
         for group in done:
-            self._execute(group)
+            group.complete()
+        del self.committed[: len(done)]
+
+    def _spans(self, issued: list[Issued]) -> list[tuple]:
+        """The bytes from the first to the last of each operand."""
+        spans = []
+        for i in issued:
+            for chunks in operands(i):
+                low, high = int(chunks.min()), int(chunks.max()) + 1
+                size = descriptors.CHUNK
+                spans.append((self.w.cta.smem, low * size, high * size, False))
+        return spans
 
     def _execute(self, issued: list[Issued]) -> None:
         for _, same in itertools.groupby(issued, lambda i: i.shape.key()):
@@ -95,6 +117,18 @@ class Queue:
                     run = []
                 run.append(i)
             _multiply(self.w, run)
+
+
+def operands(issued: Issued) -> list[np.ndarray]:
+    """Indices of the 16-byte chunks of shared memory that one wgmma reads, by operand."""
+    shape, found = issued.shape, []
+    for desc, rows, kind, mn_major in (
+        (issued.b, shape.n, shape.types[2], shape.transposed[1]),
+        (issued.a, ROWS, shape.types[1], shape.transposed[0]),
+    ):
+        if desc is not None:
+            found.append(descriptors.chunks((desc,), rows, ELEMENT[kind][0], mn_major))
+    return found
 
 
 def issue(w, shape: Shape, a, b, accumulate):

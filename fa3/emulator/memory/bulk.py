@@ -1,7 +1,7 @@
 """cp.async.bulk[.tensor] and cp.reduce.async.bulk[.tensor]: the async proxy's copies (TMA).
 
-Loads complete at once and stores when issued; in late mode loads land when nothing else can
-run and stores read shared memory at the wait_group that covers them.
+Loads and stores complete at once or, as the schedule says, later: loads at any time, stores up to
+the wait_group that covers them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import Misaligned, OutOfBounds, Unsupported
 from . import mbarrier, tensormap
+from .operations import Operation
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
 
 _CHUNK = 16  # bytes; swizzles permute chunks
@@ -83,7 +84,13 @@ def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, mu
         b = w.lane_value(barrier, lane) + barrier_offset
         mask = None if multicast is None else w.lane_value(multicast, lane)
         mbarrier.find(w, b)
-        w.cluster.asynchronously(w, site, partial(_tensor_load, w, box, c, d, b, mask))
+        work = partial(_tensor_load, w, box, c, d, b, mask)
+        _issue_load(w, m, site, "TMA load", work, _targets(w, d, b, mask), box.box_bytes)
+
+
+def _issue_load(w, m, site, what, work, targets, nbytes):
+    spans = [(memory, at, at + nbytes, True) for memory, at, _ in targets]
+    w.cluster.issue(Operation(w, site, m, what, spans, work), waited_for=False)
 
 
 def _tensor_load(w, box, coords, dst, barrier, multicast):
@@ -104,10 +111,11 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
         c = tuple(w.lane_value(x, lane) for x in coords)
         at = (w.lane_value(src, lane) + src_offset) & OFFSET
         same = (box.address, c, at)
-        if reduction is None and not w.checks.late and same in seen:
+        if reduction is None and not w.groups_kept and same in seen:
             continue  # every lane of a warp storing the same box
         seen.add(same)
-        _later(w, lane, site, partial(_tensor_store, w, box, c, at, reduction))
+        work = partial(_tensor_store, w, box, c, at, reduction)
+        _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
 
 
 def _tensor_store(w, box, coords, at, reduction):
@@ -116,12 +124,14 @@ def _tensor_store(w, box, coords, at, reduction):
     w.cluster.events += 1
 
 
-def _later(w, lane: int, site: int, work) -> None:
-    """Run now, or in late mode when the lane waits for its bulk group."""
-    if w.checks.late:
-        w.bulk.add(lane, w.deferred(site, work))
-    else:
-        work()
+def _issue_store(w, lane: int, site: int, what: str, work, at: int, nbytes: int) -> None:
+    """Complete now or, as the schedule says, up to the wait for the lane's bulk group."""
+    if not w.groups_kept:
+        return work()
+    spans = [(w.cta.smem, at, at + nbytes, False)]
+    operation = Operation(w, site, np.arange(w.lanes) == lane, what, spans, work)
+    w.bulk.add(lane, operation)
+    w.cluster.issue(operation, waited_for=True)
 
 
 def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast):
@@ -136,7 +146,8 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
                 f"cp.async.bulk of {n} bytes from {s:#x} to {d:#x}: addresses and "
                 "size must be multiples of 16"
             )
-        w.cluster.asynchronously(w, site, partial(_load, w, d, s, n, b, mask))
+        work = partial(_load, w, d, s, n, b, mask)
+        _issue_load(w, m, site, "bulk load", work, _targets(w, d, b, mask), n)
 
 
 def _load(w, dst, src, nbytes, barrier, multicast):
@@ -163,7 +174,8 @@ def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
     for lane in w.lane_list(m):
         d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
         n = w.lane_value(size, lane)
-        _later(w, lane, site, partial(_store, w, d, s & OFFSET, n, reduction))
+        work = partial(_store, w, d, s & OFFSET, n, reduction)
+        _issue_store(w, lane, site, "bulk store", work, s & OFFSET, n)
 
 
 def _store(w, dst, at, nbytes, reduction):
@@ -182,12 +194,12 @@ def _store(w, dst, at, nbytes, reduction):
 
 
 def commit(w, m):
-    for lane in w.lane_list(m) if w.checks.late else ():
+    for lane in w.lane_list(m) if w.groups_kept else ():
         w.bulk.commit(lane)
 
 
 def wait(w, m, keep):
-    for lane in w.lane_list(m) if w.checks.late else ():
+    for lane in w.lane_list(m) if w.groups_kept else ():
         w.bulk.drain(lane, keep)
 
 

@@ -1,6 +1,7 @@
 """cp.async (Ampere): 4 to 16 bytes per lane from global to shared memory.
 
-A generic-proxy write by the PTX ISA.  Completes at once; in late mode at the wait that covers it.
+A generic-proxy write by the PTX ISA.  Completes at once or, as the schedule says, up to the wait
+that covers it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import numpy as np
 from ..numerics.formats import rows
 from . import mbarrier, shared
 from .groups import Groups
+from .operations import Operation
 
 
-def copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
+def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
     """src_size: bytes to read, the rest of the `size` bytes is zero (None: all)."""
     if m is not None and not m.any():
         return
-    if not w.checks.late:
+    if not w.groups_kept:
         return _copy(w, m, size, dst, dst_offset, src, src_offset, src_size)
     dst, src, src_size = (
         None if x is None else rows(x, w.lanes).copy() for x in (dst, src, src_size)
@@ -27,10 +29,13 @@ def copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
     for warp in np.flatnonzero(mask.any(1)).tolist():
         own = np.zeros_like(mask)
         own[warp] = mask[warp]
-        w.cp_async.add(
-            warp,
-            partial(_copy, w, own.reshape(-1), size, dst, dst_offset, src, src_offset, src_size),
-        )
+        lanes = own.reshape(-1)
+        work = partial(_copy, w, lanes, size, dst, dst_offset, src, src_offset, src_size)
+        a = w.active(dst, lanes).astype(np.int64) + dst_offset
+        span = (w.cta.smem, int(a.min()), int(a.max()) + size, True)
+        operation = Operation(w, site, lanes, "cp.async", [span], work)
+        w.cp_async.add(warp, operation)
+        w.cluster.issue(operation, waited_for=True)
 
 
 def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
@@ -68,13 +73,13 @@ def _warps(w, m) -> list[int]:
 
 def commit(w, m):
     groups: Groups = w.cp_async
-    for warp in _warps(w, m) if w.checks.late else ():
+    for warp in _warps(w, m) if w.groups_kept else ():
         groups.commit(warp)
 
 
 def wait(w, m, keep):
     """cp.async.wait_group keep, or wait_all for None."""
-    for warp in _warps(w, m) if w.checks.late else ():
+    for warp in _warps(w, m) if w.groups_kept else ():
         if keep is None:
             w.cp_async.commit(warp)
         w.cp_async.drain(warp, keep or 0)
@@ -85,7 +90,7 @@ def mbarrier_arrive(w, m, address, offset, noinc):
 
     Without .noinc the pending count goes up by one first: no net change.
     """
-    for warp in _warps(w, m) if w.checks.late else ():
+    for warp in _warps(w, m) if w.groups_kept else ():
         w.cp_async.commit(warp)
         w.cp_async.drain(warp, 0)
     if noinc:

@@ -1,28 +1,31 @@
-"""Commit groups of asynchronous work: what late mode has not executed yet."""
+"""Commit groups of asynchronous operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+
+from .operations import Operation
 
 
 class Groups:
-    """Per owner (a lane, a warp, a warpgroup): an open group and committed ones, oldest first."""
+    """Per owner (a lane, a warp): an open group and committed ones, oldest first."""
 
     def __init__(self):
-        self._open: dict[Hashable, list[Callable[[], None]]] = {}
-        self._committed: dict[Hashable, list[list[Callable[[], None]]]] = {}
+        self._open: dict[Hashable, list[Operation]] = {}
+        self._committed: dict[Hashable, list[list[Operation]]] = {}
 
-    def add(self, owner: Hashable, work: Callable[[], None]) -> None:
-        self._open.setdefault(owner, []).append(work)
+    def add(self, owner: Hashable, operation: Operation) -> None:
+        self._open.setdefault(owner, []).append(operation)
 
     def commit(self, owner: Hashable) -> None:
         self._committed.setdefault(owner, []).append(self._open.pop(owner, []))
 
-    def drain(self, owner: Hashable, keep: int) -> None:
-        """Execute all but the `keep` youngest committed groups."""
+    def drain(self, owner: Hashable, keep: int) -> list[Operation]:
+        """Complete all but the `keep` youngest committed groups; returns their operations."""
         groups = self._committed.get(owner, [])
         done = groups[: max(0, len(groups) - keep)]
         del groups[: len(done)]
-        for group in done:
-            for work in group:
-                work()
+        operations = [operation for group in done for operation in group]
+        for operation in operations:
+            operation.complete()
+        return operations

@@ -1,0 +1,137 @@
+"""The forward kernel computes the same bits whatever the order of its warps and copies."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fa3 import jit
+from fa3.kernels.config import FwdConfig
+from fa3.kernels.signature import Signature
+
+from . import reference
+from .accuracy import assert_accurate, assert_lse
+from .conftest import HOPPER
+
+KERNEL = "fa3.kernels.sm90.fwd:ForwardSm90"
+SEEDS = range(5)
+UNBOUNDED = 2**30
+
+pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+
+
+@dataclass(frozen=True)
+class Forced(FwdConfig):
+    """A config whose O waits where it is told to, however much shared memory there is."""
+
+    space: str = "own"
+
+    def o_space(self, signature):
+        return self.space
+
+
+@dataclass(frozen=True)
+class Run:
+    space: str
+    mask: str
+    warpgroups: int
+    head_dim: int = 64
+    head_dim_v: int = 64
+    tile_n: int = 64
+    stages: int = 2
+    s_q: int = 300
+    s_k: int = 300
+    heads: int = 2
+    num_ctas: int = 1
+
+    def __str__(self):
+        return f"{self.space}-{self.mask}-{self.warpgroups}wg-{self.s_q}x{self.s_k}"
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return (50, 20) if self.mask == "local" else (UNBOUNDED, UNBOUNDED)
+
+
+RUNS = [
+    Run("own", "causal", 2),
+    Run("own", "local", 3, stages=3),
+    Run("own", "full", 3, s_k=60, heads=3),  # one key block per tile
+    Run("own", "full", 2, s_k=150, num_ctas=2, heads=3),
+    Run("k", "causal", 2, head_dim=128),
+    Run("k", "local", 2, head_dim=128),
+    Run("k", "full", 3, head_dim=128, tile_n=96, s_k=250),
+    Run("k", "full", 2, head_dim=128, s_k=60, heads=3),
+    Run("q", "causal", 3),
+    Run("q", "local", 2),
+    Run("q", "full", 2, head_dim=128, head_dim_v=128, s_q=200, s_k=150),
+    Run("q", "full", 3, s_k=60, heads=3),
+]
+
+
+def inputs(run: Run) -> list[torch.Tensor]:
+    return [
+        torch.randn(1, length, run.heads, width).bfloat16()
+        for length, width in (
+            (run.s_q, run.head_dim),
+            (run.s_k, run.head_dim),
+            (run.s_k, run.head_dim_v),
+        )
+    ]
+
+
+def function(run: Run, q, k, v, name=KERNEL):
+    """A function without arguments that launches the kernel: () -> (out, lse)."""
+    signature = Signature("bf16", run.head_dim, run.head_dim_v, run.mask)
+    config = Forced(run.tile_n, run.warpgroups, run.stages, run.space)
+    kernel = jit.compile(name, signature, config, "emulator")
+    scale = run.head_dim**-0.5 * math.log2(math.e)
+
+    def attention():
+        out = torch.full((1, run.s_q, run.heads, run.head_dim_v), math.nan, dtype=torch.bfloat16)
+        lse = torch.full((1, run.heads, run.s_q), math.nan)
+        kernel(q, k, v, out, lse, scale, *run.window, run.num_ctas)
+        return out, lse
+
+    return attention
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_forward_is_the_same_under_every_schedule(run, device):
+    from fa3 import emulator
+
+    q, k, v = inputs(run)
+    attention = function(run, q, k, v)
+    out, lse = emulator.compare_schedules(attention, SEEDS, checks=emulator.ALL_CHECKS)
+    window = run.window if run.mask == "local" else (-1, -1)
+    mask = {"causal": run.mask == "causal", "window": window}
+    exact, exact_lse = reference.exact(q, k, v, **mask)
+    assert_accurate("out", out, exact, reference.baseline(q, k, v, **mask))
+    assert_lse("lse", lse, exact_lse)
+
+
+def without_scores_done(ptx: str) -> str:
+    """The kernel without the wait for the others' last Q K^T before O is written."""
+    lines = ptx.split("\n")
+    first_store = next(i for i, line in enumerate(lines) if "stmatrix" in line)
+    wait = max(i for i in range(first_store) if "bar.sync" in lines[i])
+    assert lines[wait].strip().endswith(" 256;")
+    return "\n".join(lines[:wait] + lines[wait + 1 :])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run("k", "full", 2, head_dim=128, s_q=128, s_k=192),
+        Run("q", "full", 2, head_dim=128, head_dim_v=128, s_q=128, s_k=192),
+    ],
+    ids=str,
+)
+def test_output_written_too_early_is_found(run, device):
+    from fa3 import emulator
+
+    attention = function(run, *inputs(run))
+    with emulator.options(edit=without_scores_done):
+        with pytest.raises(emulator.ScheduleDifference, match="output 0 differs") as found:
+            emulator.compare_schedules(attention, SEEDS, checks=())
+    assert found.value.index[1] >= 64, "the rows of the second warpgroup"
