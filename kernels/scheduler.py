@@ -1,10 +1,14 @@
 """Which tiles a persistent CTA computes, in which order.
 
-    order    causal and local tiles differ in length: longest first, so that the last wave is made
-             of short ones (LPT).  Within a length, heads follow each other.
-    groups   heads are taken in groups whose K and V fit in L2 together.
-    deal     the order is dealt to the CTAs like cards, back and forth (0..G-1, G-1..0, ...), so
-             that no CTA gets the longer tile of every wave.
+    order    causal and local tiles differ in length: longest first, so that the last wave of a
+             round is made of short ones (LPT).  Within a length, heads follow each other.
+    rounds   heads are taken in groups whose K and V fit in L2 together; a group is a round.
+    deal     a round is dealt to the CTAs like cards, back and forth (0..G-1, G-1..0, ...), so that
+             no CTA gets the longer tile of every wave.  Every round starts at CTA 0 again: were the
+             deal to run on, the long tiles of the next round would fall to whom the short ones of
+             this one did not reach, and always to the same.
+
+Without a mask all tiles are equal: head after head, one round.
 
 Plain arithmetic: runs on Python ints (tests) and on the DSL's Int32 (kernels).
 """
@@ -14,9 +18,10 @@ from typing import Any
 
 import cutlass
 
-from .arithmetic import clamp, minimum
+from .arithmetic import clamp, maximum, minimum
 
 L2_BUDGET = 32 << 20  # bytes of K and V that may live in L2 at once; H100 has 50 MiB
+MIN_WAVES = 2  # of a round: a long tile of the first is made up for by a short one of the second
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,25 @@ class TileOrder:
     num_batches: Any
     heads_per_group: Any  # (batch, head) pairs that run side by side
 
+    @staticmethod
+    def group_of(key_bytes, s_k, num_m_blocks, num_heads, num_heads_kv, num_batches, num_ctas):
+        """heads_per_group for masks that make tiles unequal.
+
+        As many as fit in L2 (key_bytes: K and V of one key), but about MIN_WAVES waves at least;
+        rather a little less, as tiles left over make a third wave of few.
+        """
+        fitting = maximum(L2_BUDGET // key_bytes // s_k, 1) * (num_heads // num_heads_kv)
+        filling = MIN_WAVES * num_ctas // num_m_blocks
+        return minimum(maximum(fitting, filling), num_heads * num_batches)
+
     @property
     def count(self):
         return self.num_m_blocks * self.num_heads * self.num_batches
+
+    @property
+    def tiles_per_round(self):
+        """Positions that are dealt together; at least one per CTA."""
+        return self.heads_per_group * self.num_m_blocks if self.longest_first else self.count
 
     def __getitem__(self, position) -> WorkTile:
         group_tiles = self.heads_per_group * self.num_m_blocks
@@ -59,23 +80,33 @@ class TileOrder:
 
 @dataclass(frozen=True)
 class Deal:
-    """The positions of one CTA."""
+    """The positions of one CTA: index -> position."""
 
     cta: Any
     num_ctas: Any
     num_tiles: Any
+    tiles_per_round: Any
+
+    @property
+    def count(self):
+        """Tiles of this CTA."""
+        rounds = self.num_tiles // self.tiles_per_round
+        rest = self.num_tiles - rounds * self.tiles_per_round
+        return rounds * self._share(self.tiles_per_round) + self._share(rest)
+
+    def __getitem__(self, index):
+        share = self._share(self.tiles_per_round)
+        turn = minimum(index // maximum(share, 1), self.num_tiles // self.tiles_per_round)
+        wave = index - turn * share
+        return turn * self.tiles_per_round + wave * self.num_ctas + self._slot(wave)
 
     def _slot(self, wave):
         """This CTA's place in a wave; every second wave is dealt backwards."""
         odd = wave % 2
         return self.cta + odd * (self.num_ctas - 1 - 2 * self.cta)
 
-    @property
-    def count(self):
-        """Tiles of this CTA."""
-        full_waves = self.num_tiles // self.num_ctas
-        rest = self.num_tiles - full_waves * self.num_ctas
+    def _share(self, tiles):
+        """How many of the tiles dealt in one round come to this CTA."""
+        full_waves = tiles // self.num_ctas
+        rest = tiles - full_waves * self.num_ctas
         return full_waves + clamp(rest - self._slot(full_waves), 0, 1)
-
-    def __getitem__(self, wave):
-        return wave * self.num_ctas + self._slot(wave)

@@ -29,7 +29,7 @@ from ..blocks import BlockRange, Window
 from ..config import FwdConfig, OSpace
 from ..headroom import HEADROOM_LOG2
 from ..mask import Mask
-from ..scheduler import L2_BUDGET, Deal, TileOrder
+from ..scheduler import Deal, TileOrder
 from ..signature import Signature
 from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
@@ -168,29 +168,24 @@ class ForwardSm90:
             lse=permute(mLSE, [2, 1, 0]),
         )
         scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
-        order = self._order(q, k, v)
+        order = self._order(q, k, v, num_ctas)
         grid = (cutlass.min(num_ctas, order.count), 1, 1)
         self.kernel(tensors, scalars, order).launch(
             grid=grid, block=(plan.config.num_threads, 1, 1), stream=stream, min_blocks_per_mp=1
         )
 
-    def _order(self, q, k, v) -> TileOrder:
+    def _order(self, q, k, v, num_ctas) -> TileOrder:
         s_q, _, heads, batches = q.shape
         s_k, d, heads_kv, _ = k.shape
+        num_m_blocks = cute.ceil_div(s_q, self.plan.tile_m)
         longest_first = self.plan.signature.mask != "full"
         heads_per_group = Int32(1)
         if longest_first:
             key_bytes = (d + v.shape[0]) * (self.plan.element.width // 8)
-            fitting = cutlass.max(Int32(L2_BUDGET) // key_bytes // s_k, 1)
-            heads_per_group = cutlass.min(fitting * (heads // heads_kv), heads * batches)
-        return TileOrder(
-            longest_first=longest_first,
-            num_m_blocks=cute.ceil_div(s_q, self.plan.tile_m),
-            num_heads=heads,
-            num_heads_kv=heads_kv,
-            num_batches=batches,
-            heads_per_group=heads_per_group,
-        )
+            heads_per_group = TileOrder.group_of(
+                key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, num_ctas
+            )
+        return TileOrder(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
 
     @cute.kernel
     def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
@@ -237,7 +232,7 @@ class ForwardSm90:
         window = self._window(tensors, scalars)
         return Tiles(
             order,
-            Deal(cta, num_ctas, order.count),
+            Deal(cta, num_ctas, order.count, order.tiles_per_round),
             partial(BlockRange.of, window, tile_m=plan.tile_m, tile_n=plan.tile_n),
         )
 

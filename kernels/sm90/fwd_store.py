@@ -87,6 +87,7 @@ class OutputSpace:
     def _wait_for_store(self):
         if self.is_storing_warp:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()  # TMA was issued by one lane, a slot is released by another
 
 
 def _scores_done(warpgroup, wave):
