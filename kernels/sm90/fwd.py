@@ -29,7 +29,7 @@ from ..blocks import BlockRange, Window
 from ..config import FwdConfig, OSpace
 from ..headroom import HEADROOM_LOG2
 from ..mask import Mask
-from ..scheduler import Deal, TileOrder
+from ..scheduler import Deal, TileOrder, WorkTile
 from ..signature import Signature
 from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
@@ -94,7 +94,7 @@ class FwdPlan:
 
 @dataclass(frozen=True)
 class Tiles:
-    """wave -> (WorkTile, BlockRange) of this CTA."""
+    """index -> WorkTile of this CTA, and the key blocks of a tile."""
 
     order: TileOrder
     deal: Deal
@@ -104,9 +104,11 @@ class Tiles:
     def count(self):
         return self.deal.count
 
-    def __getitem__(self, wave):
-        tile = self.order[self.deal[wave]]
-        return tile, self.block_range(tile.m_block)
+    def __getitem__(self, index) -> WorkTile:
+        return self.order[self.deal[index]]
+
+    def blocks_of(self, tile: WorkTile) -> BlockRange:
+        return self.block_range(tile.m_block)
 
 
 class ForwardSm90:
@@ -273,19 +275,21 @@ class ForwardSm90:
         turn.start()
 
         q, k, v = rings.q.consumer(), rings.k.consumer(), rings.v.consumer()
+        tile = tiles[0]
         for wave in cutlass.range(tiles.count, unroll=1):
-            tile, blocks = tiles[wave]
+            blocks = tiles.blocks_of(tile)
             row = tile.m_block * plan.tile_m + row_in_tile
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
             query = q.wait_and_advance()
             k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.o_space == "k")
             last_key = rings.k.slot_before(k)
             space.scores_done(query, wave)
-            v = accumulate_last(frag, v)
+            v, next_tile = accumulate_last(frag, v, partial(tiles.__getitem__, wave + 1))
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
             store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last_key)
             space.stored(query, rings.k, last_key)
+            tile = next_tile
         space.drain()
 
 

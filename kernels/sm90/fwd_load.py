@@ -16,7 +16,8 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
     """
     q, k, v = rings.q.producer(), rings.k.producer(), rings.v.producer()
     for wave in cutlass.range(tiles.count, unroll=1):
-        tile, blocks = tiles[wave]
+        tile = tiles[wave]
+        blocks = tiles.blocks_of(tile)
         fill_q = rings.q.filler(tensors.q, plan.q_tile, tile.head, tile.batch, 0)
         fill_k = rings.k.filler(tensors.k, plan.k_tile, tile.head_kv, tile.batch, 0)
         fill_v = rings.v.filler(tensors.v, plan.v_tile, tile.head_kv, tile.batch, 1)

@@ -1,5 +1,6 @@
 """A consumer warpgroup of the forward kernel: S = Q K^T, softmax, O += P V for 64 query rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +123,11 @@ def _release(key: Any, keep_last: cutlass.Constexpr, is_last):
 
 
 @cute.jit
-def accumulate_last(frag: FwdFragments, v: Any):
-    """O += P V of the tile's last block."""
+def accumulate_last(frag: FwdFragments, v: Any, meanwhile: Callable):
+    """O += P V of the tile's last block; meanwhile() is computed beside it and returned."""
     value = v.wait_and_advance()
     frag.issue_output(value.index)
+    result = meanwhile()
     warpgroup.wait_group(0)
     value.release()
-    return v
+    return v, result
