@@ -15,8 +15,8 @@ class NamedBarrier(enum.IntEnum):
     TURN = 1  # .. 3: consumer warpgroup i may issue its GEMMs
     O_WRITTEN = 4  # .. 6: consumer warpgroup i has written its rows of O to shared memory
     O_LEFT = 7  # .. 9: the O of warpgroup i's last tile has left shared memory
-    SCORES_DONE = 10  # .. 15: the other warpgroups no longer read what warpgroup i's O overwrites;
-    #                   two per warpgroup, for tiles in turn
+    O_MAY_BE_WRITTEN = 10  # .. 15: no other warpgroup still reads what warpgroup i's O overwrites;
+    #                        two per warpgroup, for tiles in turn
 
 
 @dataclass(frozen=True)

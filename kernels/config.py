@@ -8,10 +8,12 @@ from .signature import Signature
 SMEM_LIMIT = 232_448  # bytes of dynamic shared memory per CTA on sm_90 (227 KiB)
 BARRIER_BYTES = 1024  # mbarriers and alignment
 
+# Where O waits for its TMA store.
 # own: a buffer of its own: the next tile's loads and the epilogue do not meet.
 # k:   the slot of the tile's last K block, released once O has left; Q and the other slots refill.
+# kv:  the same, half in the slot of the last K block and half in that of the last V block.
 # q:   the space of Q: the next Q waits until O has left.
-OSpace = Literal["own", "k", "q"]
+OSpace = Literal["own", "k", "kv", "q"]
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,27 @@ class FwdConfig:
         return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups]
 
     def o_space(self, signature: Signature) -> OSpace:
-        """Where O waits for its TMA store: the first of the three that shared memory allows."""
-        if self._smem_bytes(signature, with_o=True) <= SMEM_LIMIT:
+        """The first of the spaces that is large enough."""
+        q, o, k_stage, v_stage = self.elements(signature)
+        if self._bytes(q + o, k_stage, v_stage) <= SMEM_LIMIT:
             return "own"
         # Two stages: then no warpgroup can be two tiles ahead of one that still writes O to a slot.
-        fits = signature.head_dim_v * self.tile_m <= self._k_stage(signature)
-        return "k" if fits and self.num_stages == 2 else "q"
+        if self.num_stages == 2 and o <= k_stage:
+            return "k"
+        if self.num_stages == self.num_mma_warpgroups == 2 and o // 2 <= min(k_stage, v_stage):
+            return "kv"
+        return "q"
 
     def smem_bytes(self, signature: Signature) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(signature, with_o=self.o_space(signature) == "own")
+        q, o, k_stage, v_stage = self.elements(signature)
+        q_and_o = {"own": q + o, "k": q, "kv": q, "q": max(q, o)}[self.o_space(signature)]
+        return self._bytes(q_and_o, k_stage, v_stage)
 
-    def _k_stage(self, signature: Signature) -> int:
-        return self.tile_n * signature.head_dim  # elements
+    def elements(self, signature: Signature) -> tuple[int, int, int, int]:
+        """Of Q, O, a K stage and a V stage."""
+        d, dv = signature.head_dim, signature.head_dim_v
+        return self.tile_m * d, self.tile_m * dv, self.tile_n * d, self.tile_n * dv
 
-    def _smem_bytes(self, signature: Signature, with_o: bool) -> int:
-        q, o = self.tile_m * signature.head_dim, self.tile_m * signature.head_dim_v
-        v_stage = self.tile_n * signature.head_dim_v
-        kv = self.num_stages * (self._k_stage(signature) + v_stage)
-        return 2 * (kv + (q + o if with_o else max(q, o))) + BARRIER_BYTES
+    def _bytes(self, q_and_o: int, k_stage: int, v_stage: int) -> int:
+        return 2 * (q_and_o + self.num_stages * (k_stage + v_stage)) + BARRIER_BYTES

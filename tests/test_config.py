@@ -35,7 +35,9 @@ def test_space_of_o():
     assert FwdConfig(tile_n=128).o_space(square) == "own"
     assert FwdConfig(tile_n=176).o_space(square) == "k"
     wide = Signature("bf16", 256, 256, "full")
-    assert FwdConfig(tile_n=80).o_space(wide) == "q"
+    assert FwdConfig(tile_n=80).o_space(wide) == "kv"
+    uneven = Signature("bf16", 192, 256, "full")
+    assert FwdConfig(tile_n=80).o_space(uneven) == "q"
 
 
 def test_smem_bytes_by_hand():

@@ -35,7 +35,7 @@ from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
 from .fwd_mma import FwdFragments, accumulate_last, attend
-from .fwd_store import OutputSpace, store_lse, store_output, swizzled
+from .fwd_store import LastSlots, OutputSpace, store_lse, store_output, swizzled
 from .rings import FwdRings, Ring
 from .wgmma import ELEMENT, FwdMma, FwdSmem
 
@@ -66,6 +66,20 @@ class FwdPlan:
     @property
     def o_space(self) -> OSpace:
         return self.config.o_space(self.signature)
+
+    @property
+    def keeps_last_k(self) -> bool:
+        """O goes where a tile's last K block is."""
+        return self.o_space in ("k", "kv")
+
+    @property
+    def keeps_last_v(self) -> bool:
+        return self.o_space == "kv"
+
+    @property
+    def elements(self) -> tuple[int, int, int, int]:
+        """Of Q, O, a K stage and a V stage."""
+        return self.config.elements(self.signature)
 
     @property
     def head_dim_v(self) -> int:
@@ -223,8 +237,10 @@ class ForwardSm90:
 
         q_size, o_size = cute.cosize(layouts.q), cute.cosize(layouts.o)
         q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
-        k, v = space(cute.cosize(layouts.k)), space(cute.cosize(layouts.v))
-        o = space(o_size) if plan.o_space == "own" else {"k": k, "q": q}[plan.o_space]
+        k_size = cute.cosize(layouts.k)
+        k = space(k_size + cute.cosize(layouts.v))
+        v = k + k_size  # OutputSpace relies on V's ring following K's
+        o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
         return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
 
     def _tiles(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Tiles:
@@ -281,14 +297,16 @@ class ForwardSm90:
             row = tile.m_block * plan.tile_m + row_in_tile
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
             query = q.wait_and_advance()
-            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.o_space == "k")
-            last_key = rings.k.slot_before(k)
+            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.keeps_last_k)
             space.scores_done(query, wave)
-            v, next_tile = accumulate_last(frag, v, partial(tiles.__getitem__, wave + 1))
+            look_up_next = partial(tiles.__getitem__, wave + 1)
+            v, next_tile = accumulate_last(frag, v, look_up_next, plan.keeps_last_v)
+            space.output_done(wave)
+            last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last_key)
-            space.stored(query, rings.k, last_key)
+            store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last)
+            space.stored(query, rings, last)
             tile = next_tile
         space.drain()
 

@@ -123,11 +123,15 @@ def _release(key: Any, keep_last: cutlass.Constexpr, is_last):
 
 
 @cute.jit
-def accumulate_last(frag: FwdFragments, v: Any, meanwhile: Callable):
-    """O += P V of the tile's last block; meanwhile() is computed beside it and returned."""
+def accumulate_last(frag: FwdFragments, v: Any, meanwhile: Callable, keep_value: cutlass.Constexpr):
+    """O += P V of the tile's last block; meanwhile() is computed beside it and returned.
+
+    With keep_value the slot of that V block is not released.
+    """
     value = v.wait_and_advance()
     frag.issue_output(value.index)
     result = meanwhile()
     warpgroup.wait_group(0)
-    value.release()
+    if cutlass.const_expr(not keep_value):
+        value.release()
     return v, result

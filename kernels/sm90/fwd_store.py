@@ -13,18 +13,26 @@ from cutlass.tensor_utils import LayoutEnum
 from ..barriers import WARPGROUP, NamedBarrier
 from ..tensors import FwdTensors
 from ..views import convert
-from .rings import Ring
+from .rings import FwdRings
+
+
+@dataclass(frozen=True)
+class LastSlots:
+    """The slots of the last K block and the last V block of a tile."""
+
+    k: Any
+    v: Any
 
 
 @dataclass(frozen=True)
 class OutputSpace:
     """Where the O of a consumer warpgroup waits for TMA, and whom that keeps waiting.
 
-    config.OSpace tells the three kinds; the other roles only call the methods.
+    config.OSpace tells the kinds; the other roles only call the methods.
     """
 
     plan: Any
-    pointer: cute.Pointer  # start of the space; for kind "k" of the K ring
+    pointer: cute.Pointer  # start of the space; for "k" and "kv" of the K ring, V's follows it
     layout: Any  # (64, dv, num_mma_warpgroups), composed with its swizzle
     warpgroup: Any
     is_storing_warp: Any  # warp-uniform: the first warp of the warpgroup
@@ -40,11 +48,23 @@ class OutputSpace:
             query.release()
         if cutlass.const_expr(self.kind != "own"):
             for other in cutlass.range_constexpr(self.plan.num_mma_warpgroups):
-                if other != self.warpgroup:
-                    cute.arch.barrier_arrive(
-                        barrier_id=_scores_done(other, wave),
-                        number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
-                    )
+                # "kv": the second warpgroup writes where V was, output_done() lets it
+                if cutlass.const_expr(self.kind != "kv" or other == 0):
+                    self._let(other, wave)
+
+    @cute.jit
+    def output_done(self, wave: Any):
+        """This warpgroup has finished the last O += P V of its wave-th tile."""
+        if cutlass.const_expr(self.kind == "kv"):
+            self._let(1, wave)
+
+    @cute.jit
+    def _let(self, other: cutlass.Constexpr, wave: Any):
+        if other != self.warpgroup:
+            cute.arch.barrier_arrive(
+                barrier_id=_may_write(other, wave),
+                number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
+            )
 
     @cute.jit
     def wait_until_free(self, wave: Any):
@@ -56,19 +76,21 @@ class OutputSpace:
             )
         else:
             cute.arch.barrier(
-                barrier_id=_scores_done(self.warpgroup, wave),
+                barrier_id=_may_write(self.warpgroup, wave),
                 number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
             )
 
     @cute.jit
-    def stored(self, query: Any, k: Ring, last_key: Any):
+    def stored(self, query: Any, rings: FwdRings, last: LastSlots):
         """The TMA store of O has been issued: give back what O occupies once it has left."""
         if cutlass.const_expr(self.kind != "own"):
             self._wait_for_store()
         if cutlass.const_expr(self.kind == "q"):
             query.release()
-        if cutlass.const_expr(self.kind == "k"):
-            k.release(last_key)
+        if cutlass.const_expr(self.plan.keeps_last_k):
+            rings.k.release(last.k)
+        if cutlass.const_expr(self.plan.keeps_last_v):
+            rings.v.release(last.v)
 
     @cute.jit
     def drain(self):
@@ -76,12 +98,16 @@ class OutputSpace:
         if cutlass.const_expr(self.kind == "own"):
             self._wait_for_store()
 
-    def rows(self, last_key: Any) -> cute.Tensor:
+    def rows(self, last: LastSlots) -> cute.Tensor:
         """This warpgroup's (64, dv) part of the space."""
-        pointer = self.pointer
+        config, (_, _, k_stage, v_stage) = self.plan.config, self.plan.elements
+        part, offset = self.warpgroup, 0
         if self.kind == "k":
-            pointer = pointer + last_key * (self.plan.tile_n * self.plan.head_dim)
-        return swizzled(pointer, self.layout)[None, None, self.warpgroup]
+            offset = last.k * k_stage
+        if self.kind == "kv":  # the first warpgroup in K's slot, the second in V's
+            in_k, in_v = last.k * k_stage, config.num_stages * k_stage + last.v * v_stage
+            part, offset = 0, in_k + self.warpgroup * (in_v - in_k)
+        return swizzled(self.pointer + offset, self.layout)[None, None, part]
 
     @cute.jit
     def _wait_for_store(self):
@@ -90,8 +116,8 @@ class OutputSpace:
             cute.arch.sync_warp()  # TMA was issued by one lane, a slot is released by another
 
 
-def _scores_done(warpgroup, wave):
-    return NamedBarrier.SCORES_DONE + warpgroup + 3 * (wave % 2)
+def _may_write(warpgroup, wave):
+    return NamedBarrier.O_MAY_BE_WRITTEN + warpgroup + 3 * (wave % 2)
 
 
 def swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
@@ -117,14 +143,14 @@ def store_output(
     tile: Any,
     wave: Any,
     thread: Any,
-    last_key: Any,  # slot of the tile's last K block
+    last: LastSlots,
 ):
     """A warpgroup's 64 rows of O: registers -> stmatrix -> shared memory -> TMA.
 
     TMA drops the rows beyond s_q and the columns beyond the true head dim.
     """
     plan = space.plan
-    sO = space.rows(last_key)  # (64, dv)
+    sO = space.rows(last)  # (64, dv)
     acc_16 = cute.make_rmem_tensor_like(acc_O, plan.element)
     convert(acc_O, acc_16)
     atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
