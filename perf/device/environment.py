@@ -35,9 +35,16 @@ PEER_CASE = Case.paper("bf16", 128, False, 1024)
 
 def report(log: Log, folder: Path) -> None:
     """Step: GPU, driver, clocks, versions, tools."""
-    log.item("gpu", lambda: dict(zip(SMI.split(","), sweep.nvidia_smi(SMI), strict=False)))
+    log.item("gpu", _gpu)
     log.item("software", _software)
     log.item("tools", lambda: {name: tool(name) or "absent" for name in TOOLS})
+
+
+def _gpu() -> dict:
+    values = sweep.nvidia_smi(SMI)
+    if not values:
+        raise RuntimeError("nvidia-smi gave nothing")
+    return dict(zip(SMI.split(","), values, strict=True))
 
 
 def _software() -> dict:

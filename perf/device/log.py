@@ -44,7 +44,7 @@ class Log:
     def end(self, name: str, **found) -> None:
         self._ended.add(name)
         self._append({"item": name, **found})
-        print(f"{name}: {found}", flush=True)
+        print(f"{name}: {str(found)[:300]}", flush=True)
 
     def ended(self) -> list[dict]:
         return [line for line in self._lines() if "item" in line]

@@ -88,7 +88,12 @@ class Forward:
     """The forward pass: 16-bit, every row of the tuning table."""
 
     name = "forward"
-    tests = ("tests/test_forward.py", "tests/test_torch_op.py")
+    tests = (
+        "tests/test_forward.py",
+        "tests/test_torch_op.py",
+        "tests/test_transformers.py",
+        "tests/golden",
+    )
     # of the sanitizers: one small case per tile of head dims, every mask among them
     sanitized = (
         Small("bf16", 128, 128, 200, 333, causal=True),

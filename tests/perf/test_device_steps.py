@@ -1,0 +1,192 @@
+"""What the steps of perf.device make of what they find. None of these numbers was measured."""
+
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from fa3.kernels.config import SMEM_LIMIT, FwdConfig
+from fa3.kernels.signature import Signature
+from perf.cases import flops
+from perf.device import compiling, environment, sanitize, speed, steady, tune
+from perf.device.passes import PASSES, Small
+from perf.report import Machine, Row, read_csv, write_csv
+
+SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
+FORWARD = PASSES[0]
+
+
+def row(case, backend, tflops):
+    return Row.of(case, backend, ms=flops(case) / tflops / 1e9, tflops=tflops, matmul_tflops=200.0)
+
+
+def items_of_a_sweep(ours=110.0):
+    items = [{"item": speed.MACHINE, "seconds": 0.1, **asdict(SYNTHETIC)}]
+    for case in speed.cases():
+        rows = [asdict(row(case, "fa3", ours)), asdict(row(case, "cudnn", 100.0))]
+        items.append({"item": f"forward {case}", "rows": rows, "seconds": 1.0})
+    return items
+
+
+def test_sweep_leaves_a_file_and_its_summary(tmp_path):
+    good, text = speed.summarise(items_of_a_sweep(), tmp_path)
+    line = "forward: geomean 1.10 worst 1.10 over 36 rows on SYNTHETIC GPU, 1970-01-01"
+    assert (good, text) == (True, line)
+    measured = read_csv(tmp_path / speed.CSV)
+    assert len(measured) == 72
+    assert {machine for _, machine in measured} == {SYNTHETIC}
+
+
+def test_sweep_with_a_case_that_broke_its_process(tmp_path):
+    items = items_of_a_sweep()
+    items[5] = {"item": items[5]["item"], "error": "its process ended: nothing for 90 s"}
+    good, text = speed.summarise(items, tmp_path)
+    assert not good
+    assert "over 35 of 36 rows" in text
+    assert "fa3: its process ended" in text
+
+
+def test_tuning_begins_where_the_sweep_is_furthest_behind(tmp_path):
+    rows = []
+    for case in speed.cases():
+        slow = (case.head_dim, case.causal, case.length) == (256, True, 512)
+        slower = (case.head_dim, case.causal, case.length) == (128, False, 4096)
+        rows += [row(case, "fa3", 50.0 if slower else 80.0 if slow else 110.0)]
+        rows += [row(case, "cudnn", 100.0)]
+    write_csv(tmp_path / "sweep.csv", rows, SYNTHETIC)
+    signatures = FORWARD.tuned()
+    order = tune.by_need(signatures, tmp_path / "sweep.csv")
+    assert [(s.head_dim, s.mask) for s in order[:2]] == [(128, "full"), (256, "causal")]
+    assert sorted(map(str, order)) == sorted(map(str, signatures))
+    assert tune.by_need(signatures, tmp_path / "none.csv") == signatures
+
+
+@pytest.mark.parametrize("signature", FORWARD.tuned(), ids=compiling.name_of)
+def test_candidates_fit(signature):
+    candidates = FORWARD.candidates(signature)
+    assert candidates[0] == FORWARD.config(signature)
+    assert len(candidates) == len(set(candidates)) > 1
+    assert all(config.smem_bytes(signature) <= SMEM_LIMIT for config in candidates)
+
+
+def test_winners_are_rows_of_the_table(tmp_path):
+    best, shipped = FwdConfig(tile_n=160, num_stages=3), FwdConfig(tile_n=128)
+    assert eval(tune.as_code(best)) == best
+    assert tune.as_code(shipped) == "FwdConfig(tile_n=128)"
+    timed = {
+        "item": "forward bf16 128 full times",
+        "dims": [128, 128],
+        "mask": "full",
+        "shipped": tune.as_code(shipped),
+        "tflops": {tune.as_code(best): 700.4, tune.as_code(shipped): 650.0},
+    }
+    out = {"item": "forward bf16 128 full FwdConfig(tile_n=192)", "error": "ValueError: wrong"}
+    good, text = tune.summarise([out, timed], tmp_path)
+    assert good
+    assert text.splitlines() == [
+        "1 kernels, 1 candidates, 1 of them out",
+        '(128, 128): {"full": FwdConfig(tile_n=160, num_stages=3)},  # 700; '
+        "shipped FwdConfig(tile_n=128): 650",
+        "forward bf16 128 full FwdConfig(tile_n=192): ValueError: wrong",
+    ]
+
+
+def test_a_candidate_is_judged_by_its_output(device):
+    signature = Signature("bf16", 64, 64, "causal")
+    qkv = tune.inputs(signature, 1, 100, 1, device)
+    assert tune.try_out(FORWARD, signature, FORWARD.config(signature), qkv) < 5e-3
+
+    class Wrong:
+        def bind(self, config, causal, *qkv):
+            right = FORWARD.bind(config, causal, *qkv)
+            return lambda: right() * 1.1
+
+    with pytest.raises(ValueError, match="wrong output"):
+        tune.try_out(Wrong(), signature, FORWARD.config(signature), qkv)
+
+
+class Forgetful:
+    """A kernel whose second call gives another last bit."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def call(self, case, inputs):
+        self.calls += 1
+        out = inputs[0].clone()
+        if self.calls == 2:
+            out.view(-1)[0] += 2**-7
+        return {"out": out}
+
+
+def test_repeated_calls_are_compared_bit_by_bit(tmp_path):
+    case = Small("bf16", 64, 64, 8, 8)
+    found = steady.repeat_one(Forgetful(), case, "cpu", 5)
+    assert found == {"runs": 5, "different": 1}
+    good, text = steady.summarise_repeat([{"item": "x", **found}], tmp_path)
+    assert not good and "1 of 5 runs differ" in text
+    assert steady.summarise_repeat([{"item": "x", "runs": 5, "different": 0}], tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "outside", "finite", "good"),
+    [
+        (0, 0, True, True),
+        (3 << 20, 0, True, False),
+        (0, 3 << 20, True, False),
+        (0, 0, False, False),
+    ],
+)
+def test_memory_beside_the_outputs(extra, outside, finite, good, tmp_path):
+    item = {
+        "item": "forward 65536",
+        "output_bytes": 16 << 20,
+        "extra_bytes": extra,
+        "outside_torch_bytes": outside,
+        "finite": finite,
+    }
+    assert steady.summarise_memory([item], tmp_path)[0] == good
+
+
+MEMCHECK = "========= COMPUTE-SANITIZER\nall calls made\n========= ERROR SUMMARY: {} errors"
+RACECHECK = """========= Error: Race reported between Write access
+=========     at kernel+0x1
+all calls made
+========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)"""
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "detail"),
+    [
+        (MEMCHECK.format(0), 0, ""),
+        (MEMCHECK.format(12), 12, ""),
+        (RACECHECK, 3, "2 errors, 1 warning"),
+    ],
+)
+def test_sanitizer_counts(output, errors, detail, tmp_path):
+    command = [sys.executable, "-c", f"print({output!r})"]
+    found = sanitize.check(command, tmp_path / "output.txt")
+    assert (found["errors"], found["detail"]) == (errors, detail)
+    assert (tmp_path / "output.txt").read_text().strip() == output.strip()
+    assert sanitize.summarise([{"item": "x", **found}], tmp_path)[0] == (errors == 0)
+
+
+@pytest.mark.parametrize("output", ["Device not supported", "========= ERROR SUMMARY: 0 errors"])
+def test_a_sanitizer_that_saw_no_kernel_proves_nothing(output, tmp_path):
+    command = [sys.executable, "-c", f"print({output!r})"]
+    with pytest.raises(RuntimeError, match="no result"):
+        sanitize.check(command, tmp_path / "output.txt")
+
+
+def test_summaries_name_what_failed(tmp_path):
+    failed = {"item": "broken one", "error": "RuntimeError: why"}
+    for summarise in (
+        environment.summarise_ceilings,
+        compiling.summarise_build,
+        compiling.summarise_first_calls,
+        sanitize.summarise,
+        steady.summarise_memory,
+        steady.summarise_repeat,
+    ):
+        good, text = summarise([failed], tmp_path)
+        assert not good and "RuntimeError: why" in text, summarise
