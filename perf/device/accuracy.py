@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .log import FRESH, LOST_CONTEXT, Log
+from . import log as of_step
+from .log import FRESH, Log
 
 
 class Recorder:
@@ -16,7 +17,6 @@ class Recorder:
 
     def __init__(self, log: Log):
         self._log = log
-        self._lost = False
         self._outcome: dict = {}
 
     def pytest_collection_modifyitems(self, config, items):
@@ -34,14 +34,16 @@ class Recorder:
             text = str(report.longrepr)
             crash = getattr(report.longrepr, "reprcrash", None)
             self._outcome = {"error": crash.message[:400] if crash else text[-400:]}
-            self._lost = self._lost or any(sign in text for sign in LOST_CONTEXT)
         elif report.skipped:
             why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self._outcome = {"outcome": "skipped", "why": why[:200]}
 
     def pytest_runtest_logfinish(self, nodeid, location):
+        lost = of_step.context_is_lost()
+        if lost:
+            self._outcome.setdefault("error", "it left a CUDA context that is lost")
         self._log.end(nodeid, **self._outcome)
-        if self._lost:
+        if lost:
             pytest.exit("the CUDA context is lost", returncode=FRESH)
 
 

@@ -5,12 +5,24 @@ process that takes over does the items that have no line yet.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 FRESH = 75  # exit code of a process that asks for another one: its CUDA context is lost
-LOST_CONTEXT = ("CUDA error", "CUDA_ERROR", "cudaError", "AcceleratorError")
+
+
+def context_is_lost() -> bool:
+    """After an illegal access, say, nothing works in a process any more. Waits for the GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # whatever it is called: an idle context waits without one
+        return True
+    return False
 
 
 class Log:
@@ -33,8 +45,11 @@ class Log:
             found = work()
         except Exception as error:  # an item's failure is a result
             found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        lost = context_is_lost()
+        if lost:
+            found = {"error": found.get("error", "it left a CUDA context that is lost")}
         self.end(name, **found, seconds=round(time.monotonic() - start, 3))
-        if any(sign in found.get("error", "") for sign in LOST_CONTEXT):
+        if lost:
             raise SystemExit(FRESH)
 
     def begin(self, name: str) -> None:

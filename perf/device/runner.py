@@ -20,6 +20,7 @@ CACHE = "cache"  # folder of the compiled kernels; it stays out of the archive
 TICK = 0.1  # seconds between two looks at a process
 DYING = 10.0  # seconds that a killed process may take: one that waits for a hung GPU can take long
 LEAST = 5.0  # seconds of budget below which no step is begun
+MOST_PROCESSES = 9  # of one step: where every item breaks its process, more of them teach nothing
 FINISHED = ("ok", "bad", "skipped")
 
 Summarise = Callable[
@@ -96,8 +97,9 @@ def run_step(step: Step, folder: Path, limit: float, commit: str = "unknown") ->
     """
     start = time.monotonic()
     log = Log(folder / f"{step.name}.jsonl")
-    status = ""
+    status, processes = "", 0
     while not status:
+        processes += 1
         done = len(log.ended())
         code = _process(step, folder, log, start + limit, commit)
         item = log.open()
@@ -106,12 +108,14 @@ def run_step(step: Step, folder: Path, limit: float, commit: str = "unknown") ->
         elif item is not None:
             ending = f"nothing for {step.patience:g} s" if code == "hung" else f"exit code {code}"
             log.end(item, error=f"its process ended: {ending}")
-        elif code == FRESH and len(log.ended()) > done:
-            continue
+        elif code in (FRESH, "hung") and len(log.ended()) > done:
+            pass
         elif code != 0:
-            status, text = "failed", f"{code}, see {step.name}.log"
+            status, text = "failed", f"exit code {code}, see {step.name}.log"
         else:
             status = "ended"
+        if not status and processes == MOST_PROCESSES:
+            status, text = "failed", f"{processes} processes broke"
     found, summary = _summarise(step, log.ended(), folder)
     if status == "ended":
         status, text = found, summary

@@ -41,7 +41,7 @@ STEPS = (
         "summarise_ceilings",
     ),
     _row("build", "compile every kernel", "compiling:build", 240, 120, "summarise_build"),
-    _row("accuracy", "the accuracy suite on the GPU", "accuracy:work", 300, 90),
+    _row("accuracy", "the accuracy suite on the GPU", "accuracy:work", 300, 60),
     _row("sanitizer", "compute-sanitizer on small cases", "sanitize:work", 240, 110),
     _row("sweep", "speed beside every peer", "speed:work", 300, 90),
     _row("tune", "candidate configs, the furthest behind first", "tune:work", 300, 90),

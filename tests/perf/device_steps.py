@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+from perf.device import log as device_log
+
 FOREVER = 600
 
 
@@ -36,12 +38,17 @@ def dying(log, folder):
 
 def losing_the_context(log, folder):
     _note(folder, "process")
-
-    def lost():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    log.item("a", lost)
+    lost = []
+    device_log.context_is_lost = lambda: bool(lost)
+    log.item("a", lambda: lost.append("by a") or {"value": 1})
     log.item("b", dict)
+
+
+def losing_it_always(log, folder):
+    _note(folder, "process")
+    device_log.context_is_lost = lambda: True
+    for i in range(100):
+        log.item(str(i), dict)
 
 
 def broken(log, folder):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from perf.device import __main__ as command
-from perf.device.log import FRESH, Log
-from perf.device.runner import Outcome, Step, pack, run, run_step, screen
+from perf.device.log import Log, context_is_lost
+from perf.device.runner import MOST_PROCESSES, Outcome, Step, pack, run, run_step, screen
 from perf.device.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,15 @@ def test_a_bad_item_costs_only_itself(name, why, tmp_path):
 def test_a_lost_cuda_context_gets_a_new_process(tmp_path):
     outcome = run([step("losing_the_context")], tmp_path)["losing_the_context"]
     assert outcome.text == "2 items, bad: ['a']"
+    assert items(tmp_path, "losing_the_context")["a"]["error"].endswith("context that is lost")
     assert (tmp_path / "ran").read_text().split() == ["process", "process"]
+
+
+def test_a_step_whose_every_item_breaks_its_process_is_given_up(tmp_path):
+    outcome = run([step("losing_it_always")], tmp_path)["losing_it_always"]
+    assert outcome.status == "failed"
+    assert outcome.text.startswith(f"{MOST_PROCESSES} processes broke; so far: ")
+    assert len((tmp_path / "ran").read_text().split()) == MOST_PROCESSES
 
 
 def test_a_broken_step_does_not_stop_the_next(tmp_path):
@@ -165,7 +173,10 @@ def test_bad(): assert 1 == 2
 @pytest.mark.skip(reason="not here")
 def test_skipped(): pass
 def test_hangs(): time.sleep(600)
-def test_context(): raise RuntimeError("CUDA error: misaligned address")
+def test_context():
+    from perf.device import log
+    log.context_is_lost = lambda: True
+    raise RuntimeError("misaligned address")
 def test_after(): pass
 """
 
@@ -190,16 +201,25 @@ def test_a_suite_that_cannot_be_collected_fails(tmp_path):
     assert run([step("suite")], tmp_path)["suite"].status == "failed"
 
 
-def test_a_lost_context_ends_the_process(tmp_path):
-    log = Log(tmp_path / "x.jsonl")
+class Cuda:
+    """torch.cuda of a process in which a kernel did what it must not."""
 
-    def lost():
-        raise RuntimeError("CUDA error: unspecified launch failure")
+    def __init__(self, initialized, lost):
+        self.is_initialized = lambda: initialized
+        self._lost = lost
 
-    with pytest.raises(SystemExit) as ending:
-        log.item("a", lost)
-    assert ending.value.code == FRESH
-    assert [line["item"] for line in log.ended()] == ["a"]
+    def synchronize(self):
+        if self._lost:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "lost"),
+    [(Cuda(True, True), True), (Cuda(True, False), False), (Cuda(False, True), False)],
+)
+def test_a_lost_context_is_noticed(cuda, lost, monkeypatch):
+    monkeypatch.setattr(torch, "cuda", cuda)
+    assert context_is_lost() == lost
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the steps would run")
