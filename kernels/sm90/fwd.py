@@ -292,12 +292,14 @@ class ForwardSm90:
 
         q, k, v = rings.q.consumer(), rings.k.consumer(), rings.v.consumer()
         tile = tiles[0]
+        last = LastSlots(Int32(0), Int32(0))
         for wave in cutlass.range(tiles.count, unroll=1):
             blocks = tiles.blocks_of(tile)
             row = tile.m_block * plan.tile_m + row_in_tile
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
             query = q.wait_and_advance()
-            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.keeps_last_k)
+            give_back = partial(space.give_back, rings, last, wave)
+            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.keeps_last_k, give_back)
             space.scores_done(query, wave)
             look_up_next = partial(tiles.__getitem__, wave + 1)
             v, next_tile = accumulate_last(frag, v, look_up_next, plan.keeps_last_v)
@@ -306,7 +308,7 @@ class ForwardSm90:
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
             store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last)
-            space.stored(query, rings, last)
+            space.stored(query)
             tile = next_tile
         space.drain()
 

@@ -65,15 +65,18 @@ def attend(
     v: Any,
     blocks: Any,
     keep_last_key: cutlass.Constexpr,
+    meanwhile: Callable,
 ):
     """One query tile up to its last P; O += P V of the last block remains (accumulate_last).
 
-    With keep_last_key the slot of the last K block is not released.
+    With keep_last_key the slot of the last K block is not released.  meanwhile() runs beside the
+    first product.
     """
     softmax.start()
     frag.acc_O.fill(0.0)
     key = k.wait_and_advance()
     frag.issue_scores(key.index)
+    meanwhile()
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
     mask.apply(frag.acc_S, blocks.n_max - 1)

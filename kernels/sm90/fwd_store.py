@@ -81,21 +81,26 @@ class OutputSpace:
             )
 
     @cute.jit
-    def stored(self, query: Any, rings: FwdRings, last: LastSlots):
-        """The TMA store of O has been issued: give back what O occupies once it has left."""
-        if cutlass.const_expr(self.kind != "own"):
-            self._wait_for_store()
+    def stored(self, query: Any):
+        """The TMA store of O has been issued."""
         if cutlass.const_expr(self.kind == "q"):
+            self._wait_for_store()
             query.release()
+
+    @cute.jit
+    def give_back(self, rings: FwdRings, last: LastSlots, wave: Any):
+        """Release the slots that held the O of the tile before; called beside a product."""
         if cutlass.const_expr(self.plan.keeps_last_k):
-            rings.k.release(last.k)
-        if cutlass.const_expr(self.plan.keeps_last_v):
-            rings.v.release(last.v)
+            if wave > 0:
+                self._wait_for_store()
+                rings.k.release(last.k)
+                if cutlass.const_expr(self.plan.keeps_last_v):
+                    rings.v.release(last.v)
 
     @cute.jit
     def drain(self):
         """Before the CTA ends: shared memory must outlive the stores that read it."""
-        if cutlass.const_expr(self.kind == "own"):
+        if cutlass.const_expr(self.kind != "q"):
             self._wait_for_store()
 
     def rows(self, last: LastSlots) -> cute.Tensor:
