@@ -15,7 +15,7 @@ from .accuracy import assert_accurate, assert_lse
 from .conftest import HOPPER
 
 KERNEL = "fa3.kernels.sm90.fwd:ForwardSm90"
-SEEDS = range(5)
+SEEDS = range(7)
 UNBOUNDED = 2**30
 
 pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
@@ -134,4 +134,8 @@ def test_output_written_too_early_is_found(run, device):
     with emulator.options(edit=without_scores_done):
         with pytest.raises(emulator.ScheduleDifference, match="output 0 differs") as found:
             emulator.compare_schedules(attention, SEEDS, checks=())
-    assert found.value.index[1] >= 64, "the rows of the second warpgroup"
+        assert found.value.index[1] >= 64, "the rows of the second warpgroup"
+        with emulator.options(checks=("race",), schedule="eager"):
+            with pytest.raises(emulator.Race, match="wgmma of warps .*stmatrix") as found:
+                attention()
+        assert "fwd_store.py:" in str(found.value)

@@ -22,6 +22,7 @@ from .errors import (
     Misaligned,
     MissingProxyFence,
     OutOfBounds,
+    Race,
     RegisterInFlight,
     Runaway,
     SetupError,
@@ -33,7 +34,7 @@ from .settings import ALL_CHECKS, CHECKS, SCHEDULES, Options, configure, options
 # fmt: off
 __all__ = [
     "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock", "EmulatorError",
-    "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds",
+    "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds", "Race",
     "RegisterInFlight", "Runaway", "ScheduleDifference", "SetupError", "Uninitialized",
     "Unsupported", "call", "compare_schedules", "configure", "install", "installed", "launches",
     "options", "register", "remember",

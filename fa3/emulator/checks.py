@@ -22,7 +22,8 @@ class Checks:
         self.wgmma = "wgmma" in on
         self.late = "late" in on
         self.mbarrier = "mbarrier" in on
-        self.tracks_writes = self.proxy or self.uninit or self.mbarrier
+        self.race = "race" in on
+        self.tracks_writes = self.proxy or self.uninit or self.mbarrier or self.race
 
 
 class WrittenWords:

@@ -93,7 +93,10 @@ def _suspects(trace: list) -> str:
                 f"    {_described(a)}\n    {_described(b)}"
             )
     if not found:
-        return "no two asynchronous operations met: ordinary accesses of other warps are suspect"
+        return (
+            "no two asynchronous operations met: ordinary accesses of other warps are suspect "
+            '(see the check "race")'
+        )
     return "\n".join(found.values())
 
 

@@ -46,6 +46,10 @@ class RegisterInFlight(KernelError):
     """A register of an unfinished wgmma is used or overwritten (check "wgmma")."""
 
 
+class Race(KernelError):
+    """Accesses to shared memory that nothing orders (check "race")."""
+
+
 class BarrierMisuse(KernelError):
     """An mbarrier or named barrier is used against its rules."""
 

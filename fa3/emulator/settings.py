@@ -15,6 +15,7 @@ CHECKS = {
     "late": "asynchronous work completes as late as it may: bulk loads when nothing else can run, "
     "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",
+    "race": "accesses to shared memory, asynchronous ones included, that no barrier or wait orders",
 }
 ALL_CHECKS = tuple(CHECKS)
 SCHEDULES = ("eager", "late", "random")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..checks import ProxyClock
 from ..errors import Deadlock, EmulatorError, KernelError, Runaway
 from ..memory.operations import Operation
+from ..races import Races
 from . import report
 from .cta import CTA
 from .fragments import RUNNING, WAITING
@@ -19,6 +20,8 @@ class Cluster:
         """positions of its CTAs in the grid; number counts the clusters of the launch."""
         self.launch, self.number = launch, number
         self.proxy = ProxyClock()
+        self.races = Races(self) if launch.checks.race else None
+        self.clock = self.arriving = None  # what the cluster barrier passes on (check "race")
         self.events = 0  # counts whatever may wake a waiting fragment
         self.arrived = self.generation = 0  # of the cluster barrier
         self.in_flight: list[Operation] = []  # late: loads; random: whatever may complete now
@@ -54,6 +57,7 @@ class Cluster:
         """Complete the cluster barrier if every live thread has arrived."""
         if self.arrived and self.arrived >= sum(cta.live for cta in self.ctas):
             self.generation += 1
+            self.clock, self.arriving = self.arriving, None
             self.arrived = 0
             self.events += 1
 

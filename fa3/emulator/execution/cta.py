@@ -12,8 +12,8 @@ class CTA:
         """rank in the cluster; position and (linear) number in the grid."""
         launch = cluster.launch
         self.cluster, self.rank, self.position, self.number = cluster, rank, position, number
-        self.smem = SharedMemory(launch.smem_bytes, launch.checks, cluster.proxy)
-        self.barriers = NamedBarriers()
+        self.smem = SharedMemory(launch.smem_bytes, launch.checks, cluster.proxy, cluster.races)
+        self.barriers = NamedBarriers(cluster.races)
         self.live = launch.threads
         self.warpgroups = [Warpgroup(self, i) for i in range(-(-launch.threads // LANES))]
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from ..errors import BarrierMisuse
 from ..numerics.formats import rows
-from .fragments import AT_BARRIER, RUNNING, split
+from ..races import joined
+from .fragments import AT_BARRIER, RUNNING, Fragment
 
 NUM_BARRIERS = 16
 
 
 class _NamedBarrier:
-    __slots__ = ("arrived", "expected", "held")
+    __slots__ = ("arrived", "expected", "held", "clock")
 
     def __init__(self):
         self.arrived = 0  # threads
         self.expected: int | None = None  # threads; None: all of the CTA
-        self.held = []  # fragments to release
+        self.held = []  # (fragment, warps as agents of the check "race") to release
+        self.clock = None  # what it passes on (check "race")
 
 
 class NamedBarriers:
     """Of one CTA, by number."""
 
-    def __init__(self):
+    def __init__(self, races):
+        self._races = races
         self._barriers: dict[int, _NamedBarrier] = {}
 
     def arrive(self, number: int, threads: int, expected: int | None) -> _NamedBarrier:
@@ -50,8 +53,10 @@ class NamedBarriers:
                 f"barrier {number}: {b.arrived} threads arrived where {want} were expected"
             )
         if b.arrived == want:
-            for f in b.held:
+            for f, agents in b.held:
                 f.state = RUNNING
+                if self._races is not None:
+                    self._races.acquire(agents, b.clock)
             del self._barriers[number]
 
     def release_all(self, live: int) -> None:
@@ -62,28 +67,36 @@ class NamedBarriers:
 def barrier(w, fr, number, count, arrive, pc, after):
     """bar.sync, or bar.arrive which does not wait; count None: all threads of the CTA."""
     numbers = w.active(number, fr.mask)
-    if (numbers != numbers[0]).any():  # warps naming different barriers
-        return split(w, fr, rows(number, w.lanes) == numbers[0], pc, pc)
+    parted = bool((numbers != numbers[0]).any())  # warps naming different barriers
+    if parted:
+        here = rows(number, w.lanes) == numbers[0]
+        w.fragments.append(Fragment(pc, fr.mask & ~here))
+        fr.mask, fr.pc = fr.mask & here, after
     i = int(numbers[0])
     warps = int(fr.mask.reshape(-1, 32).any(1).sum())
     expected = None if count is None else int(w.active(count, fr.mask)[0])
     barriers, cta = w.cta.barriers, w.cta
     b = barriers.arrive(i, 32 * warps, expected)
     w.cluster.events += 1
+    agents = w.races.agents(w, fr.mask) if w.races is not None else []
+    if agents:
+        b.clock = joined(b.clock, w.races.release(agents))
     if not arrive:
         fr.hold_at_barrier(
             pc,
             after,
             lambda: f"barrier {i}: {b.arrived} of {b.expected or cta.live} threads arrived",
         )
-        b.held.append(fr)
+        b.held.append((fr, agents))
     barriers.release(i, cta.live)
-    return -1 if fr.state == AT_BARRIER else after
+    return -1 if parted or fr.state == AT_BARRIER else after
 
 
 def cluster_arrive(w, fr, pc, after):
     cluster = w.cluster
     w.cluster_generation[fr.mask] = cluster.generation
+    if w.races is not None:
+        cluster.arriving = joined(cluster.arriving, w.races.release(w.races.agents(w, fr.mask)))
     cluster.arrived += int(fr.mask.sum())
     cluster.events += 1
     cluster.settle()
@@ -94,6 +107,8 @@ def cluster_wait(w, fr, pc, after):
     cluster = w.cluster
     generation = int(w.cluster_generation[fr.mask].max())
     if cluster.generation > generation:
+        if w.races is not None:
+            w.races.acquire(w.races.agents(w, fr.mask), cluster.clock)
         return after
     fr.pc = pc
     fr.wait_until(lambda: cluster.generation > generation, lambda: "cluster barrier")

@@ -46,7 +46,8 @@ class Warpgroup:
         self.cluster_generation = np.zeros(self.lanes, np.int64)
         self.wgmma = Queue(self)
         self.in_flight = RegistersInFlight() if self.checks.wgmma else None
-        self.groups_kept = self.launch.schedule.defers
+        self.races = self.cluster.races
+        self.groups_kept = self.launch.schedule.defers or self.races is not None
         self.bulk, self.cp_async = Groups(), Groups()  # by lane, by warp; empty unless kept
 
     def _allocate_registers(self, counts: dict[str, int]) -> None:

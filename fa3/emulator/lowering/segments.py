@@ -6,6 +6,7 @@ or leave, or, if lanes are missing, before one that whole warps execute together
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,15 @@ class Lowered:
                 found = pcs[traceback.tb_lineno - 1]
             traceback = traceback.tb_next
         return found
+
+    def pc_here(self) -> int:
+        """The instruction whose generated code is calling."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if pcs := self._pcs.get(frame.f_code):
+                return pcs[frame.f_lineno - 1]
+            frame = frame.f_back
+        return 0
 
     def build(self, pc: int, whole: bool) -> Segment:
         body, end = self._body(pc, whole)

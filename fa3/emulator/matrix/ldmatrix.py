@@ -24,6 +24,9 @@ def load(w, m, registers, address, offset, transposed):
     warps, a = _row_addresses(w, m, address, offset, n)
     if smem.written is not None:
         smem.written.require(a.ravel(), 16, "ldmatrix")
+    if w.races is not None:
+        threads = np.broadcast_to(w.threads[warps * 32][:, None, None], a.shape)
+        w.races.generic(smem, a, 16, threads, writes=False)
     x = smem.chunks[a >> 4].view(np.uint16)  # (warps, n, 8, 8)
     if transposed:
         x = np.ascontiguousarray(x.swapaxes(2, 3))
@@ -40,7 +43,7 @@ def store(w, m, registers, address, offset, transposed):
     if transposed:
         x = np.ascontiguousarray(x.swapaxes(2, 3))
     smem.chunks[a >> 4] = x.view(np.uint64).reshape(len(warps), n, 8, 2)
-    if smem.tracked or w.checks.mbarrier:
+    if w.checks.tracks_writes:
         _note_writes(w, smem, warps, a)
 
 
@@ -49,4 +52,6 @@ def _note_writes(w, smem, warps, a):
     first = w.threads[warps * 32][:, None, None] + 4 * np.arange(8)[None, None, :]
     everyone = np.broadcast_to(first, a.shape)
     for c in range(4):
-        smem.note(w, a + 4 * c, 4, everyone + c)
+        smem.note(w, a + 4 * c, 4, everyone + c, raced=False)
+    if w.races is not None:
+        w.races.generic(smem, a, 16, everyone, writes=True)

@@ -70,6 +70,8 @@ class Queue:
     def __init__(self, w):
         self.w = w
         self.issued: list[Issued] = []
+        self.group: list[Issued] = []  # since the last commit, for the check "race"
+        self._words: dict[tuple, np.ndarray] = {}
         self.committed: list[Operation] = []  # groups, oldest first
         self.deferred = w.launch.schedule.defers
 
@@ -81,13 +83,13 @@ class Queue:
 
     def commit(self) -> None:
         self.flush()
-        if not self.deferred:
+        if not self.w.groups_kept:
             return
         issued, self.issued = self.issued, []
         site = issued[0].shape.site if issued else self.w.current.pc
         work = partial(self._execute, issued)
         spans = self._spans(issued) if self.w.launch.schedule.trace is not None else []
-        group = Operation(self.w, site, self.w.live, "wgmma", spans, work)
+        group = Operation(self.w, site, self.w.live, "wgmma", spans, work, self._raced())
         group.queue = self.committed
         self.committed.append(group)
         self.w.cluster.issue(group, waited_for=True)
@@ -96,7 +98,25 @@ class Queue:
         done = self.committed[: max(0, len(self.committed) - keep)]
         for group in done:
             group.complete()
+            if self.w.races is not None:
+                self.w.races.acquire(self.w.races.agents(self.w, self.w.live), group.clock)
         del self.committed[: len(done)]
+
+    def _raced(self) -> np.ndarray | None:
+        """Check "race": the clock of the group that is being committed."""
+        w, group = self.w, self.group
+        if w.races is None or not group:
+            return None
+        self.group = []
+        key = tuple((i.shape.site, i.a, i.b) for i in group)
+        words = self._words.get(key)
+        if words is None:
+            chunks = np.unique(np.concatenate([c.ravel() for i in group for c in operands(i)]))
+            words = self._words[key] = (chunks[:, None] * 4 + np.arange(4)).ravel()
+        access = w.races.begin(w, w.live, "wgmma", "wgmma", group[0].shape.site)
+        if words[-1] < len(w.cta.smem.shadow.writes):  # otherwise the product will complain
+            w.races.read(w.cta.smem, words, access)
+        return access.clock
 
     def _spans(self, issued: list[Issued]) -> list[tuple]:
         """The bytes from the first to the last of each operand."""
@@ -135,14 +155,15 @@ def issue(w, shape: Shape, a, b, accumulate):
     """wgmma.mma_async; a and b are rows with descriptors (a None: registers)."""
     if w.in_flight is not None:
         w.in_flight.issue(*shape.registers)
-    w.wgmma.issued.append(
-        Issued(
-            shape,
-            None if a is None else int(a[0]),
-            int(b[0]),
-            accumulate if isinstance(accumulate, bool) else bool(accumulate[0]),
-        )
+    issued = Issued(
+        shape,
+        None if a is None else int(a[0]),
+        int(b[0]),
+        accumulate if isinstance(accumulate, bool) else bool(accumulate[0]),
     )
+    w.wgmma.issued.append(issued)
+    if w.races is not None:
+        w.wgmma.group.append(issued)
 
 
 def commit(w):

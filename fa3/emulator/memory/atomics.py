@@ -29,7 +29,9 @@ def atomic(w, m, how, row, address, offset, b, c):
         space, address = "shared", generic.shared_offset(address)
     if space == "shared":
         memory, a = shared.locate(w, m, address, offset, es)
-        memory.generic_write(w, m, a, es)
+        memory.generic_write(w, m, a, es, raced=False)
+        if w.races is not None:
+            w.races.atomic(memory, a, es, w.threads if m is None else w.threads[m])
         array, index = memory.view[dtype], a // es
     else:
         array, index = generic.locate(w, m, dtype, address, offset, es, "atomic")

@@ -85,37 +85,52 @@ def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, mu
         mask = None if multicast is None else w.lane_value(multicast, lane)
         mbarrier.find(w, b)
         work = partial(_tensor_load, w, box, c, d, b, mask)
-        _issue_load(w, m, site, "TMA load", work, _targets(w, d, b, mask), box.box_bytes)
+        _issue_load(w, lane, site, "TMA load", work, _targets(w, d, b, mask), box.box_bytes)
 
 
-def _issue_load(w, m, site, what, work, targets, nbytes):
+def _issue_load(w, lane: int, site: int, what: str, work, targets, nbytes: int) -> None:
+    """work takes what it passes on as its argument (check "race")."""
     spans = [(memory, at, at + nbytes, True) for memory, at, _ in targets]
-    w.cluster.issue(Operation(w, site, m, what, spans, work), waited_for=False)
+    mask = np.arange(w.lanes) == lane
+    clock = _raced(w, mask, "load", what, spans, site)
+    operation = Operation(w, site, mask, what, spans, partial(work, clock), clock)
+    w.cluster.issue(operation, waited_for=False)
 
 
-def _tensor_load(w, box, coords, dst, barrier, multicast):
+def _raced(w, mask, kind: str, what: str, spans, site: int | None):
+    """Check "race": the clock of an operation over these spans."""
+    if w.races is None:
+        return None
+    access = w.races.begin(w, mask, kind, what, site)
+    for memory, low, high, writes in spans:
+        (w.races.span_write if writes else w.races.span_read)(memory, low, high, access)
+    return access.clock
+
+
+def _tensor_load(w, box, coords, dst, barrier, multicast, clock):
     raw = box.read(coords)
     for memory, at, bar in _targets(w, dst, barrier, multicast):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
         _deliver(memory, at, raw, box.swizzle)
-        mbarrier.complete(w, bar, len(raw))
+        mbarrier.complete(w, bar, len(raw), clock)
 
 
 def tensor_store(w, m, site, target, src, src_offset, reduction):
     """cp[.reduce].async.bulk.tensor shared -> global; target is (tensor map, [coordinates])."""
     address, coords = target
-    seen = set()
+    seen: dict[tuple, Operation | None] = {}
     for lane in w.lane_list(m):
         box = tensormap.find(w, w.lane_value(address, lane))
         c = tuple(w.lane_value(x, lane) for x in coords)
         at = (w.lane_value(src, lane) + src_offset) & OFFSET
-        same = (box.address, c, at)
-        if reduction is None and not w.groups_kept and same in seen:
-            continue  # every lane of a warp storing the same box
-        seen.add(same)
+        same = (box.address, c, at, lane // 32)
+        if reduction is None and same in seen:  # every lane of a warp storing the same box
+            if seen[same] is not None:
+                w.bulk.add(lane, seen[same])
+            continue
         work = partial(_tensor_store, w, box, c, at, reduction)
-        _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
+        seen[same] = _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
 
 
 def _tensor_store(w, box, coords, at, reduction):
@@ -124,14 +139,18 @@ def _tensor_store(w, box, coords, at, reduction):
     w.cluster.events += 1
 
 
-def _issue_store(w, lane: int, site: int, what: str, work, at: int, nbytes: int) -> None:
+def _issue_store(w, lane: int, site: int, what: str, work, at: int, nbytes: int):
     """Complete now or, as the schedule says, up to the wait for the lane's bulk group."""
     if not w.groups_kept:
-        return work()
+        work()
+        return None
     spans = [(w.cta.smem, at, at + nbytes, False)]
-    operation = Operation(w, site, np.arange(w.lanes) == lane, what, spans, work)
+    mask = np.arange(w.lanes) == lane
+    clock = _raced(w, mask, "store", what, spans, site)
+    operation = Operation(w, site, mask, what, spans, work, clock)
     w.bulk.add(lane, operation)
     w.cluster.issue(operation, waited_for=True)
+    return operation
 
 
 def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast):
@@ -147,15 +166,15 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
                 "size must be multiples of 16"
             )
         work = partial(_load, w, d, s, n, b, mask)
-        _issue_load(w, m, site, "bulk load", work, _targets(w, d, b, mask), n)
+        _issue_load(w, lane, site, "bulk load", work, _targets(w, d, b, mask), n)
 
 
-def _load(w, dst, src, nbytes, barrier, multicast):
+def _load(w, dst, src, nbytes, barrier, multicast, clock):
     region = w.memory.find(src, src + nbytes, "bulk read")
     raw = region.bytes[src - region.start : src - region.start + nbytes].copy()
     for memory, at, bar in _targets(w, dst, barrier, multicast):
         _deliver(memory, at, raw, 0)
-        mbarrier.complete(w, bar, nbytes)
+        mbarrier.complete(w, bar, nbytes, clock)
 
 
 def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_offset):
@@ -163,10 +182,14 @@ def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_
     for lane in w.lane_list(m):
         d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
         b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
+        targets = _targets(w, d, b, None)
+        spans = [(w.cta.smem, s & OFFSET, (s & OFFSET) + n, False)]
+        spans += [(memory, at, at + n, True) for memory, at, _ in targets]
+        clock = _raced(w, np.arange(w.lanes) == lane, "load", "bulk copy", spans, None)
         raw = _collect(w.cta.smem, s & OFFSET, n, 0, "bulk copy")
-        for memory, at, bar in _targets(w, d, b, None):
+        for memory, at, bar in targets:
             _deliver(memory, at, raw, 0)
-            mbarrier.complete(w, bar, n)
+            mbarrier.complete(w, bar, n, clock)
 
 
 def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
@@ -200,7 +223,11 @@ def commit(w, m):
 
 def wait(w, m, keep):
     for lane in w.lane_list(m) if w.groups_kept else ():
-        w.bulk.drain(lane, keep)
+        operations = w.bulk.drain(lane, keep)
+        if operations and w.races is not None:
+            agents = w.races.agents(w, np.arange(w.lanes) == lane)
+            for operation in operations:
+                w.races.acquire(agents, operation.clock)
 
 
 def store_async(w, m, dtype, rows, address, offset, barrier, barrier_offset):
@@ -209,5 +236,6 @@ def store_async(w, m, dtype, rows, address, offset, barrier, barrier_offset):
 
     shared.store(w, m, dtype, rows, address, offset)
     nbytes = np.dtype(dtype).itemsize * len(rows)
+    mbarrier.pass_on(w, m, barrier, barrier_offset)
     for b in (w.active(barrier, m).astype(np.int64) + barrier_offset).tolist():
         mbarrier.complete(w, b, nbytes)

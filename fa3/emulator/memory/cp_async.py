@@ -33,7 +33,13 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
         work = partial(_copy, w, lanes, size, dst, dst_offset, src, src_offset, src_size)
         a = w.active(dst, lanes).astype(np.int64) + dst_offset
         span = (w.cta.smem, int(a.min()), int(a.max()) + size, True)
-        operation = Operation(w, site, lanes, "cp.async", [span], work)
+        clock = None
+        if w.races is not None:
+            access = w.races.begin(w, lanes, "cp.async", "cp.async", site)
+            words = (a[:, None] + np.arange(0, size, 4) >> 2).ravel()
+            w.races.write(w.cta.smem, words, access)
+            clock = access.clock
+        operation = Operation(w, site, lanes, "cp.async", [span], work, clock)
         w.cp_async.add(warp, operation)
         w.cluster.issue(operation, waited_for=True)
 
@@ -46,7 +52,7 @@ def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
         if src_size is None
         else np.broadcast_to(w.active(src_size, m).astype(np.int64), a.shape)
     )
-    memory.generic_write(w, m, a, size)
+    memory.generic_write(w, m, a, size, raced=False)
     out = np.zeros((len(a), size), np.uint8)
     some = n > 0
     if some.any():
@@ -82,7 +88,7 @@ def wait(w, m, keep):
     for warp in _warps(w, m) if w.groups_kept else ():
         if keep is None:
             w.cp_async.commit(warp)
-        w.cp_async.drain(warp, keep or 0)
+        _drain(w, warp, keep or 0)
 
 
 def mbarrier_arrive(w, m, address, offset, noinc):
@@ -92,6 +98,15 @@ def mbarrier_arrive(w, m, address, offset, noinc):
     """
     for warp in _warps(w, m) if w.groups_kept else ():
         w.cp_async.commit(warp)
-        w.cp_async.drain(warp, 0)
+        _drain(w, warp, 0)
     if noinc:
         mbarrier.arrive(w, m, None, address, offset, None, False)
+    else:
+        mbarrier.pass_on(w, m, address, offset)
+
+
+def _drain(w, warp: int, keep: int) -> None:
+    lanes = np.arange(w.lanes) // 32 == warp
+    for operation in w.cp_async.drain(warp, keep):
+        if w.races is not None:
+            w.races.acquire(w.races.agents(w, lanes), operation.clock)

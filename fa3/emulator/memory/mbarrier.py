@@ -10,23 +10,27 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import BarrierMisuse, Misaligned
+from ..races import joined
 from .shared import OFFSET, shared_at
 
 MAX_COUNT = 1 << 20
 
 
 class MBarrier:
-    __slots__ = ("count", "pending", "tx", "phase")
+    __slots__ = ("count", "pending", "tx", "phase", "clock", "arriving")
 
     def __init__(self, count: int):
         self.count = self.pending = count
         self.tx = self.phase = 0
+        # what the last completed phase passes on, and the current one so far (check "race")
+        self.clock = self.arriving = None
 
     def settle(self) -> bool:
         """Complete the phase if nothing is outstanding."""
         if self.pending == 0 and self.tx == 0:
             self.phase += 1
             self.pending = self.count
+            self.clock, self.arriving = self.arriving, None
             return True
         return False
 
@@ -51,9 +55,10 @@ def find(w, address: int) -> MBarrier:
     return barrier
 
 
-def complete(w, address: int, nbytes: int) -> None:
-    """nbytes of a transaction have arrived (negative: are expected)."""
+def complete(w, address: int, nbytes: int, clock=None) -> None:
+    """nbytes of a transaction have arrived (negative: are expected), which passes a clock on."""
     barrier = find(w, address)
+    barrier.arriving = joined(barrier.arriving, clock)
     barrier.tx -= nbytes
     if abs(barrier.tx) >= MAX_COUNT:
         raise BarrierMisuse(f"mbarrier at {address & OFFSET:#x}: transaction count out of range")
@@ -70,6 +75,9 @@ def init(w, m, address, offset, count):
         if not 1 <= n < MAX_COUNT:
             raise BarrierMisuse(f"mbarrier.init at {at:#x} with count {n}")
         memory.barriers[at] = MBarrier(n)
+        if w.races is not None:
+            threads = w.threads[w.lane_list(m)[:1]]
+            w.races.generic(memory, np.array([at]), 8, threads, writes=True)
         if memory.written is not None:
             memory.written.words[[at >> 2, (at >> 2) + 1]] = True
 
@@ -81,6 +89,8 @@ def invalidate(w, m, address, offset):
 
 def transaction(w, m, address, offset, nbytes, sign):
     """mbarrier.complete_tx (sign 1) and mbarrier.expect_tx (sign -1)."""
+    if sign > 0:
+        pass_on(w, m, address, offset)
     for at, n in zip(_addresses(w, m, address, offset), w.active(nbytes, m).tolist(), strict=True):
         complete(w, at, sign * n)
 
@@ -90,6 +100,7 @@ def arrive(w, m, row, address, offset, x, expect):
     addresses = _addresses(w, m, address, offset)
     values = w.active(x, m).tolist() if x is not None else [1] * len(addresses)
     tokens = []
+    pass_on(w, m, address, offset)
     for at, value in zip(addresses, values, strict=True):
         barrier = find(w, at)
         tokens.append(barrier.phase)
@@ -129,6 +140,8 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
     everyone = bool(done.all())
     if everyone or not blocking or fr.timed_out:
         row[fr.mask] = done
+        if w.races is not None:
+            _observe(w, fr.mask, a, done)
         timed_out, fr.timed_out = fr.timed_out, False
         if everyone or timed_out:
             return after
@@ -144,6 +157,30 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
         lambda: f"mbarrier {at & OFFSET:#x} {'parity' if parity else 'token'} {value} ({barrier})",
     )
     return -1
+
+
+def pass_on(w, m, address, offset) -> None:
+    """What the active warps know goes to whoever waits for the phase (check "race")."""
+    if w.races is None:
+        return
+    lanes = np.array(w.lane_list(m))
+    addresses = np.broadcast_to(_addresses(w, m, address, offset), lanes.shape)
+    clocks = {}
+    for at, warp in dict.fromkeys(zip(addresses.tolist(), (lanes // 32).tolist(), strict=True)):
+        barrier, agents = find(w, at), w.races.agents(w, np.arange(w.lanes) // 32 == warp)
+        w.races.use_mbarrier(*shared_at(w, at), agents[0])
+        if warp not in clocks:
+            clocks[warp] = w.races.release(agents)
+        barrier.arriving = joined(barrier.arriving, clocks[warp])
+
+
+def _observe(w, mask, addresses, done) -> None:
+    """The warps whose wait succeeded learn what the phase passes on (check "race")."""
+    lanes = np.flatnonzero(mask)
+    addresses = np.broadcast_to(addresses, lanes.shape)
+    for at, warp in set(zip(addresses[done].tolist(), (lanes[done] // 32).tolist(), strict=True)):
+        agents = w.races.agents(w, np.arange(w.lanes) // 32 == warp)
+        w.races.acquire(agents, find(w, at).clock)
 
 
 def _addresses(w, m, address, offset) -> list[int]:

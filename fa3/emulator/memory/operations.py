@@ -13,10 +13,22 @@ class Operation:
     spans: (shared memory, first byte, byte after the last, whether they are written).
     """
 
-    __slots__ = ("w", "site", "mask", "what", "spans", "queue", "issued", "completed", "_work")
+    __slots__ = (
+        "w",
+        "site",
+        "mask",
+        "what",
+        "spans",
+        "queue",
+        "issued",
+        "completed",
+        "clock",
+        "_work",
+    )
 
-    def __init__(self, w, site: int, mask, what: str, spans, work: Callable[[], None]):
-        """site is the pc of the instruction, mask has its lanes."""
+    def __init__(self, w, site: int, mask, what: str, spans, work: Callable[[], None], clock=None):
+        """site: pc of the instruction.  mask: its lanes.  clock: what waiting for it tells."""
+        self.clock = clock
         self.w, self.site, self.mask, self.what, self.spans = w, site, mask, what, spans
         self.queue: list[Operation] | None = None  # operations that complete in this order
         self.completed: int | None = None  # both in events of the launch

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checks import Checks, GenericWrites, ProxyClock, WrittenWords
 from ..errors import BarrierMisuse, Misaligned, OutOfBounds, Unsupported
+from ..races import Shadow
 
 OFFSET = 0xFFFFFF
 RANK_SHIFT = 24
@@ -33,7 +34,7 @@ _TYPES = (
 
 
 class SharedMemory:
-    def __init__(self, nbytes: int, checks: Checks, clock: ProxyClock):
+    def __init__(self, nbytes: int, checks: Checks, clock: ProxyClock, races=None):
         padded = (nbytes + 1023) // 1024 * 1024
         self.size = nbytes
         self.raw = np.full(padded, 0xFF if checks.poison else 0, np.uint8)
@@ -42,14 +43,29 @@ class SharedMemory:
         self.barriers: dict = {}  # offset -> MBarrier
         self.written = WrittenWords(padded) if checks.uninit else None
         self.generic = GenericWrites(padded, clock) if checks.proxy else None
+        self.races = races
+        self.shadow = Shadow(padded) if races is not None else None
 
-    def generic_write(self, w, m, addresses, nbytes: int) -> None:
-        """Note a store of nbytes per active lane through the generic proxy."""
+    def generic_read(self, w, m, addresses, nbytes: int) -> None:
+        """Note a load of nbytes per active lane."""
+        if self.written is not None:
+            self.written.require(addresses, nbytes, "ld")
+        if self.races is not None:
+            threads = w.threads if m is None else w.threads[m]
+            self.races.generic(self, addresses, nbytes, threads, writes=False)
+
+    def generic_write(self, w, m, addresses, nbytes: int, raced: bool = True) -> None:
+        """Note a store of nbytes per active lane through the generic proxy.
+
+        raced: the check "race" has not seen it otherwise.
+        """
         if w.checks.tracks_writes:
-            self.note(w, addresses, nbytes, w.threads if m is None else w.threads[m])
+            self.note(w, addresses, nbytes, w.threads if m is None else w.threads[m], raced)
 
-    def note(self, w, addresses, nbytes: int, threads) -> None:
+    def note(self, w, addresses, nbytes: int, threads, raced: bool = True) -> None:
         """Note stores of nbytes at addresses by threads (arrays of one shape)."""
+        if raced and self.races is not None:
+            self.races.generic(self, addresses, nbytes, threads, writes=True)
         if self.written is not None:
             self.written.mark(addresses, nbytes)
         if self.generic is not None:
@@ -74,6 +90,7 @@ class SharedMemory:
 
     @property
     def tracked(self) -> bool:
+        """Whether async_read has anything to check."""
         return self.written is not None or self.generic is not None
 
 
@@ -110,8 +127,8 @@ def load(w, m, dtype, rows, address, offset):
     """ld.shared: rows are destination rows of one vector, None for elements not wanted."""
     es = np.dtype(dtype).itemsize
     memory, a = locate(w, m, address, offset, es * len(rows))
-    if memory.written is not None:
-        memory.written.require(a, es * len(rows), "ld")
+    if memory.written is not None or memory.races is not None:
+        memory.generic_read(w, m, a, es * len(rows))
     index, array = a // es, memory.view[dtype]
     lanes = slice(None) if m is None else m
     for i, row in enumerate(rows):

@@ -1,0 +1,219 @@
+"""Check "race": accesses to shared memory that nothing orders, by vector clocks.
+
+Every warp is an agent with a clock, and so is every asynchronous operation between its issue and
+the wait that observes it: it is ordered after what its issuer knew, and before what comes after a
+wait on its mbarrier or group.  mbarriers, named barriers, the cluster barrier, atomics and those
+waits pass clocks on.  So a race is found in whatever order the emulator happened to run, as long
+as both accesses were executed.  (Flanagan and Freund: FastTrack, PLDI 2009.)
+
+An epoch is an access in one number: agent << 52 | time of the agent << 24 | pc.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import Race
+
+_AGENT, _TIME, _PC = 52, 24, (1 << 24) - 1
+_TIMES = (1 << 28) - 1
+_ASYNCHRONOUS = 256  # agents for operations in flight at once, of a cluster
+_WAITS = {  # kind of operation -> what would have ordered it
+    "load": "no wait on its mbarrier",
+    "store": "no cp.async.bulk.wait_group of its thread",
+    "wgmma": "no wgmma.wait_group of its warps",
+    "cp.async": "no cp.async.wait_group of its warp",
+}
+
+
+class Access(NamedTuple):
+    """Who accesses: what it knows, its epoch, and its name."""
+
+    clock: np.ndarray
+    epoch: int
+    who: str
+
+
+class Races:
+    """The agents of one cluster."""
+
+    def __init__(self, cluster):
+        launch = cluster.launch
+        self._kernel, self._lowered = launch.kernel, launch.lowered
+        self._warps = (launch.threads + 31) // 32  # of a CTA
+        count = self._warps * int(np.prod(launch.cluster))
+        self._count = count
+        self.clocks = np.zeros((count, count + _ASYNCHRONOUS), np.int64)
+        self.clocks[np.arange(count), np.arange(count)] = 1
+        self._times = np.zeros(count + _ASYNCHRONOUS, np.int64)  # of asynchronous agents
+        self._agents: dict[tuple, list[int]] = {}  # (kind, warps) -> asynchronous agents
+        self._names: dict[int, tuple[str, str]] = {}  # asynchronous agent -> kind, name
+
+    # agents
+
+    def agents(self, w, m) -> list[int]:
+        """The warps of a warpgroup with an active lane."""
+        return [self._warps * w.cta.rank + warp for warp in w.warps(m)]
+
+    def _of_threads(self, threads) -> np.ndarray:
+        return threads // 1024 * self._warps + threads % 1024 // 32
+
+    def _name(self, agent: int) -> str:
+        if agent >= self._count:
+            return self._names[agent][1]
+        of_cta = (
+            f" of CTA {agent // self._warps} of the cluster" if self._count > self._warps else ""
+        )
+        return f"warp {agent % self._warps}{of_cta}"
+
+    # order
+
+    def release(self, agents: list[int]) -> np.ndarray:
+        """What these warps know; what they do from now on is not part of it."""
+        clock = self.clocks[agents].max(0)
+        self.clocks[agents, agents] += 1
+        return clock
+
+    def acquire(self, agents: list[int], clock: np.ndarray | None) -> None:
+        if clock is not None:
+            for agent in agents:
+                np.maximum(self.clocks[agent], clock, out=self.clocks[agent])
+
+    def begin(self, w, m, kind: str, what: str, site: int | None = None) -> Access:
+        """Start an asynchronous operation of the warps in m: it knows what all of them know."""
+        warps = self.agents(w, m)
+        clock = self.clocks[warps].min(0)
+        self.clocks[warps, warps] += 1
+        own = self._agents.setdefault((kind, *warps), [])
+        # One agent for operations of which each is known to be over when the next is issued.
+        agent = next((a for a in own if clock[a] >= self._times[a]), None)
+        if agent is None:
+            used = sum(map(len, self._agents.values()))
+            if used < _ASYNCHRONOUS:
+                agent = self._count + used
+                own.append(agent)
+            else:  # more at once than there are agents: forget the oldest of this kind
+                own = own or next(filter(None, self._agents.values()))
+                agent = own[0]
+            these = f"warp {warps[0] % self._warps}"
+            if len(warps) > 1:
+                these = f"warps {[x % self._warps for x in warps]}"
+            self._names[agent] = kind, f"{what} of {these}"
+        self._times[agent] += 1
+        clock[agent] = self._times[agent]
+        return Access(clock, self._epoch(agent, clock, site), self._names[agent][1])
+
+    def _epoch(self, agent: int, clock, site: int | None) -> int:
+        pc = self._lowered.pc_here() if site is None else site
+        return agent << _AGENT | (int(clock[agent]) & _TIMES) << _TIME | pc
+
+    # accesses
+
+    def generic(self, memory, addresses, nbytes: int, threads, writes: bool) -> None:
+        """Accesses of nbytes at addresses by threads (arrays of one shape), now."""
+        addresses, threads = np.ravel(addresses), np.ravel(threads)
+        agents = self._of_threads(threads)
+        for agent in np.unique(agents).tolist():
+            words = self._words(addresses[agents == agent], nbytes)
+            access = self._of_warp(agent)
+            (self.write if writes else self.read)(memory, words, access)
+
+    def atomic(self, memory, addresses, nbytes: int, threads) -> None:
+        """Atomic accesses: ordered among each other, and they pass clocks on."""
+        agents = self._of_threads(threads)
+        for agent in np.unique(agents).tolist():
+            self.acquire([agent], memory.shadow.atomics)
+            words = self._words(addresses[agents == agent], nbytes)
+            self.write(memory, words, self._of_warp(agent))
+            memory.shadow.atomics = self.release([agent])
+
+    def _of_warp(self, agent: int) -> Access:
+        clock = self.clocks[agent]
+        return Access(clock, self._epoch(agent, clock, None), self._name(agent))
+
+    @staticmethod
+    def _words(addresses, nbytes: int) -> np.ndarray:
+        words = addresses >> 2
+        return words if nbytes <= 4 else (words[:, None] + np.arange(nbytes // 4)).ravel()
+
+    def read(self, memory, words, access: Access) -> None:
+        shadow = memory.shadow
+        self._require(shadow.writes[words], words, access, "reads", "write")
+        for layer in shadow.reads:
+            known = ~_unknown(layer[words], access.clock)
+            if known.all():
+                layer[words] = access.epoch
+                return
+            layer[words[known]] = access.epoch
+            words = words[~known]
+        shadow.reads.append(np.zeros_like(shadow.writes))
+        shadow.reads[-1][words] = access.epoch
+
+    def write(self, memory, words, access: Access) -> None:
+        shadow = memory.shadow
+        self._require(shadow.writes[words], words, access, "writes", "write")
+        for layer in shadow.reads:
+            self._require(layer[words], words, access, "writes", "read")
+            layer[words] = 0
+        shadow.writes[words] = access.epoch
+
+    def use_mbarrier(self, memory, address: int, agent: int) -> None:
+        """An arrival: the barrier must have been initialised before it."""
+        words = np.array([address >> 2])
+        access = self._of_warp(agent)
+        self._require(memory.shadow.writes[words], words, access, "uses the mbarrier in", "write")
+
+    def span_write(self, memory, start: int, end: int, access: Access) -> None:
+        if end <= memory.size:  # otherwise the operation itself will complain
+            self.write(memory, np.arange(start >> 2, end + 3 >> 2), access)
+
+    def span_read(self, memory, start: int, end: int, access: Access) -> None:
+        if end <= memory.size:
+            self.read(memory, np.arange(start >> 2, end + 3 >> 2), access)
+
+    def _require(self, epochs, words, access: Access, does: str, before: str) -> None:
+        """Raise Race unless the access is ordered after all of these."""
+        bad = _unknown(epochs, access.clock)
+        if not bad.any():
+            return
+        first = int(bad.argmax())
+        epoch = int(epochs[first])
+        same = np.unique(words[epochs == epoch])
+        start = np.searchsorted(same, words[first])
+        run = same[start:] - np.arange(len(same) - start)
+        low, high = int(words[first]) * 4, (int(words[first]) + int((run == run[0]).sum())) * 4
+        agent = epoch >> _AGENT
+        missing = "no barrier leads from there to here"
+        if agent >= self._count:
+            missing = f"{_WAITS[self._names[agent][0]]}, or no barrier after it, leads to here"
+        raise Race(
+            f"{access.who} {does} shared memory {low:#x}..{high - 1:#x} unordered with the "
+            f"{before} by {self._name(agent)} at {self._place(epoch & _PC)}: {missing}"
+        )
+
+    def _place(self, pc: int) -> str:
+        from .execution.report import place
+
+        return place(self._kernel.code[pc] if pc < len(self._kernel.code) else None)
+
+
+def _unknown(epochs, clock):
+    return clock[epochs >> _AGENT] < (epochs >> _TIME & _TIMES)
+
+
+class Shadow:
+    """The last write of each 4-byte word of a shared memory, and the reads since."""
+
+    def __init__(self, nbytes: int):
+        self.writes = np.zeros(nbytes // 4, np.int64)
+        self.reads: list[np.ndarray] = []  # a word's unordered reads lie in different layers
+        self.atomics: np.ndarray | None = None  # what atomics pass on
+
+
+def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    """What is known of either clock."""
+    if a is None or b is None:
+        return b if a is None else a
+    return np.maximum(a, b)
