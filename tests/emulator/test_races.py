@@ -51,6 +51,7 @@ PRODUCT = """
     wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1,%f2,%f3,%f4}, %rd1, %rd1, 0, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
 """
+DRAIN = "@%p1 cp.async.bulk.wait_group.read 0;"
 WRITE, READ = "st.shared.b32 [%r1], %r0;", "ld.shared.b32 %r9, [%r2];"
 READ_OWN, WRITE_OTHER = "ld.shared.b32 %r9, [%r1];", "st.shared.b32 [%r2], %r0;"
 
@@ -104,12 +105,16 @@ BUGS = {
         r"warp 0 writes shared memory 0x0..0x7f unordered with the read by bulk store .*: "
         "no cp.async.bulk.wait_group of its thread",
     ),
+    "exit while a store reads": (
+        STORE + "{{@%p1 cp.async.bulk.wait_group.read 0;}}",
+        "thread 0 exits while its bulk store may still read shared memory",
+    ),
     "only the storing warp has waited": (
         STORE + "@%p1 cp.async.bulk.wait_group.read 0; {{bar.sync 0;}}" + WRITE,
         r"warp 1 writes .* unordered with the read by bulk store of warp 0",
     ),
     "store of what another warp writes": (
-        WRITE + "fence.proxy.async.shared::cta; {{bar.sync 0;}}" + STORE,
+        WRITE + "fence.proxy.async.shared::cta; {{bar.sync 0;}}" + STORE + DRAIN,
         "bulk store of warp 0 reads shared memory 0x80.* unordered with the write by warp 1",
     ),
     "operand overwritten before wait_group": (

@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import Race
+
 RUNNING, WAITING, CONVERGING, AT_BARRIER = range(4)
 FAR = 1 << 30
 _NEVER = bool  # bool() is False
@@ -186,7 +188,11 @@ def leave(w, fr):
     """ret and exit.  Outstanding bulk stores are executed, not waited for."""
     for lane in w.lane_list(fr.mask) if w.groups_kept else ():
         w.bulk.commit(lane)
-        w.bulk.drain(lane, 0)
+        if w.bulk.drain(lane, 0) and w.races is not None:
+            raise Race(
+                f"thread {w.first_thread + lane} exits while its bulk store may still read shared "
+                "memory: no cp.async.bulk.wait_group"
+            )
     w.live = w.live & ~fr.mask
     w.fragments.remove(fr)
     w.cta.lanes_left(int(fr.mask.sum()))
