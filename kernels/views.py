@@ -1,4 +1,4 @@
-"""Views of a warpgroup's accumulator; none of them moves data."""
+"""A warpgroup's accumulator: views of it by rows and columns, and its conversion to 16 bits."""
 
 import cutlass
 import cutlass.cute as cute

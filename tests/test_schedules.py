@@ -8,7 +8,7 @@ import torch
 
 from fa3 import jit
 from fa3.kernels.config import FwdConfig
-from fa3.kernels.signature import Signature
+from fa3.kernels.signature import UNBOUNDED, Signature
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse
@@ -16,7 +16,6 @@ from .conftest import HOPPER
 
 KERNEL = "fa3.kernels.sm90.fwd:ForwardSm90"
 SEEDS = range(7)
-UNBOUNDED = 2**30
 
 pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
 

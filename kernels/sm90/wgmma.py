@@ -50,7 +50,7 @@ class FwdSmem:
     q: cute.ComposedLayout  # (tile_m, d, 1)
     k: cute.ComposedLayout  # (tile_n, d, num_stages)
     v: cute.ComposedLayout  # (dv, tile_n, num_stages)
-    o: cute.ComposedLayout  # (64, dv, num_mma_warpgroups), in the space of q
+    o: cute.ComposedLayout  # (64, dv, num_mma_warpgroups), where config.OSpace says
 
     @staticmethod
     def of(signature: Signature, config: FwdConfig) -> "FwdSmem":

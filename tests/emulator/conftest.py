@@ -1,9 +1,8 @@
 """The emulator patches the DSL of its process: where the run uses a GPU, its tests stay out."""
 
 import pytest
-import torch
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+from ..conftest import HOPPER
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,9 @@ import numpy as np
 
 from ..errors import Unsupported
 from ..numerics import halves
+from ..numerics.reductions import REDUCTIONS
 from . import generic, shared
 
-_BINARY = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
 HALF = ("f16", "bf16", "f16x2", "bf16x2")
 
 
@@ -60,5 +53,5 @@ def _result(op, kind, old, b, c):
     if op == "dec":
         return b if old == 0 or old > b else old - 1
     if kind in HALF:
-        return halves.apply(_BINARY[op], kind, np.array([old]), np.array([b]))[0]
-    return _BINARY[op](old, b)
+        return halves.apply(REDUCTIONS[op], kind, np.array([old]), np.array([b]))[0]
+    return REDUCTIONS[op](old, b)

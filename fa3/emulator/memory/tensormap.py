@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import KernelError, OutOfBounds, Unsupported
 from ..numerics.formats import bf16_to_f32, f32_to_bf16
+from ..numerics.reductions import REDUCTIONS
 from .generic import PARAMETERS, WINDOW_SHIFT
 from .shared import OFFSET
 
@@ -34,14 +35,6 @@ _FLOAT = {
     9: np.float64,
     11: np.float32,
     12: np.float32,
-}
-_REDUCE = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
 }
 
 
@@ -121,7 +114,7 @@ class TensorMap:
         if reduction is None:
             view[...] = x
             return
-        f = _REDUCE[reduction]
+        f = REDUCTIONS[reduction]
         if self.code == _BF16:
             view[...] = f32_to_bf16(f(bf16_to_f32(view), bf16_to_f32(x)))
             return
