@@ -8,6 +8,7 @@ UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far f
 
 MaskKind = Literal["full", "causal", "local"]
 DTypeName = Literal["bf16", "fp16"]
+ByteName = Literal["e4m3", "e5m2", "int8"]
 
 
 def head_dim_tile(head_dim: int) -> int:
@@ -19,6 +20,31 @@ def head_dim_tile(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """What one-byte inputs add to a Signature.
+
+    Block sizes of q_descale and k_descale are run-time values; that of v_descale is not, because
+    each product P V runs over keys of one scale.
+    """
+
+    k: ByteName  # dtype of k; q is e4m3, or int8 where k is
+    v: ByteName  # dtype of v, e4m3 or e5m2
+    out: Literal["bf16", "fp16", "fp32"]
+    k_blocks: bool = False  # k_descale holds a scale per block of keys; else one per head
+    v_block: Literal[0, 64, 128] = 0  # keys per scale of v; 0: scales per head or channel
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("k", ("e4m3", "e5m2", "int8")),
+            ("v", ("e4m3", "e5m2")),
+            ("out", ("bf16", "fp16", "fp32")),
+            ("v_block", (0, 64, 128)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {allowed}")
+
+
+@dataclass(frozen=True)
 class Signature:
     """What a kernel is compiled for.
 
@@ -26,10 +52,11 @@ class Signature:
     and the window sizes are run-time values: two calls that differ only in them share a kernel.
     """
 
-    dtype: DTypeName  # of q, k, v and out
+    dtype: DTypeName | ByteName  # of q; without `quantised` also of k, v and out
     head_dim: int  # tile of q and k, one of HEAD_DIM_TILES
     head_dim_v: int  # tile of v and out, one of HEAD_DIM_TILES
     mask: MaskKind  # full; causal: bottom-right aligned; local: a window with two run-time bounds
+    quantised: Quantised | None = None  # for one-byte q, k and v
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -37,7 +64,10 @@ class Signature:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is none of the tiles {HEAD_DIM_TILES}"
                 )
-        if self.dtype not in ("bf16", "fp16"):
-            raise ValueError(f"dtype={self.dtype!r} is neither 'bf16' nor 'fp16'")
+        allowed = ("bf16", "fp16") if self.quantised is None else ("e4m3", "int8")
+        if self.dtype not in allowed:
+            raise ValueError(f"dtype={self.dtype!r} is neither {allowed[0]!r} nor {allowed[1]!r}")
+        if self.quantised is not None and (self.dtype == "int8") != (self.quantised.k == "int8"):
+            raise ValueError(f"dtype={self.dtype!r} does not go with k of {self.quantised.k!r}")
         if self.mask not in ("full", "causal", "local"):
             raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")
