@@ -1,4 +1,7 @@
-"""python -m fa3 inspect ...: what a call would run, without a GPU."""
+"""python -m fa3 inspect ...: what a call would run, without a GPU.
+
+python -m fa3 predict ...: how fast the attention kernel of a cubin would run.
+"""
 
 import sys
 

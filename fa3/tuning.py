@@ -5,9 +5,10 @@ from .kernels.signature import Signature
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
 #
-# Chosen by the prediction of perf.model for the steady loop (TFLOPs/s at bf16 in the comment; no
-# GPU has confirmed any of it) and by what wider tiles waste: key blocks at the diagonal and at the
-# end of the keys, and the separate buffer for O that lets the next tile's loads begin early.
+# Chosen by what `python -m fa3 inspect` predicts for the steady loop (TFLOPs/s at bf16 in the
+# comment; no GPU has confirmed any of it) and by what wider tiles waste: key blocks at the diagonal
+# and at the end of the keys, and the separate buffer for O that lets the next tile's loads begin
+# early.
 FORWARD = {
     (64, 64): {"any": FwdConfig(tile_n=128, num_mma_warpgroups=3, num_stages=4)},  # 559
     (96, 96): {

@@ -8,9 +8,9 @@ import torch
 import fa3
 from fa3 import tuning
 from fa3.inspect import cli
+from fa3.inspect.model import predict
 from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
-from perf.model import predict
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
 VARIANTS = [

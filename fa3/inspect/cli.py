@@ -1,9 +1,13 @@
-"""`python -m fa3 inspect`: the kernel that a call would get, compiled and read; needs no GPU."""
+"""`python -m fa3 inspect`: the kernel that a call would get, compiled, read and predicted.
+
+`python -m fa3 predict`, for any cubin, is in `model.cli`. Neither needs a GPU.
+"""
 
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +17,9 @@ from ..jit import Artifacts
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
 from ..problem import Layout, Options, Problem
+from .model import cli as model_cli
+from .model.predict import Prediction, Settings, predict_report
+from .model.report import as_dict, summary
 from .report import Report, analyse
 from .sass import DisassemblerMissing
 
@@ -35,6 +42,12 @@ class Inspection:
         """Dynamic shared memory of a CTA: what a launch asks for, or up to 1024 bytes more."""
         return self.config.smem_bytes(self.signature)
 
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Of the timing model, for a long sequence on an H100."""
+        settings = Settings(consumers=self.config.num_mma_warpgroups)
+        return predict_report(self.report, settings)
+
     @property
     def stem(self) -> str:
         """File name without a suffix."""
@@ -49,6 +62,7 @@ class Inspection:
             "config": asdict(self.config) | {"tile_m": self.config.tile_m},
             "smem_bytes": self.smem_bytes,
             "report": self.report.as_dict(),
+            "prediction": as_dict(self.prediction),
         }
 
     def __str__(self) -> str:
@@ -64,6 +78,7 @@ class Inspection:
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
             f"the limit is {SMEM_LIMIT}",
             str(self.report),
+            *summary(self.prediction),
         ]
         return "\n".join(lines)
 
@@ -83,10 +98,23 @@ def signature_of(args: argparse.Namespace) -> Signature:
     return Problem.of(q, q, v, options).signature
 
 
-def inspect(signature: Signature) -> Inspection:
-    """Compile, or take from the cache, and read."""
+def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
+    """The tuning table's, with NAME=VALUE changes; ValueError for what a config does not have."""
+    shipped = tuning.forward(signature)
+    known = {field.name for field in fields(shipped)}
+    values = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in known or not value.isdigit():
+            raise ValueError(f"--config {change}: expected NAME=NUMBER, NAME of {sorted(known)}")
+        values[name] = type(getattr(shipped, name))(int(value))
+    return replace(shipped, **values)
+
+
+def inspect(signature: Signature, config: FwdConfig | None = None) -> Inspection:
+    """Compile, or take from the cache, and read; the tuning table's config unless told."""
     kernel = dispatch.forward(signature, HOPPER)
-    config = tuning.forward(signature)
+    config = config or tuning.forward(signature)
     artifacts = jit.artifacts(kernel.where, signature, config)
     return Inspection(signature, config, kernel, artifacts, analyse(artifacts.cubin))
 
@@ -123,15 +151,22 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar=("LEFT", "RIGHT"),
         help="window_size of the call; -1 is no bound",
     )
+    p.add_argument(
+        "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
+    )
     p.add_argument("--dump", type=Path, metavar="DIR", help="write .ptx, .cubin and .sass there")
     p.add_argument("--json", action="store_true", help="print JSON")
+    model_cli.add_arguments(commands.add_parser("predict", help="the speed of kernels in cubins"))
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
+    if args.command == "predict":
+        return model_cli.run(args)
     try:
-        inspection = inspect(signature_of(args))
+        signature = signature_of(args)
+        inspection = inspect(signature, config_of(signature, args.config))
         print(json.dumps(inspection.as_dict(), indent=1) if args.json else inspection)
         if args.dump:
             for path in dump(inspection, args.dump):

@@ -20,6 +20,7 @@ A block counts as a block of exponentials from an eighth of the loop's MUFU.EX2 
 of a skipped rescale factor do not make it part of the straight way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .flow import Flow, NaturalLoop
@@ -122,6 +123,13 @@ def straight_path(flow: Flow, loop: NaturalLoop) -> tuple[int, ...]:
         exponentials = mixes[i].exponentials
         return -mixes[i].mmas, -exponentials if exponentials >= work else 0, mixes[i].slots
 
+    return cheapest_way(flow, loop, cost)
+
+
+def cheapest_way(
+    flow: Flow, loop: NaturalLoop, cost: Callable[[int], tuple[float, ...]]
+) -> tuple[int, ...]:
+    """The blocks of the way from the loop's head to a latch with the least sum of costs."""
     best = {loop.header: (cost(loop.header), (loop.header,))}
     for i in flow.order:
         if i not in best:

@@ -27,7 +27,8 @@ def test_it_prints_what_the_call_would_run(call):
     lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
     assert lines["call"] == "bf16, head dim 64, of v 64 (tiles), mask causal"
     assert lines["served by"] == "forward sm90, fa3.kernels.sm90.fwd:ForwardSm90"
-    for name in ("tiles", "stages", "shared memory", "registers", "spills", "steady loop"):
+    names = ("tiles", "stages", "shared memory", "registers", "spills", "steady loop", "predicted")
+    for name in names:
         assert name in lines, out
     assert "issue slots per exponential" in out
     assert "of 64x64x16" in out  # P V at head dim 64
@@ -37,9 +38,10 @@ def test_json_and_dump_agree_with_each_other(call, tmp_path):
     status, out, err = call("--head-dim", "64", "--causal", "--json", "--dump", str(tmp_path / "d"))
     assert status == 0
     found = json.loads(out)
-    assert found["signature"] == {
-        "dtype": "bf16", "head_dim": 64, "head_dim_v": 64, "mask": "causal"
-    }  # fmt: skip
+    expected = {"dtype": "bf16", "head_dim": 64, "head_dim_v": 64, "mask": "causal"}
+    assert found["signature"] == expected | {"quantised": None}
+    assert 989 > found["prediction"]["tflops"] > 100  # TFLOPs/s; 989 is the dense peak
+    assert sum(found["prediction"]["shared_memory"].values()) < found["prediction"]["cycles"]
     report = found["report"]
     assert report["loops"][0]["straight"]["per_exponential"] > 4
     files = {path.suffix: path for path in (tmp_path / "d").iterdir()}
@@ -48,6 +50,20 @@ def test_json_and_dump_agree_with_each_other(call, tmp_path):
     assert ".target sm_90a" in files[".ptx"].read_text()
     assert files[".cubin"].read_bytes()[:4] == b"\x7fELF"
     assert files[".sass"].read_text().count("HGMMA") == report["mmas"]
+
+
+def test_another_config_than_the_tables(call):
+    changes = "--config", "tile_n=112", "num_stages=2"
+    status, out, _ = call("--head-dim", "64", "--causal", *changes)
+    assert status == 0
+    assert "x 112 key rows" in out and "2 of K and of V" in out
+
+
+@pytest.mark.parametrize("change", ["tile=112", "tile_n", "tile_n=wide", "tile_n=-1"])
+def test_a_change_that_is_none_of_a_config_is_refused(call, change):
+    status, out, err = call("--head-dim", "64", "--config", change)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fa3 inspect: --config {change}: expected NAME=NUMBER")
 
 
 def test_head_dims_are_rounded_up_to_tiles(device):

@@ -1,6 +1,6 @@
 """Loops written by hand for the timing model."""
 
-from tests.inspect.listings import repeat
+from .listings import repeat
 
 SCORES = f"""
     WARPGROUP.ARRIVE
@@ -38,6 +38,49 @@ PINGPONG = f"""
     {repeat(32, "FMUL R{2}, R{2}, R202")}
     calm:
     {repeat(16, "F2FP.BF16.F32.PACK_AB R{0}, R{1}, R{0}")}
+    @P3 BRA ->loop
+    EXIT
+"""
+
+# A producer warp's way from V to V transposed, 1024 bytes at a time, with a wait that is met and a
+# copy by TMA that only one warp asks for; behind it an 8-bit main loop.
+TRANSPOSE = f"""
+    turn:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R2
+    @P0 BRA ->full
+    spin:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R2
+    @!P0 BRA ->spin
+    full:
+    @P5 BRA ->moved
+    UTMALDG.4D [UR16], [UR4]
+    moved:
+    LDSM.16.MT88.4 R4, [R20]
+    LDSM.16.MT88.4 R8, [R21]
+    {repeat(8, "PRMT R{0}, R{0}, R30, R31")}
+    STSM.16.M88.4 [R22], R4
+    STSM.16.M88.4 [R23], R8
+    @P1 BRA ->turn
+    EXIT
+"""
+SCORES_FP8 = f"""
+    WARPGROUP.ARRIVE
+    QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], RZ, !UPT
+    {repeat(2, "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24")}
+    QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24, gsb0
+"""
+VALUES_FP8 = f"""
+    WARPGROUP.ARRIVE
+    {repeat(3, "QGMMA.64x128x32.F32.E4M3.E4M3 R88, R56, gdesc[UR8], R88")}
+    QGMMA.64x128x32.F32.E4M3.E4M3 R88, R56, gdesc[UR8], R88, gsb0
+"""
+FP8 = f"""
+    loop:
+    {SCORES_FP8}
+    {VALUES_FP8}
+    WARPGROUP.DEPBAR.LE gsb0, 0x1
+    {repeat(64, "MUFU.EX2 R{0}, R{0}")}
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
     @P3 BRA ->loop
     EXIT
 """

@@ -17,8 +17,8 @@ around the steady loop and not in it, the loop to trace is that one, `MainLoop.a
 import re
 from dataclasses import replace
 
-from fa3.inspect.loops import MainLoop
-from fa3.inspect.sass import Instruction, Program
+from ..loops import MainLoop
+from ..sass import Instruction, Program
 
 TAKEN = "BRA.TAKEN"
 Trace = list[Instruction]

@@ -7,8 +7,7 @@ import re
 from collections import deque
 from dataclasses import replace
 
-from fa3.inspect.sass import Control, Instruction
-
+from ..sass import Control, Instruction
 from .trace import Trace
 
 # A polynomial exponential: nine instructions, two of which read two registers.

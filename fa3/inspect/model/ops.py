@@ -3,8 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from fa3.inspect.sass import Instruction
-
+from ..sass import Instruction
 from .machine import Machine
 from .trace import TAKEN, Trace
 
@@ -90,6 +89,16 @@ def operand_bytes(x: Instruction) -> int:
     return n * k * _element_bytes(x)
 
 
+def a_bytes(x: Instruction) -> int:
+    """Bytes of A that an MMA reads from shared memory."""
+    m, _, k = x.mma_shape
+    return 0 if registers_hold_a(x) else m * k * _element_bytes(x)
+
+
+def registers_hold_a(x: Instruction) -> bool:
+    return "gdesc" not in x.operands.split(",")[1]
+
+
 def _element_bytes(x: Instruction) -> int:
     return 2 if x.base == "HGMMA" else 1
 
@@ -106,8 +115,7 @@ def _kind(x: Instruction) -> str:
 
 def _decode_mma(op: Op, x: Instruction, machine: Machine) -> None:
     m, n, k = x.mma_shape
-    a_in_smem = "gdesc" in x.operands.split(",")[1]
-    smem = operand_bytes(x) + (m * k * _element_bytes(x) if a_in_smem else 0)
+    smem = a_bytes(x) + operand_bytes(x)
     rate = machine.tensor_flops * 2 // _element_bytes(x) * machine.mma_eff
     op.flops = 2 * m * n * k
     op.busy = max(op.flops / 4 / rate, smem / machine.smem_bytes)

@@ -1,4 +1,6 @@
-"""Fit the model's contention constants and clock to measured speeds: python -m perf.model.calibrate
+"""Fit the model's contention constants and clock to measured speeds.
+
+    python -m fa3.inspect.model.calibrate TABLE [--fit]
 
 TABLE is tab-separated, with # for comments:
 
@@ -15,8 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fa3.inspect import analyse
-
+from ..report import analyse
 from .machine import RIVALS, Machine
 from .predict import Settings, tflops, traces_of
 from .simulate import simulate
@@ -81,7 +82,7 @@ def fit(cases: list[Case], grid: list[tuple[float, float]]) -> list[Fit]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m perf.model.calibrate", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m fa3.inspect.model.calibrate", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("table", type=Path)
     p.add_argument("--fit", action="store_true", help="search the whole grid (minutes)")

@@ -1,4 +1,4 @@
-"""Predict the speed of the attention kernels in cubins: python -m perf.model FILE.cubin ..."""
+"""`python -m fa3 predict FILE.cubin ...`: the speed of the attention kernels in cubins."""
 
 import argparse
 import functools
@@ -10,11 +10,10 @@ from . import whatif
 from .machine import CLOCK, TAIL, Machine
 from .predict import Settings, predict
 from .report import text, timeline
-from .simulate import ITERATIONS
+from .simulate import AHEAD, ITERATIONS
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m perf.model", description=__doc__)
+def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("cubin", nargs="+", type=Path)
     p.add_argument("--kernel", help="its full name, where a cubin holds several with MMAs")
     p.add_argument("--clock", type=float, default=CLOCK, help="GHz (%(default)s)")
@@ -26,6 +25,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--trace", action="store_true", help="print the instructions of one iteration")
     p.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of the machine"
+    )
+    p.add_argument(
+        "--transposers", type=int, default=4, help="warps that transpose V (%(default)s)"
+    )
+    p.add_argument(
+        "--ahead", type=int, default=AHEAD, help="blocks of V they may be ahead (%(default)s)"
     )
     p.add_argument(
         "--rescale-always",
@@ -40,7 +45,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what if: this fraction of MUFU.EX2 becomes 7 FMA and 2 ALU instructions",
     )
     p.add_argument("--no-barriers", action="store_true", help="what if: no named barriers")
-    return p.parse_args(argv)
 
 
 def machine(changes: list[str]) -> Machine:
@@ -69,13 +73,14 @@ def settings(args: argparse.Namespace) -> Settings:
         tail=args.tail,
         iterations=args.iterations,
         consumers=args.consumers,
+        transposers=args.transposers,
+        ahead=args.ahead,
         rescale_always=args.rescale_always,
         edits=tuple(edits),
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def run(args: argparse.Namespace) -> int:
     try:
         chosen = settings(args)
         for path in args.cubin:
@@ -92,10 +97,6 @@ def main(argv: list[str] | None = None) -> int:
             if args.timeline:
                 print(timeline(prediction.result, len(prediction.traces)))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"perf.model: {error}", file=sys.stderr)
+        print(f"fa3 predict: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from fa3.inspect import Report, analyse
-
+from ..report import Report, analyse
 from .machine import CLOCK, RIVALS, SMS, TAIL, Machine
 from .ops import decode
-from .simulate import ITERATIONS, Result, kv_bytes, simulate
+from .producer import Transpose, transpose, v_bytes
+from .simulate import AHEAD, ITERATIONS, Result, kv_bytes, simulate
 from .trace import Trace, trace
+from .traffic import Traffic
+
+FULL = 0.95  # share of the time from which on a unit is the bound
 
 Edit = Callable[[Trace], Trace]
 
@@ -22,6 +26,8 @@ class Settings:
     tail: float = TAIL
     iterations: int = ITERATIONS
     consumers: int | None = None  # warpgroups; None: all of the launch but one
+    transposers: int = 4  # warps of the producer that transpose V, one per sub-partition
+    ahead: int = AHEAD  # blocks of V that they may be ahead of the consumers
     rescale_always: bool = False  # run what the steady state jumps over or leaves out, see trace
     edits: tuple[Edit, ...] = ()  # what-ifs, applied to each warp's trace in turn
 
@@ -31,12 +37,23 @@ class Prediction:
     report: Report
     settings: Settings
     traces: list[Trace]  # one steady iteration of each consumer warpgroup
+    transpose: Transpose | None  # of V in shared memory
+    producer: Trace  # what a warp of the producer issues meanwhile for the transpose
     result: Result
+
+    @property
+    def cycles(self) -> float:
+        """Per iteration of the CTA tile: those of the simulation, or the bound of shared memory."""
+        return max(self.result.cycles, self.traffic.total)
 
     @property
     def tflops(self) -> float:
         """TFLOPs/s of a long sequence on all SMs."""
-        return tflops(self.result, self.settings.clock, self.settings.tail)
+        return self._rate(self.result, self.settings.clock)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        return Traffic.of(self.traces, self.producer, self.settings.machine)
 
     @property
     def tensor_floor(self) -> float:
@@ -51,15 +68,17 @@ class Prediction:
 
     @property
     def issue_floor(self) -> int:
-        return sum(map(len, self.traces))
+        return sum(map(len, self.traces)) + len(self.producer)
 
     @property
     def kv_bytes_per_cycle(self) -> float:
-        return kv_bytes(self.traces[0]) / self.result.cycles
+        return kv_bytes(self.traces[0]) / self.cycles
 
     @property
     def bound(self) -> str:
         """What limits the loop, in words."""
+        if self.traffic.total > FULL * self.cycles:
+            return "shared memory"
         return bound(self.result.busy)
 
     @property
@@ -71,21 +90,34 @@ class Prediction:
         rates = []
         for steal, slow, clock in RIVALS:
             machine = replace(self.settings.machine, steal=steal, slow=slow)
-            result = simulate(self.traces, machine, self.settings.iterations)
-            rates.append(tflops(result, clock, self.settings.tail))
+            rates.append(
+                self._rate(_run(self.traces, self.producer, machine, self.settings), clock)
+            )
         return rates
+
+    def _rate(self, result: Result, clock: float) -> float:
+        slower = max(1.0, self.traffic.total / result.cycles)
+        return tflops(result, clock, self.settings.tail) / slower
 
 
 def predict(
     cubin: bytes, kernel: str | None = None, settings: Settings | None = None
 ) -> Prediction:
     """Raises ValueError when the kernel has no loop with both matrix products and exponentials."""
-    settings = settings or Settings()
-    report = analyse(cubin, kernel)
+    return predict_report(analyse(cubin, kernel), settings or Settings())
+
+
+def predict_report(report: Report, settings: Settings) -> Prediction:
+    """`predict` for a kernel that was read already."""
     traces = traces_of(report, settings)
-    return Prediction(
-        report, settings, traces, simulate(traces, settings.machine, settings.iterations)
-    )
+    found = transpose(report.program)
+    producer = found.share(v_bytes(traces[0]), settings.transposers) if found else []
+    result = _run(traces, producer, settings.machine, settings)
+    return Prediction(report, settings, traces, found, producer, result)
+
+
+def _run(traces: list[Trace], producer: Trace, machine: Machine, settings: Settings) -> Result:
+    return simulate(traces, machine, settings.iterations, producer, settings.ahead)
 
 
 def traces_of(report: Report, settings: Settings) -> list[Trace]:
@@ -106,7 +138,7 @@ def traces_of(report: Report, settings: Settings) -> list[Trace]:
 
 def bound(busy: dict[str, float]) -> str:
     tensor = busy["tensor"] + busy["stolen"]
-    if tensor > 0.95:
+    if tensor > FULL:
         lost = busy["stolen"] / tensor
         return f"tensor core ({lost:.0%} of its time lost to register and shared-memory contention)"
     names = {

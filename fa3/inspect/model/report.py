@@ -1,6 +1,7 @@
 """A prediction as text, and its last two iterations as a drawing."""
 
 from collections import Counter
+from dataclasses import asdict
 
 from .predict import Prediction
 from .simulate import Mma, Result
@@ -13,16 +14,21 @@ def text(prediction: Prediction) -> str:
     p, r = prediction, prediction.result
     loop, code = p.report.steady, p.report.program.code
     counts = [len(steps) for steps in p.traces]
+    beside = ""
+    if p.transpose:
+        t = p.transpose
+        beside = f"; {len(p.producer)} of the transpose of V ({t.head:#x} to {t.latch:#x}) beside"
     shapes = Counter("x".join(map(str, x.mma_shape)) for x in p.traces[-1] if x.is_mma)
     mmas = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
     what = "with every skippable block" if p.settings.rescale_always else "on the straight way"
     lines = [
         f"{p.report.resources.name[:150]}",
         f"  loop {code[loop.head].address:#x} to {code[loop.latch].address:#x}, "
-        f"{len(p.traces)} consumer warpgroups, each {mmas}; instructions {counts} {what}",
-        f"  {r.cycles:.0f} cycles per iteration of the CTA tile; floors: tensor "
+        f"{len(p.traces)} consumer warpgroups, each {mmas}; instructions {counts} {what}{beside}",
+        f"  {p.cycles:.0f} cycles per iteration of the CTA tile; floors: tensor "
         f"{p.tensor_floor:.0f}, MUFU {p.mufu_floor}, issue {p.issue_floor}",
-        f"  tensor core {p.tensor_floor / r.cycles:.1%} of peak; bound: {p.bound}",
+        f"  {_memory(p)}",
+        f"  tensor core {p.tensor_floor / p.cycles:.1%} of peak; bound: {p.bound}",
         f"  predicted {p.tflops:.0f} TFLOPs/s at {p.settings.clock} GHz with a tail factor of "
         f"{p.settings.tail} (spread over starting skews {r.spread:.1%})",
         f"  K/V traffic {p.kv_bytes_per_cycle:.0f} bytes per cycle and SM",
@@ -31,6 +37,39 @@ def text(prediction: Prediction) -> str:
         *(f"  warning: {warning}" for warning in p.warnings),
     ]
     return "\n".join(lines)
+
+
+def summary(prediction: Prediction) -> list[str]:
+    """A few lines in the form of `fa3 inspect`, without the warnings, which stand there already."""
+    p = prediction
+    return [
+        f"predicted         {p.tflops:.0f} TFLOPs/s of an H100 on long sequences, "
+        "by the timing model (docs/timing_model.md)",
+        f"  bound           {p.bound}",
+        f"  floors          of {p.cycles:.0f} cycles per step: tensor cores {p.tensor_floor:.0f}, "
+        f"exponentials {p.mufu_floor}, issue {p.issue_floor}",
+        f"  {_memory(p)}",
+    ]
+
+
+def as_dict(prediction: Prediction) -> dict:
+    """For JSON."""
+    p = prediction
+    return {
+        "tflops": p.tflops,
+        "bound": p.bound,
+        "cycles": p.cycles,
+        "floors": {"tensor": p.tensor_floor, "mufu": p.mufu_floor, "issue": p.issue_floor},
+        "shared_memory": asdict(p.traffic),
+        "busy": p.result.busy,
+    }
+
+
+def _memory(p: Prediction) -> str:
+    return (
+        f"shared memory   {p.traffic.total:.0f} cycles per step of {p.tensor_floor:.0f} "
+        f"MMA cycles: {p.traffic}"
+    )
 
 
 def _shares(shares: dict[str, float]) -> str:

@@ -1,4 +1,7 @@
-"""The machine at work: one warp of each consumer warpgroup on one SMSP, cycle by cycle."""
+"""The machine at work: one warp of each consumer warpgroup on one SMSP, cycle by cycle.
+
+Where the producer transposes V, its warp runs beside them, as far ahead as its ring has slots.
+"""
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -10,6 +13,7 @@ from .trace import Trace
 NEVER = float("inf")
 SKEWS = (0, 150, 400, 700, 1100)  # cycles by which each warpgroup starts after the one before
 ITERATIONS = 40
+AHEAD = 2  # blocks of V that wait transposed
 STARVED = 20  # times the iterations asked for that one warp may do while another does none
 NO_BARRIER = 7
 UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform")
@@ -64,9 +68,18 @@ class Choice:
     unit: float = 0
 
 
-def simulate(traces: list[Trace], machine: Machine, iterations: int = ITERATIONS) -> Result:
-    """The median of runs from several starting skews between the warpgroups, and their spread."""
-    runs = [Simulation(traces, machine, skew).run(iterations) for skew in SKEWS]
+def simulate(
+    traces: list[Trace],
+    machine: Machine,
+    iterations: int = ITERATIONS,
+    producer: Trace = (),
+    ahead: int = AHEAD,
+) -> Result:
+    """The median of runs from several starting skews between the warpgroups, and their spread.
+
+    producer: what its warp issues per iteration, up to `ahead` iterations before the consumers.
+    """
+    runs = [Simulation(traces, machine, k, producer, ahead).run(iterations) for k in SKEWS]
     runs.sort(key=lambda r: r.cycles)
     middle = runs[len(runs) // 2]
     middle.spread = (runs[-1].cycles - runs[0].cycles) / middle.cycles
@@ -85,6 +98,8 @@ class Simulation:
     traces: list[Trace]
     machine: Machine
     skew: int
+    producer: Trace = ()
+    ahead: int = AHEAD
     now: float = 0.0
     last: int = 0  # the warp that issued last
     limit: int = 0  # iterations of one warp
@@ -95,6 +110,12 @@ class Simulation:
         count = len(self.traces)
         ops = [decode_all(trace, self.machine, count) for trace in self.traces]
         self.warps = [Warp(x, w * self.skew) for w, x in enumerate(ops)]
+        self.consumers = self.warps[:]
+        if self.producer:
+            steps = decode_all(self.producer, self.machine, count)
+            for op in steps:
+                op.kind = "control" if op.kind in ("turn", "pass", "meet") else op.kind
+            self.warps.append(Warp(steps, 0))
         self.ring = all({"turn", "pass"} <= {op.kind for op in x} for x in ops)
         names = ("fma0", "fma1", "alu", "xu", "uniform", "lsu", "registers")
         self.free = dict.fromkeys(names, 0.0)
@@ -116,22 +137,22 @@ class Simulation:
         """Until each warp has done `iterations`; measures the second half."""
         half, since, before = iterations // 2, None, 0.0
         self.limit = STARVED * iterations
-        while (done := min(warp.iteration for warp in self.warps)) < iterations:
+        while (done := min(warp.iteration for warp in self.consumers)) < iterations:
             if since is None and done >= half:
                 since = self.now
                 self.used.clear()
                 for warp in self.warps:
                     warp.reasons.clear()
-                before = sum(warp.progress for warp in self.warps)
+                before = sum(warp.progress for warp in self.consumers)
             self._issue(self._choose())
-        return self._result(self.now - since, sum(w.progress for w in self.warps) - before)
+        return self._result(self.now - since, sum(w.progress for w in self.consumers) - before)
 
     def _result(self, total: float, done: float) -> Result:
-        reasons = sum((warp.reasons for warp in self.warps), Counter())
+        reasons = sum((warp.reasons for warp in self.consumers), Counter())
         every = sum(reasons.values())
         return Result(
-            cycles=total * len(self.warps) / done,
-            flops=sum(op.flops for warp in self.warps for op in warp.ops),
+            cycles=total * len(self.consumers) / done,
+            flops=sum(op.flops for warp in self.consumers for op in warp.ops),
             busy={unit: self.used[unit] / total for unit in UNITS},
             stalls={reason: count / every for reason, count in reasons.most_common()},
             events=self.events,
@@ -148,13 +169,21 @@ class Simulation:
             scoreboard = 0.0
             if op.wait:
                 scoreboard = max(warp.scoreboards[k] for k in range(6) if op.wait >> k & 1)
-            unit = self._unit_free(w, op)
+            unit = self._unit_free(w, op) if self._may_begin(warp) else NEVER
             time = max(warp.ready, scoreboard, unit, self.now)
             if best is None or time < best.time:
                 best = Choice(time, w, scoreboard, unit)
         if best.time == NEVER:
-            raise RuntimeError("deadlock: every warp waits at a named barrier")
+            raise RuntimeError("deadlock: every warp waits for another")
         return best
+
+    def _may_begin(self, warp: Warp) -> bool:
+        """An iteration needs its block of V transposed; the transpose needs an empty slot."""
+        if warp.pc or len(self.warps) == len(self.consumers):
+            return True
+        if warp is self.warps[-1]:
+            return warp.iteration < min(other.iteration for other in self.consumers) + self.ahead
+        return warp.iteration < self.warps[-1].iteration
 
     def _unit_free(self, w: int, op: Op) -> float:
         """When the op's unit, queue or barrier, and its operands' read ports, are free."""

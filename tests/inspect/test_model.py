@@ -8,19 +8,21 @@ import pytest
 from fa3.inspect import cli
 from fa3.inspect.flow import Flow
 from fa3.inspect.loops import main_loops
+from fa3.inspect.model import whatif
+from fa3.inspect.model.calibrate import Case, evaluate
+from fa3.inspect.model.cli import machine
+from fa3.inspect.model.machine import Machine
+from fa3.inspect.model.ops import decode, decode_all
+from fa3.inspect.model.predict import bound, tflops
+from fa3.inspect.model.producer import transpose, v_bytes
+from fa3.inspect.model.simulate import kv_bytes, simulate
+from fa3.inspect.model.trace import TAKEN, trace
+from fa3.inspect.model.traffic import Traffic
 from fa3.inspect.sass import Control, Instruction
 from fa3.kernels.signature import Signature
-from perf.model import whatif
-from perf.model.__main__ import machine, main
-from perf.model.calibrate import Case, evaluate
-from perf.model.machine import Machine
-from perf.model.ops import decode, decode_all
-from perf.model.predict import bound, tflops
-from perf.model.simulate import kv_bytes, simulate
-from perf.model.trace import TAKEN, trace
-from tests.inspect.listings import program, repeat
 
-from .model_programs import PINGPONG, SCORES
+from .listings import program, repeat
+from .model_programs import FP8, PINGPONG, SCORES, TRANSPOSE
 
 CALM = Machine(steal=0.0, slow=0.0)
 
@@ -179,6 +181,63 @@ def test_l2_bandwidth_is_a_floor():
     assert result.cycles == pytest.approx(kv_bytes(steps) / 2, rel=1e-2)
 
 
+def fp8(warps: int) -> list:
+    code = program(FP8)
+    (loop,) = main_loops(Flow(code))
+    return [trace(code, loop, w) for w in range(warps)]
+
+
+def test_the_transpose_of_v_is_found_in_the_producer():
+    found = transpose(program(TRANSPOSE + FP8))
+    opcodes = [x.base for x in found.steps]
+    assert found.bytes == 2 * 512
+    assert opcodes.count("SYNCS") == 1 and "UTMALDG" not in opcodes
+    assert opcodes.count("PRMT") == 8 and opcodes[-1] == "BRA"
+    assert transpose(program(FP8)) is None
+
+
+def test_each_warp_transposes_its_share_of_v():
+    found = transpose(program(TRANSPOSE + FP8))
+    (steps,) = fp8(1)
+    assert v_bytes(steps) == 128 * 128
+    per_kib = len(found.steps)
+    assert len(found.share(128 * 128, 4)) == 4 * per_kib
+    assert len(found.share(128 * 128, 8)) == 2 * per_kib
+    half = found.share(512, 1)
+    assert half == found.steps[: round(per_kib / 2)]
+
+
+def test_shared_memory_of_a_step():
+    """Head dim 128, 128 x 128: Q is read by every product, K and V by each warpgroup."""
+    found = transpose(program(TRANSPOSE + FP8))
+    traffic = Traffic.of(fp8(2), found.share(128 * 128, 4), Machine())
+    assert traffic.a == 2 * 64 * 128 / 128
+    assert traffic.b == 2 * 2 * 128 * 128 / 128
+    assert traffic.tma == 2 * 128 * 128 / 128
+    assert traffic.transpose == 2 * 128 * 128 / 128
+    assert traffic.other == 0
+    assert traffic.total == 1152
+    assert str(traffic) == "A 128, B 512, TMA 256, transpose of V 256"
+
+
+def test_a_transpose_that_is_no_bottleneck_only_contends():
+    traces = fp8(2)
+    found = transpose(program(TRANSPOSE + FP8))
+    share = found.share(128 * 128, 4)
+    alone, beside = (simulate(traces, CALM, 24, p) for p in ([], share))
+    assert beside.flops == alone.flops
+    assert alone.cycles < beside.cycles < alone.cycles + 2 * len(share) + 256
+    assert beside.busy["stolen"] > 0 == alone.busy["stolen"]
+    assert beside.busy["issue"] > alone.busy["issue"]
+
+
+def test_a_slow_transpose_holds_the_consumers_up():
+    traces, steps = fp8(2), straight(repeat(900, "FADD R{0}, R{0}, R{0}"), stall=4)
+    result = simulate(traces, CALM, 24, steps)
+    assert result.cycles == pytest.approx(3600, rel=0.01)
+    assert simulate(traces, CALM, 24, steps, ahead=1).cycles > 3600 + 1000
+
+
 def test_an_emulated_exponential_takes_nine_instructions():
     (steps,) = pingpong(1)
     edited = whatif.emulate_ex2(steps, 0.25)
@@ -210,9 +269,9 @@ def test_calibration_finds_the_constants_that_made_the_figures():
 def test_the_command_predicts_a_shipped_kernel(device, tmp_path, capsys):
     inspection = cli.inspect(Signature("bf16", 64, 64, "full"))
     path = cli.dump(inspection, tmp_path)[1]
-    assert main([str(path), "--iterations", "8", "--timeline"]) == 0
+    assert cli.main(["predict", str(path), "--iterations", "8", "--timeline"]) == 0
     steady = capsys.readouterr().out
-    assert main([str(path), "--iterations", "8", "--rescale-always"]) == 0
+    assert cli.main(["predict", str(path), "--iterations", "8", "--rescale-always"]) == 0
     always = capsys.readouterr().out
     rates = [int(re.search(r"predicted (\d+) TFLOPs", out)[1]) for out in (steady, always)]
     assert 989 > rates[0] > rates[1] > 100  # 989 is the dense peak
@@ -223,8 +282,8 @@ def test_the_command_predicts_a_shipped_kernel(device, tmp_path, capsys):
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "no.cubin"
-    assert main([str(path)]) == 1
+    assert cli.main(["predict", str(path)]) == 1
     assert str(path) in capsys.readouterr().err
     path.write_bytes(b"something else")
-    assert main([str(path)]) == 1
+    assert cli.main(["predict", str(path)]) == 1
     assert "not a cubin" in capsys.readouterr().err

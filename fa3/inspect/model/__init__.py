@@ -1,4 +1,4 @@
-"""Predicts a Hopper attention kernel's speed from its cubin, with no GPU: `python -m perf.model`.
+"""Predicts a Hopper attention kernel's speed from its cubin, with no GPU: `python -m fa3 predict`.
 
 One steady iteration of every consumer warpgroup runs on a model of one SM sub-partition (SMSP),
 which holds one warp of each: in-order issue, one instruction a cycle, scoreboards from the kernel's

@@ -1,0 +1,82 @@
+"""What a producer warp issues beside the consumers: the transpose of V in shared memory.
+
+8-bit matrix products take only operands whose rows run along k, so V is transposed after its
+arrival: LDSM, byte permutes, STSM. These instructions share the issue slots of the sub-partition
+and the bandwidth of shared memory with the consumers.
+"""
+
+from dataclasses import dataclass, replace
+
+from ..flow import Flow, NaturalLoop
+from ..loops import cheapest_way
+from ..sass import Instruction, Program
+from .ops import operand_bytes, registers_hold_a
+from .trace import TAKEN, Trace
+
+MATRIX_BYTES = 128  # an 8 x 8 matrix of 16-bit pairs, of which LDSM and STSM move up to four
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """One way round the producer's loop that reads and writes V in shared memory."""
+
+    head: int  # address
+    latch: int  # address
+    steps: Trace
+    bytes: int  # that one warp writes on this way
+
+    def share(self, v_bytes: int, warps: int) -> Trace:
+        """What each of `warps` warps issues to transpose `v_bytes` of V."""
+        rounds = v_bytes / (warps * self.bytes)
+        whole = int(rounds)
+        return self.steps * whole + self.steps[: round((rounds - whole) * len(self.steps))]
+
+
+def transpose(program: Program) -> Transpose | None:
+    """The loop with LDSM and STSM and without matrix products; None where there is none.
+
+    Of several the one with the fewest instructions per byte: the others are beginnings and ends.
+    """
+    flow = Flow(program)
+    found = [loop for loop in flow.loops if _transposes(_code(flow, loop.blocks))]
+    inner = [a for a in found if not any(b.blocks < a.blocks for b in found)]
+    ways = [_way(flow, loop) for loop in inner]
+    return min(ways, key=lambda way: len(way.steps) / way.bytes, default=None)
+
+
+def v_bytes(trace: Trace) -> int:
+    """Bytes of V in one iteration: the B operands of products whose A, which is P, is registers."""
+    return sum(operand_bytes(x) for x in trace if x.is_mma and registers_hold_a(x))
+
+
+def _code(flow: Flow, blocks) -> list[Instruction]:
+    return [flow.program.code[i] for block in sorted(blocks) for i in flow.blocks[block].positions]
+
+
+def _transposes(code: list[Instruction]) -> bool:
+    bases = {x.base for x in code}
+    return {"LDSM", "STSM"} <= bases and not any(x.is_mma for x in code)
+
+
+def _way(flow: Flow, loop: NaturalLoop) -> Transpose:
+    def cost(block: int) -> tuple[float, ...]:
+        code = _code(flow, [block])
+        return -sum(map(_stored, code)), len(code)
+
+    code = flow.program.code
+    path = [i for block in cheapest_way(flow, loop, cost) for i in flow.blocks[block].positions]
+    following = [*path[1:], path[0]]
+    steps = [
+        replace(code[i], opcode=TAKEN) if code[i].is_branch and j != i + 1 else code[i]
+        for i, j in zip(path, following, strict=True)
+    ]
+    first, last = code[path[0]].address, code[path[-1]].address
+    return Transpose(first, last, steps, sum(map(_stored, steps)))
+
+
+def _stored(x: Instruction) -> int:
+    """Bytes that a warp's STSM writes."""
+    if x.base != "STSM":
+        return 0
+    count = x.opcode.rsplit(".", 1)[-1]
+    return MATRIX_BYTES * (int(count) if count in ("2", "4") else 1)
