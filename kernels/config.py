@@ -26,6 +26,7 @@ class FwdConfig:
     tile_n: int  # key rows per step
     num_mma_warpgroups: int = 2
     num_stages: int = 2  # depth of the K ring and of the V ring
+    o_slice: int = 0  # one-byte inputs: columns of O per product, where not all fit beside S; or 0
 
     @property
     def tile_m(self) -> int:
@@ -59,6 +60,8 @@ class FwdConfig:
     def smem_bytes(self, signature: Signature) -> int:
         """Shared memory of a CTA."""
         q, o, k_stage, v_stage = self.elements(signature)
+        if signature.quantised is not None:  # V has two rings, O is stored from registers
+            return q + self.num_stages * (k_stage + 2 * v_stage) + BARRIER_BYTES
         q_and_o = {"own": q + o, "k": q, "kv": q, "q": max(q, o)}[self.o_space(signature)]
         return self._bytes(q_and_o, k_stage, v_stage)
 

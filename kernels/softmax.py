@@ -62,8 +62,11 @@ class OnlineSoftmax:
         acc_O is None at a tile's first block, where there is no O yet.
         """
         rows_S = rows_and_columns(acc_S)
+        num_columns = cute.size(rows_S, mode=[1])
         for r in cutlass.range_constexpr(2):
-            top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
+            top = cute.arch.warp_reduction_max(
+                maximum_of([rows_S[r, i] for i in range(num_columns)]), threads_in_group=4
+            )
             has_seen = self.seen[r] != NO_KEY
             change, correction = Float32(0.0), Float32(1.0)
             if has_seen:
@@ -80,14 +83,8 @@ class OnlineSoftmax:
                 _multiply(rows_and_columns(acc_O)[r, None], correction)
 
     def exponentiate(self, acc_S: cute.Tensor):
-        """y -> P in place, summed in two chains so that no addition waits for the one before."""
-        rows = rows_and_columns(acc_S)
-        for r in range(2):
-            sums = [self.row_sum[r], None]
-            for i in range(cute.size(rows, mode=[1])):
-                rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
-                sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
-            self.row_sum[r] = sums[0] + sums[1]
+        """y -> P in place, and to the sum."""
+        exponentiate(acc_S, self.row_sum)
 
     @cute.jit
     def finish(self, acc_O: cute.Tensor, lse: cute.Tensor):
@@ -104,6 +101,17 @@ class OnlineSoftmax:
             _multiply(rows[r, None], cute.arch.rcp_approx(Float32(1.0) if is_empty else total))
 
 
+def exponentiate(acc: cute.Tensor, row_sum: cute.Tensor):
+    """y -> exp2(y) in place, summed in two chains so that no addition waits for the one before."""
+    rows = rows_and_columns(acc)
+    for r in range(2):
+        sums = [row_sum[r], None]
+        for i in range(cute.size(rows, mode=[1])):
+            rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
+            sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
+        row_sum[r] = sums[0] + sums[1]
+
+
 def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
     """Negative iff every value and `start` have their sign bit set."""
     bits = cute.recast_tensor(values, Int32)
@@ -114,11 +122,11 @@ def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
     return (chains[0] & chains[1]) & (chains[2] & chains[3])
 
 
-def _maximum(row: cute.Tensor) -> Float32:
+def maximum_of(values: list) -> Float32:
     """In four chains, so that no comparison waits for the one before."""
-    tops = [row[i] for i in range(4)]
-    for i in range(4, cute.size(row)):
-        tops[i % 4] = cute.arch.fmax(tops[i % 4], row[i])
+    tops = values[:4]
+    for i, value in enumerate(values[4:]):
+        tops[i % 4] = cute.arch.fmax(tops[i % 4], value)
     return cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
 
 

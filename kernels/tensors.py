@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from .scales import Scales
+
 
 @dataclass(frozen=True)
 class TmaOperand:
@@ -21,8 +23,14 @@ class FwdTensors:
     q: TmaOperand  # (s_q, d, h_q, b)
     k: TmaOperand  # (s_k, d, h_k, b)
     v: TmaOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
-    o: TmaOperand  # (s_q, dv, h_q, b)
+    o: TmaOperand | cute.Tensor  # (s_q, dv, h_q, b)
     lse: cute.Tensor  # (s_q, h_q, b) fp32
+    scales: Scales | None = None  # of one-byte inputs
+
+    @property
+    def tma_atoms(self) -> list[cute.CopyAtom]:
+        operands = (self.q, self.k, self.v, self.o)
+        return [operand.atom for operand in operands if isinstance(operand, TmaOperand)]
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
 from .fwd_mma import FwdFragments, accumulate_last, attend
-from .fwd_store import LastSlots, OutputSpace, store_lse, store_output, swizzled
-from .rings import FwdRings, Ring
-from .wgmma import ELEMENT, FwdMma, FwdSmem
+from .fwd_store import LastSlots, OutputSpace, store_lse, store_output
+from .rings import FwdRings, Ring, swizzled
+from .wgmma import ELEMENT, FwdMma, FwdSmem, o_layout
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class FwdPlan:
 
     @property
     def v_tile(self):
+        """As TMA brings it: of the view (dv, s_k)."""
         return (self.signature.head_dim_v, self.config.tile_n)
 
     @property
@@ -173,31 +174,35 @@ class ForwardSm90:
     ):
         plan = self.plan
         smem = FwdSmem.of(plan.signature, plan.config)
+        o_smem = o_layout(plan.signature, plan.config)
         q, k, o = (permute(t, [1, 3, 2, 0]) for t in (mQ, mK, mO))
         v = permute(mV, [3, 1, 2, 0])
-        stage = partial(cute.select, mode=[0, 1])
         tensors = FwdTensors(
-            q=_tma_load(q, stage(smem.q), plan.q_tile),
-            k=_tma_load(k, stage(smem.k), plan.k_tile),
-            v=_tma_load(v, stage(smem.v), plan.v_tile),
-            o=_tma_store(o, stage(smem.o), plan.o_tile),
+            q=tma_load(q, smem.q, plan.q_tile),
+            k=tma_load(k, smem.k, plan.k_tile),
+            v=tma_load(v, smem.v, plan.v_tile),
+            o=tma_store(o, o_smem, plan.o_tile),
             lse=permute(mLSE, [2, 1, 0]),
         )
         scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
-        order = self._order(q, k, v, num_ctas)
-        grid = (cutlass.min(num_ctas, order.count), 1, 1)
+        self._launch(tensors, scalars, self._order(mQ, mK, mV, num_ctas), num_ctas, stream)
+
+    def _launch(self, tensors, scalars, order: TileOrder, num_ctas, stream):
         self.kernel(tensors, scalars, order).launch(
-            grid=grid, block=(plan.config.num_threads, 1, 1), stream=stream, min_blocks_per_mp=1
+            grid=(cutlass.min(num_ctas, order.count), 1, 1),
+            block=(self.plan.config.num_threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
         )
 
-    def _order(self, q, k, v, num_ctas) -> TileOrder:
-        s_q, _, heads, batches = q.shape
-        s_k, d, heads_kv, _ = k.shape
+    def _order(self, mQ, mK, mV, num_ctas) -> TileOrder:
+        batches, s_q, heads, _ = mQ.shape
+        _, s_k, heads_kv, d = mK.shape
         num_m_blocks = cute.ceil_div(s_q, self.plan.tile_m)
         longest_first = self.plan.signature.mask != "full"
         heads_per_group = Int32(1)
         if longest_first:
-            key_bytes = (d + v.shape[0]) * (self.plan.element.width // 8)
+            key_bytes = (d + mV.shape[3]) * (mK.element_type.width // 8)
             heads_per_group = TileOrder.group_of(
                 key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, num_ctas
             )
@@ -208,8 +213,8 @@ class ForwardSm90:
         plan = self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
-            for operand in (tensors.q, tensors.k, tensors.v, tensors.o):
-                cpasync.prefetch_descriptor(operand.atom)
+            for atom in tensors.tma_atoms:
+                cpasync.prefetch_descriptor(atom)
         rings, o_pointer = self._shared_memory()
         tiles = self._tiles(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
@@ -217,16 +222,21 @@ class ForwardSm90:
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(plan.config.producer_registers)
-            if warp == 0:
-                load(plan, tensors, rings, tiles)
+            self._produce(warp, tensors, rings, tiles)
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
             self._consume(tensors, scalars, rings, o_pointer, tiles)
 
+    @cute.jit
+    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, tiles: Tiles):
+        """The producer warpgroup: all tiles of this CTA."""
+        if warp == 0:
+            load(self.plan, tensors, rings, tiles)
+
     def _shared_memory(self) -> tuple[FwdRings, cute.Pointer]:
         """Rings of Q, K and V, and where O goes."""
         plan, allocator = self.plan, SmemAllocator()
-        layouts = FwdSmem.of(plan.signature, plan.config)
+        layouts, o_smem = (of(plan.signature, plan.config) for of in (FwdSmem.of, o_layout))
 
         def space(num_elements):
             return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
@@ -235,7 +245,7 @@ class ForwardSm90:
             barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
             return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
 
-        q_size, o_size = cute.cosize(layouts.q), cute.cosize(layouts.o)
+        q_size, o_size = cute.cosize(layouts.q), cute.cosize(o_smem)
         q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
         k_size = cute.cosize(layouts.k)
         k = space(k_size + cute.cosize(layouts.v))
@@ -285,8 +295,8 @@ class ForwardSm90:
         softmax = OnlineSoftmax.of(scalars.scale_log2, HEADROOM_LOG2[plan.signature.dtype])
         lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
-        o_layout = FwdSmem.of(plan.signature, plan.config).o
-        space = OutputSpace(plan, o_pointer, o_layout, warpgroup, warp % 4 == 0)
+        o_smem = o_layout(plan.signature, plan.config)
+        space = OutputSpace(plan, o_pointer, o_smem, warpgroup, warp % 4 == 0)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
 
@@ -313,13 +323,15 @@ class ForwardSm90:
         space.drain()
 
 
-def _tma_load(tensor: cute.Tensor, smem_layout, tile) -> TmaOperand:
-    return TmaOperand(
-        *cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem_layout, tile)
-    )
+def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    """The operand that TMA brings into a stage of `smem`, tile by tile."""
+    return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
 
 
-def _tma_store(tensor: cute.Tensor, smem_layout, tile) -> TmaOperand:
-    return TmaOperand(
-        *cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem_layout, tile)
-    )
+def tma_store(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    return _tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem, tile)
+
+
+def _tma_operand(op, tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    stage = cute.select(smem, mode=[0, 1])
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, stage, tile))

@@ -13,7 +13,7 @@ from cutlass.tensor_utils import LayoutEnum
 from ..barriers import WARPGROUP, NamedBarrier
 from ..tensors import FwdTensors
 from ..views import convert
-from .rings import FwdRings
+from .rings import FwdRings, swizzled
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,6 @@ class OutputSpace:
 
 def _may_write(warpgroup, wave):
     return NamedBarrier.O_MAY_BE_WRITTEN + warpgroup + 3 * (wave % 2)
-
-
-def swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
-    """A buffer whose swizzle sits in its pointer, as TMA and wgmma descriptors want it."""
-    aligned = pointer.align(1024)
-    return cute.make_tensor(cute.recast_ptr(aligned, layout.inner), layout.outer)
 
 
 @cute.jit

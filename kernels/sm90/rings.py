@@ -9,16 +9,23 @@ from cutlass.cute.nvgpu import cpasync
 from ..tensors import TmaOperand
 
 
+def swizzled(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
+    """A buffer whose swizzle sits in its pointer, as TMA and wgmma descriptors want it."""
+    aligned = pointer.align(1024)
+    return cute.make_tensor(cute.recast_ptr(aligned, layout.inner), layout.outer)
+
+
 @dataclass(frozen=True)
 class Ring:
     """A buffer of several stages and the full / empty mbarriers of each stage.
 
-    full:  1 arrival (the producer, expecting the stage's bytes) and the bytes written by TMA.
+    full:  1 arrival (the producer, expecting the stage's bytes) and the bytes written by TMA; or,
+           where warps fill the ring (written_by), 1 arrival per producer warp.
     empty: 1 arrival per consumer warp.
     """
 
     buffer: cute.Tensor  # (rows, columns, num_stages)
-    pipeline: pipeline.PipelineTmaAsync
+    pipeline: pipeline.PipelineAsync
 
     @staticmethod
     def of(buffer: cute.Tensor, barriers: cute.Pointer, num_consumer_warps: int) -> "Ring":
@@ -34,6 +41,28 @@ class Ring:
                 producer_group=one,
                 consumer_group=warps,
                 tx_count=cute.size_in_bytes(buffer.element_type, stage),
+                defer_sync=True,
+            ),
+        )
+
+    @staticmethod
+    def written_by(
+        num_producer_warps: int,
+        buffer: cute.Tensor,
+        barriers: cute.Pointer,
+        num_consumer_warps: int,
+    ) -> "Ring":
+        producers, consumers = (
+            pipeline.CooperativeGroup(pipeline.Agent.Thread, count)
+            for count in (num_producer_warps, num_consumer_warps)
+        )
+        return Ring(
+            buffer,
+            WarpPipeline.create(
+                barrier_storage=barriers,
+                num_stages=cute.size(buffer, mode=[2]),
+                producer_group=producers,
+                consumer_group=consumers,
                 defer_sync=True,
             ),
         )
@@ -79,7 +108,29 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class WarpPipeline(pipeline.PipelineAsync):
+    """Warps on both sides, each of which arrives once, when all its lanes have come so far."""
+
+    @staticmethod
+    def create(**options) -> "WarpPipeline":
+        made = pipeline.PipelineAsync.create(**options)
+        return WarpPipeline(**{name: getattr(made, name) for name in made.__dataclass_fields__})
+
+    def producer_commit(self, state, *, loc=None, ip=None):
+        """After fence_view_async_shared(), where the consumer is wgmma."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            super().producer_commit(state, loc=loc, ip=ip)
+
+    def consumer_release(self, state, *, loc=None, ip=None):
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            super().consumer_release(state, loc=loc, ip=ip)
+
+
+@dataclass(frozen=True)
 class FwdRings:
     q: Ring  # 1 stage
     k: Ring
-    v: Ring
+    v: Ring  # as it lies in memory, keys by rows
+    vt: Ring | None = None  # one-byte inputs: transposed by the producer warpgroup (fp8_load)

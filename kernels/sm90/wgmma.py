@@ -12,7 +12,34 @@ from cutlass.tensor_utils import LayoutEnum
 from ..config import FwdConfig
 from ..signature import Signature
 
-ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+ELEMENT = {
+    "bf16": cutlass.BFloat16,
+    "fp16": cutlass.Float16,
+    "fp32": cutlass.Float32,
+    "e4m3": cutlass.Float8E4M3FN,
+    "e5m2": cutlass.Float8E5M2,
+    "int8": cutlass.Int8,
+}
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Element types of the operands."""
+
+    q: type
+    k: type
+    p: type
+    v: type
+    scores: type  # of the accumulator of Q K^T
+
+    @staticmethod
+    def of(signature: Signature) -> "Elements":
+        q, quantised = ELEMENT[signature.dtype], signature.quantised
+        if quantised is None:
+            return Elements(q, q, q, q, Float32)
+        k, v = ELEMENT[quantised.k], ELEMENT[quantised.v]
+        scores = cutlass.Int32 if q is cutlass.Int8 else Float32
+        return Elements(q, k, cutlass.Float8E4M3FN, v, scores)
 
 
 @dataclass(frozen=True)
@@ -20,24 +47,30 @@ class FwdMma:
     """S = Q K^T from shared memory; O += P V with P in registers."""
 
     qk: cute.TiledMma
-    pv: cute.TiledMma
+    pv: cute.TiledMma  # `config.o_slice` columns of O, if given
 
     @staticmethod
     def of(signature: Signature, config: FwdConfig) -> "FwdMma":
-        element = ELEMENT[signature.dtype]
+        element = Elements.of(signature)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         warpgroups = (config.num_mma_warpgroups, 1, 1)
         qk = hopper.make_trivial_tiled_mma(
-            element, element, k_major, k_major, Float32, warpgroups, (64, config.tile_n)
+            element.q,
+            element.k,
+            k_major,
+            k_major,
+            element.scores,
+            warpgroups,
+            (64, config.tile_n),
         )
         pv = hopper.make_trivial_tiled_mma(
-            element,
-            element,
+            element.p,
+            element.v,
             k_major,
-            mn_major,
+            mn_major if signature.quantised is None else k_major,
             Float32,
             warpgroups,
-            (64, signature.head_dim_v),
+            (64, config.o_slice or signature.head_dim_v),
             warpgroup.OperandSource.RMEM,
         )
         return FwdMma(qk, pv)
@@ -50,22 +83,35 @@ class FwdSmem:
     q: cute.ComposedLayout  # (tile_m, d, 1)
     k: cute.ComposedLayout  # (tile_n, d, num_stages)
     v: cute.ComposedLayout  # (dv, tile_n, num_stages)
-    o: cute.ComposedLayout  # (64, dv, num_mma_warpgroups), where config.OSpace says
 
     @staticmethod
     def of(signature: Signature, config: FwdConfig) -> "FwdSmem":
-        element = ELEMENT[signature.dtype]
+        element = Elements.of(signature)
         rows, columns = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
         qk = (config.tile_m, config.tile_n, signature.head_dim)
         pv = (config.tile_m, signature.head_dim_v, config.tile_n)
         return FwdSmem(
-            q=hopper.make_smem_layout_a(rows, qk, element, 1),
-            k=hopper.make_smem_layout_b(rows, qk, element, config.num_stages),
-            v=hopper.make_smem_layout_b(columns, pv, element, config.num_stages),
-            o=hopper.make_smem_layout_a(
-                rows, (64, 0, signature.head_dim_v), element, config.num_mma_warpgroups
-            ),
+            q=hopper.make_smem_layout_a(rows, qk, element.q, 1),
+            k=hopper.make_smem_layout_b(rows, qk, element.k, config.num_stages),
+            v=hopper.make_smem_layout_b(columns, pv, element.v, config.num_stages),
         )
+
+
+def o_layout(signature: Signature, config: FwdConfig) -> cute.ComposedLayout:
+    """(64, dv, num_mma_warpgroups), where config.OSpace says."""
+    return hopper.make_smem_layout_a(
+        LayoutEnum.ROW_MAJOR,
+        (64, 0, signature.head_dim_v),
+        ELEMENT[signature.dtype],
+        config.num_mma_warpgroups,
+    )
+
+
+def vt_layout(signature: Signature, config: FwdConfig) -> cute.ComposedLayout:
+    """(dv, tile_n, num_stages) with the keys contiguous."""
+    shape = (0, signature.head_dim_v, config.tile_n)
+    dtype = Elements.of(signature).v
+    return hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, dtype, config.num_stages)
 
 
 def issue_gemm(

@@ -1,0 +1,176 @@
+"""The forward kernel for one-byte inputs: what fwd.py has, but
+
+    producer   warp 0: TMA as ever; warps 1 to 3: V of each stage into a ring of its own, transposed
+    consumers  S = Q K^T, softmax of scaled scores, P to e4m3, P V of each block on its own,
+               O = O * alpha + P V in fp32; O leaves from registers
+
+    TMA          K_n ............. V_n ........ K_n-1 ........... V_n-1
+    transposing                       | V_n -> V^T_n |              | V_n-1 -> V^T_n-1 |
+    consumers    | S_n | softmax ....................| S_n-1, P_n V_n | + | softmax ..
+
+Two-level accumulation: the tensor core adds one-byte products in an accumulator of about 13
+fraction bits; only the keys of one block meet there.
+
+Sources: FlashAttention-3 (arXiv 2407.08608), section 3.3; DeepSeek-V3 (arXiv 2412.19437), section
+3.3.2, on the accumulator.
+"""
+
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from ..barriers import WARPGROUP, WarpgroupTurn
+from ..mask import Mask
+from ..scaled_softmax import ScaledSoftmax
+from ..scales import OutputUnit, Scales
+from ..tensors import FwdScalars, FwdTensors, permute
+from .fp8_load import TRANSPOSING_WARPS, transpose
+from .fp8_mma import Fp8Fragments, attend
+from .fp8_store import store_output
+from .fwd import ForwardSm90, Tiles, tma_load
+from .fwd_load import load
+from .fwd_store import store_lse
+from .rings import FwdRings, Ring, swizzled
+from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, vt_layout
+
+
+class ForwardFp8Sm90(ForwardSm90):
+    """The forward kernel of one Signature with `quantised`, laid out by one FwdConfig."""
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
+        signature = self.plan.signature
+        element, out = Elements.of(signature), ELEMENT[signature.quantised.out]
+        batch, heads_q, heads_k, s_q, s_k = (cute.sym_int32() for _ in range(5))
+        d, dv = cute.sym_int32(divisibility=16), cute.sym_int32(divisibility=16)
+
+        def tensor(dtype, length, heads, width):
+            unit = 128 // dtype.width  # elements in TMA's 16 bytes
+            strides = tuple(cute.sym_int64(divisibility=unit) for _ in range(3))
+            shape = (batch, length, heads, width)
+            return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+        def scales(heads):
+            strides = tuple(cute.sym_int64() for _ in range(3))
+            shape = (batch, heads, cute.sym_int32())
+            return make_fake_tensor(Float32, shape, strides, assumed_align=4)
+
+        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
+        return (
+            tensor(element.q, s_q, heads_q, d),
+            tensor(element.k, s_k, heads_k, d),
+            tensor(element.v, s_k, heads_k, dv),
+            tensor(out, s_q, heads_q, dv),
+            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+            scales(cute.sym_int32()),
+            scales(heads_k),
+            scales(heads_k),
+            Float32(1.0),
+            Int32(0),
+            Int32(0),
+            Int32(1),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (b, s_q, h_q, d)
+        mK: cute.Tensor,  # (b, s_k, h_k, d)
+        mV: cute.Tensor,  # (b, s_k, h_k, dv)
+        mO: cute.Tensor,  # (b, s_q, h_q, dv)
+        mLSE: cute.Tensor,  # (b, h_q, s_q) fp32
+        q_scales: cute.Tensor,  # (b, h_q or h_k, blocks) fp32
+        k_scales: cute.Tensor,  # (b, h_k, blocks) fp32
+        v_scales: cute.Tensor,  # (b, h_k, blocks or dv) fp32
+        softmax_scale_log2: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        num_ctas: Int32,
+        stream,
+    ):
+        plan = self.plan
+        smem = FwdSmem.of(plan.signature, plan.config)
+        q, k, o = (permute(t, [1, 3, 2, 0]) for t in (mQ, mK, mO))
+        tensors = FwdTensors(
+            q=tma_load(q, smem.q, plan.q_tile),
+            k=tma_load(k, smem.k, plan.k_tile),
+            v=tma_load(permute(mV, [3, 1, 2, 0]), smem.v, plan.v_tile),
+            o=o,
+            lse=permute(mLSE, [2, 1, 0]),
+            scales=Scales(*(permute(t, [2, 1, 0]) for t in (q_scales, k_scales, v_scales))),
+        )
+        scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
+        self._launch(tensors, scalars, self._order(mQ, mK, mV, num_ctas), num_ctas, stream)
+
+    def _shared_memory(self) -> tuple[FwdRings, None]:
+        """Rings of Q, K, V and transposed V; O needs no space."""
+        plan, allocator = self.plan, SmemAllocator()
+        layouts, element = FwdSmem.of(plan.signature, plan.config), Elements.of(plan.signature)
+        consumer_warps = 4 * plan.num_mma_warpgroups
+
+        def ring(make, dtype, layout, readers):
+            memory = allocator.allocate_array(dtype, cute.cosize(layout), byte_alignment=1024)
+            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
+            return make(swizzled(memory, layout), barriers, readers)
+
+        vt = vt_layout(plan.signature, plan.config)
+        by_warps = partial(Ring.written_by, TRANSPOSING_WARPS)
+        return FwdRings(
+            q=ring(Ring.of, element.q, layouts.q, consumer_warps),
+            k=ring(Ring.of, element.k, layouts.k, consumer_warps),
+            v=ring(Ring.of, element.v, layouts.v, TRANSPOSING_WARPS),
+            vt=ring(by_warps, element.v, vt, consumer_warps),
+        ), None
+
+    @cute.jit
+    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, tiles: Tiles):
+        if warp == 0:
+            load(self.plan, tensors, rings, tiles)
+        else:
+            transpose(self.plan, rings, tiles, warp - 1, cute.arch.lane_idx())
+
+    @cute.jit
+    def _consume(
+        self,
+        tensors: FwdTensors,
+        scalars: FwdScalars,
+        rings: FwdRings,
+        _: None,
+        tiles: Tiles,
+    ):
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0] - WARPGROUP
+        lane = thread % 32
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        warpgroup = warp // 4
+        mma = FwdMma.of(plan.signature, plan.config)
+        frag = Fp8Fragments.of(plan, mma, rings, warpgroup)
+        softmax, unit = ScaledSoftmax.of(), OutputUnit.of()
+        lse, factors = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+        window = self._window(tensors, scalars)
+        turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
+        turn.start()
+
+        q, k, v = rings.q.consumer(), rings.k.consumer(), rings.vt.consumer()
+        for wave in cutlass.range(tiles.count, unroll=1):
+            tile = tiles[wave]
+            first_row = tile.m_block * plan.tile_m
+            row = first_row + warp * 16 + lane // 4
+            mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
+            heads = tensors.lse.shape[1]
+            q_scale = tensors.scales.of_queries(first_row + 64 * warpgroup, tile, heads)
+            scales = tensors.scales.of_keys(tile, window.s_k, plan.tile_n, plan.signature.quantised)
+            query = q.wait_and_advance()
+            scale_log2 = scalars.scale_log2 * q_scale
+            blocks = tiles.blocks_of(tile)
+            k, v = attend(frag, softmax, unit, scales, scale_log2, mask, turn, k, v, blocks)
+            query.release()
+            softmax.finish(lse, factors)
+            store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
+            mO = tensors.o[None, None, tile.head, tile.batch]
+            store_output(mO, frag.acc_O, factors, scales.of_output(unit), row, lane)
