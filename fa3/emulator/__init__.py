@@ -29,13 +29,13 @@ from .errors import (
     Uninitialized,
     Unsupported,
 )
-from .settings import ALL_CHECKS, CHECKS, SCHEDULES, Options, configure, options
+from .settings import ACCUMULATORS, ALL_CHECKS, CHECKS, SCHEDULES, Options, configure, options
 
 # fmt: off
 __all__ = [
-    "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock", "EmulatorError",
-    "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds", "Race",
-    "RegisterInFlight", "Runaway", "ScheduleDifference", "SetupError", "Uninitialized",
+    "ACCUMULATORS", "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock",
+    "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds",
+    "Race", "RegisterInFlight", "Runaway", "ScheduleDifference", "SetupError", "Uninitialized",
     "Unsupported", "call", "compare_schedules", "configure", "install", "installed", "launches",
     "options", "register", "remember",
 ]

@@ -186,6 +186,7 @@ class Device:
             chosen.instruction_limit,
             chosen.sms,
             chosen.timing(),
+            chosen.accumulator,
         )
         statistics = grid.run()
         self.launches.append(

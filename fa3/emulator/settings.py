@@ -19,6 +19,11 @@ CHECKS = {
 }
 ALL_CHECKS = tuple(CHECKS)
 SCHEDULES = ("eager", "late", "random")
+ACCUMULATORS = {
+    "fp32": "products are exact and are added in fp32",
+    "short": "wgmma on FP8 operands adds as Hopper does, with 13 fraction bits "
+    "(numerics/short_sum.py); all else as fp32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Options:
     """Of the schedule "random": the same seed gives the same run."""
     trace: list | None = None
     """Where to note every asynchronous operation (memory/operations.py); None: nowhere."""
+    accumulator: str = "fp32"
+    """How wgmma adds, see ACCUMULATORS."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 
@@ -63,6 +70,10 @@ class Options:
         object.__setattr__(self, "checks", tuple(self.checks))
         if unknown := set(self.checks) - set(CHECKS):
             raise ValueError(f"unknown checks {sorted(unknown)}; known are {', '.join(CHECKS)}")
+        if self.accumulator not in ACCUMULATORS:
+            raise ValueError(
+                f"unknown accumulator {self.accumulator!r}; known are {', '.join(ACCUMULATORS)}"
+            )
         if self.sms < 1:
             raise ValueError(f"sms must be at least 1, not {self.sms}")
         self.timing()

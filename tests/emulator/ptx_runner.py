@@ -20,7 +20,9 @@ HEADER = """.version 9.0
 """
 
 
-def launch(body, array, threads=128, *, grid=1, cluster=1, checks=(), header=HEADER):
+def launch(
+    body, array, threads=128, *, grid=1, cluster=1, checks=(), header=HEADER, accumulator="fp32"
+):
     """Run one kernel whose parameter is the address of array; %rd0 holds it, %r0 is %tid.x."""
     kernel = parse(header + body + "\nret;\n}\n").kernels["k"]
     memory = GlobalMemory()
@@ -37,6 +39,7 @@ def launch(body, array, threads=128, *, grid=1, cluster=1, checks=(), header=HEA
         memory,
         Checks(checks),
         100_000,
+        accumulator=accumulator,
     ).run()
 
 

@@ -55,7 +55,7 @@ FLOAT = {
     "sub.ftz.f32 %r9, %r1, %r2;": F - G,
     "mul.f32 %r9, %r1, 0f40000000;": F * np.float32(2),
     "fma.rn.f32 %r9, %r1, %r2, %r1;": (F.astype(np.float64) * G + F).astype(np.float32),
-    "ex2.approx.ftz.f32 %r9, %r1;": np.exp2(F),
+    "ex2.approx.f32 %r9, %r1;": np.exp2(F),
     "abs.f32 %r3, %r1; lg2.approx.f32 %r9, %r3;": np.log2(np.abs(F)),
     "rcp.approx.f32 %r9, %r1;": np.float32(1) / F,
     "abs.f32 %r3, %r1; sqrt.rn.f32 %r9, %r3;": np.sqrt(np.abs(F)),

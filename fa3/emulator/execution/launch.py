@@ -33,6 +33,7 @@ class Launch:
     instruction_limit: int
     sms: int = 132
     schedule: Schedule | None = None  # None: late if that check is on, else eager
+    accumulator: str = "fp32"
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]

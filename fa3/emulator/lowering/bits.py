@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Unsupported
+from ..numerics import integers
 from .emitter import DTYPE, KIND, instr_type, pair
 from .registry import lowers
 
@@ -68,10 +69,11 @@ def lop3(e, i):
 
 @lowers("prmt")
 def prmt(e, i):
-    if i.parts[1:] != ("b32",):
+    mode = i.parts[2] if len(i.parts) > 2 else None
+    if mode not in (None, *integers.PERMUTE_MODES):
         raise Unsupported("prmt mode")
     a, b, selector = (e.src(x, "u32") for x in i.args[1:4])
-    e.put(e.dst(i.args[0], "u32"), f"integers.permute_bytes({a},{b},{selector})")
+    e.put(e.dst(i.args[0], "u32"), f"integers.permute_bytes({a},{b},{selector},{mode!r})")
 
 
 @lowers("dp2a", "dp4a")

@@ -32,6 +32,7 @@ _FLOAT = {
     "max": "fmax({0},{1})",
     "min": "fmin({0},{1})",
     "ex2": "exp2({0})",
+    "ex2.ftz": "flush(exp2({0}))",
     "neg": "negative({0})",
     "selp": "where({2},{0},{1})",
     "mov": "{0}",
@@ -115,7 +116,8 @@ def _form(instr: Instr) -> tuple[str, list[str]]:
             f"convert.pack('{parts[-2]}',('rn',),{{0}}.reshape(-1),{{1}}.reshape(-1),"
             "{0}.size).reshape(-1,w.lanes)"
         ), ["words", array, array]
-    expression = expressions.get(head, "")
+    flushes = head == "ex2" and "ftz" in parts
+    expression = expressions.get(f"{head}.ftz" if flushes else head, "")
     if not set(parts[1:-1]) <= _MODIFIERS:
         return "", []
     arrays = [array] * (1 + sum(f"{{{i}}}" in expression for i in range(3)))

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import Unsupported
 from ..memory.generic import PARAMETERS, WINDOW_SHIFT
 from ..numerics import convert, halves, integers
+from ..numerics.formats import flush
 from ..ptx import Instr, Kernel
 
 BANK = {
@@ -65,7 +66,7 @@ class Emitter:
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
         self.names = {n: getattr(np, n) for n in _UFUNCS}
-        self.names.update(np=np, convert=convert, halves=halves, integers=integers)
+        self.names.update(np=np, convert=convert, flush=flush, halves=halves, integers=integers)
         self.names.update(
             {
                 t: np.dtype(t).type

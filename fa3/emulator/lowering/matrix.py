@@ -52,6 +52,7 @@ def _shape(e, i) -> wgmma.Shape:
         tuple(types),
         (bool(trans_a), bool(trans_b)),
         signs[0] * signs[1] < 0,
+        "satfinite" in i.parts,
         slice(int(accumulator[0]), int(accumulator[-1]) + 1) if contiguous else accumulator,
         registers,
         (frozenset(accumulator.tolist()), used),
@@ -67,7 +68,7 @@ def mma_(e, i):
     types = tuple(x for x in i.parts if x in _TYPES)
     d, a, b = ([e.index(x) for x in vector(v)] for v in i.args[:3])
     c = e.rows([e.src(x, "u32") for x in vector(i.args[3])])
-    e.call(mma.mma, (int(shape[6:]), types), d, a, b, c)
+    e.call(mma.mma, (int(shape[6:]), types, "satfinite" in i.parts), d, a, b, c)
 
 
 @lowers("ldmatrix", "stmatrix")

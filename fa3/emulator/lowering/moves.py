@@ -68,7 +68,7 @@ def cvt(e, i):
         return e.put(d, f"convert.pack('{dt}',{mods},{hi},{lo},w.lanes)")
     s = e.src(i.args[1], st)
     if st.endswith("x2") and dt.endswith("x2"):
-        return e.put(d, f"convert.unpack('{dt}','{st}',{s})")
+        return e.put(d, f"convert.repack('{dt}','{st}',{mods},{s})")
     if "f" not in (KIND[dt], KIND[st]) and "bf16" not in (dt, st) and "sat" not in mods:
         return e.put(d, f"{s}.astype({DTYPE[dt]})")
     if st == dt == "f32" and not mods:

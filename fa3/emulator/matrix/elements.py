@@ -19,9 +19,9 @@ ELEMENT = {
 
 
 def decode(x: np.ndarray, kind: str) -> np.ndarray:
-    """Stored elements -> float32."""
+    """Stored elements -> float32, integers -> float64, whose sums stay exact."""
     if kind == "bf16":
         return bf16_to_f32(x)
     if kind in FP8:
         return FP8[kind][x]
-    return x.astype(np.float32)
+    return x.astype(np.float64 if kind in ("s8", "u8") else np.float32)

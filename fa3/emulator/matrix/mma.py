@@ -15,8 +15,8 @@ def _warps(w, m) -> np.ndarray:
 
 
 def mma(w, m, how, d, a, b, c):
-    """how is (K, (D, A, B, C types)); d, a, b are register numbers, c rows."""
-    k, (d_type, a_type, b_type, _) = how
+    """how is (K, (D, A, B, C types), .satfinite); d, a, b are register numbers, c rows."""
+    k, (d_type, a_type, b_type, _), saturates = how
     warps = _warps(w, m)
     n = len(warps)
 
@@ -34,15 +34,16 @@ def mma(w, m, how, d, a, b, c):
     # (warp, row half, g, q, p) -> register 2 * half + p
     product = product.reshape(n, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, n, 32)
     old = np.stack([rows(x, w.lanes).reshape(-1, 32)[warps] for x in c])
-    for i, values in enumerate(_sum(product, old, d_type)):
+    for i, values in enumerate(_sum(product, old, d_type, saturates)):
         w.U[d[i]].reshape(-1, 32)[warps] = values
 
 
-def _sum(product, old, d_type):
+def _sum(product, old, d_type, saturates):
     if d_type == "f32":
         return (product + old.view(f4)).astype(f4).view(np.uint32)
     if d_type == "s32":
-        return (np.rint(product).astype(np.int32) + old.view(np.int32)).view(np.uint32)
+        total = product.astype(np.int64) + old.view(np.int32)
+        return (np.clip(total, -(2**31), 2**31 - 1) if saturates else total).astype(np.uint32)
     low = (product[0::2] + low_half(old).view(f2)).astype(f2).view(np.uint16)
     high = (product[1::2] + high_half(old).view(f2)).astype(f2).view(np.uint16)
     return join_halves(low, high)

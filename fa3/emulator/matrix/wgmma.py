@@ -9,8 +9,8 @@ other become one matrix product.  Compilers do read accumulators before the comm
 halves, which ptxas orders): generated code calls flush() before it touches a register of an issued
 MMA.
 
-Products accumulate in fp32 in the order of BLAS: the hardware truncates
-differently, for fp8 noticeably.
+Floating-point products accumulate in fp32 in the order of BLAS, where the hardware truncates; for
+FP8, where that is noticeable, options(accumulator="short") does as the hardware does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numpy as np
 
 from ..errors import KernelError, OutOfBounds
 from ..memory.operations import Operation
-from ..numerics.formats import f2, high_half, join_halves, low_half
+from ..numerics import short_sum
+from ..numerics.formats import FP8, f2, high_half, join_halves, low_half
 from . import descriptors
 from .elements import ELEMENT, decode
 
@@ -40,6 +41,7 @@ class Shape:
     types: tuple[str, str, str]  # D, A, B
     transposed: tuple[bool, bool]  # A, B are MN-major
     negated: bool  # scale-a * scale-b is -1
+    saturates: bool  # integer sums stop at the ends of their range
     accumulator: slice | np.ndarray  # rows of 32-bit registers
     a_registers: np.ndarray | None  # None: A is in shared memory
     registers: tuple[frozenset, frozenset]  # accumulator and A, for the check
@@ -52,6 +54,7 @@ class Shape:
             self.types,
             self.transposed,
             self.negated,
+            self.saturates,
             self.registers[0],
             self.a_registers is None,
         )
@@ -132,7 +135,7 @@ class Queue:
         for _, same in itertools.groupby(issued, lambda i: i.shape.key()):
             run: list[Issued] = []
             for i in same:
-                if run and not i.accumulate:  # starts afresh
+                if run and (not i.accumulate or i.shape.saturates):  # starts afresh
                     _multiply(self.w, run)
                     run = []
                 run.append(i)
@@ -189,7 +192,12 @@ def _multiply(w, run: list[Issued]) -> None:
     except KernelError as error:
         error.site = shape.site
         raise
-    _accumulate(w, shape, -(a @ b.T) if shape.negated else a @ b.T, run[0].accumulate)
+    if shape.negated:
+        a = -a
+    if w.launch.accumulator == "short" and shape.types[1] in FP8:
+        _accumulate_shortly(w, shape, a, np.ascontiguousarray(b.T), run[0].accumulate)
+    else:
+        _accumulate(w, shape, a @ b.T, run[0].accumulate)
 
 
 def _from_memory(w, descs, rows, kind, mn_major, name) -> np.ndarray:
@@ -216,9 +224,20 @@ def _from_registers(w, shape: Shape) -> np.ndarray:
     return decode(x.reshape(ROWS, shape.k), shape.types[1])
 
 
+def _fragments(product) -> np.ndarray:
+    """(64, N) -> (N / 2 elements, 128 lanes)"""
+    n = product.shape[1]
+    return product.reshape(4, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, 128)
+
+
+def _matrix(elements) -> np.ndarray:
+    """The inverse of _fragments."""
+    n = 2 * len(elements)
+    return elements.reshape(n // 8, 2, 2, 4, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(ROWS, n)
+
+
 def _accumulate(w, shape: Shape, product, keep: bool) -> None:
-    n, acc = shape.n, shape.accumulator
-    c = product.reshape(4, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, 128)
+    acc, c = shape.accumulator, _fragments(product)
     if shape.types[0] == "f32":
         w.floats[acc] = w.floats[acc] + c if keep else c
     elif shape.types[0] == "f16":
@@ -229,5 +248,30 @@ def _accumulate(w, shape: Shape, product, keep: bool) -> None:
         h = c.astype(f2).view(np.uint16)
         w.words[acc] = join_halves(h[0::2], h[1::2])
     else:
-        integers = np.rint(c).astype(np.int32).view(np.uint32)
-        w.words[acc] = integers + w.words[acc] if keep else integers
+        total = c.astype(np.int64)
+        if keep:
+            total += w.ints[acc]
+        if shape.saturates:
+            total = np.clip(total, -(2**31), 2**31 - 1)
+        w.words[acc] = total.astype(np.uint32)
+
+
+def _accumulate_shortly(w, shape: Shape, a, b, keep: bool) -> None:
+    """options(accumulator="short"): the steps of K one after another; a is (64, K), b (K, N)."""
+    halves, acc = shape.types[0] == "f16", shape.accumulator
+    c = np.zeros((ROWS, shape.n), np.float32)
+    if keep and halves:
+        old = w.words[acc]
+        both = np.stack([low_half(old).view(f2), high_half(old).view(f2)], 1)
+        c = _matrix(both.reshape(-1, 128)).astype(np.float32)
+    elif keep:
+        c = _matrix(w.floats[acc])
+    for i in range(0, len(b), short_sum.K):
+        step = slice(i, i + short_sum.K)
+        c = short_sum.add_products(np.ascontiguousarray(c), a[:, step], b[step], shape.types)
+    c = _fragments(c)
+    if halves:
+        h = c.astype(f2).view(np.uint16)
+        w.words[acc] = join_halves(h[0::2], h[1::2])
+    else:
+        w.floats[acc] = c

@@ -13,6 +13,7 @@ from .formats import (
     f32_to_bf16,
     f32_to_f16,
     f32_to_fp8,
+    halves,
     join_halves,
     rows,
     u2,
@@ -37,10 +38,16 @@ def pack(dst: str, mods: tuple[str, ...], hi, lo, n: int):
     return f32_to_fp8(lo, dst[:4]).astype(u2) | (f32_to_fp8(hi, dst[:4]).astype(u2) << u2(8))
 
 
-def unpack(dst: str, src: str, x):
-    """A packed fp8 pair (16 bits) -> packed halves: cvt.f16x2.e4m3x2 and friends."""
+def repack(dst: str, src: str, mods: tuple[str, ...], x):
+    """A packed pair -> a packed pair: cvt.f16x2.e4m3x2, cvt.e5m2x2.f16x2 and friends."""
+    if dst[:4] in FP8:
+        lo, hi = (v.astype(f4) for v in halves(x, src[:-2]))
+        return pack(dst, mods, hi, lo, len(x))
     table = FP8[src[:4]]
-    return unhalves(table[x & u2(0xFF)], table[x >> u2(8)], dst[:-2])
+    lo, hi = table[x & u2(0xFF)], table[x >> u2(8)]
+    if "relu" in mods:
+        lo, hi = np.maximum(lo, f4(0)), np.maximum(hi, f4(0))
+    return unhalves(lo, hi, dst[:-2])
 
 
 def scalar(dst: str, src: str, mods: tuple[str, ...], x):

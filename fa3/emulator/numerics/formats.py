@@ -6,6 +6,7 @@ import numpy as np
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 f2, f4, f8 = np.float16, np.float32, np.float64
+_SMALLEST_NORMAL = f4(2.0**-126)
 
 
 def bf16_to_f32(x):
@@ -54,7 +55,7 @@ _FP8_NAN = u1(0x7F)
 
 
 def f32_to_fp8(x, kind: str):
-    """Round to nearest even; overflow saturates (PTX requires .satfinite)."""
+    """Round to nearest even; overflow saturates (PTX requires .satfinite), NaN becomes 0x7F."""
     top = _LARGEST[kind]
     grid = FP8[kind][: top + 1].astype(f8)
     middle = (grid[:-1] + grid[1:]) / 2
@@ -62,8 +63,14 @@ def f32_to_fp8(x, kind: str):
     i = np.searchsorted(middle, a, side="left")
     tie = (i < top) & (a == middle[np.minimum(i, top - 1)])
     i = np.where(tie & (i & 1 == 1), i + 1, i)  # a tie went to the lower code: make it even
-    code = np.where(np.isnan(x), _FP8_NAN, np.minimum(i, top)).astype(u1)
-    return code | (np.signbit(x).astype(u1) << u1(7))
+    code = np.minimum(i, top).astype(u1) | (np.signbit(x).astype(u1) << u1(7))
+    return np.where(np.isnan(x), _FP8_NAN, code)
+
+
+def flush(x):
+    """.ftz on a fresh array of f32: subnormal values become zeros of their sign."""
+    x[np.abs(x) < _SMALLEST_NORMAL] *= f4(0)
+    return x
 
 
 def rows(x, n: int):

@@ -71,8 +71,21 @@ def lop3(a, b, c, table: int):
     return r
 
 
-def permute_bytes(a, b, selector):
-    """prmt, default mode: four selectors of four bits, bit 3 replicates the sign."""
+# prmt mode -> selector of the default mode, by the two low bits of its own
+PERMUTE_MODES = {
+    "f4e": (0x3210, 0x4321, 0x5432, 0x6543),
+    "b4e": (0x5670, 0x6701, 0x7012, 0x0123),
+    "rc8": (0x0000, 0x1111, 0x2222, 0x3333),
+    "ecl": (0x3210, 0x3211, 0x3222, 0x3333),
+    "ecr": (0x0000, 0x1110, 0x2210, 0x3210),
+    "rc16": (0x1010, 0x3232, 0x1010, 0x3232),
+}
+
+
+def permute_bytes(a, b, selector, mode: str | None = None):
+    """prmt; in the default mode four selectors of four bits, of which bit 3 replicates the sign."""
+    if mode is not None:
+        selector = np.array(PERMUTE_MODES[mode], u4)[selector & u4(3)]
     x = a.astype(u8) | (b.astype(u8) << u8(32))
     r = u4(0)
     for j in range(4):
