@@ -33,13 +33,24 @@ class Kernel:
 
 
 def _why_not_sm90(signature: Signature, target: Target) -> str | None:
+    return _why_not_hopper(target) or ("it takes 16-bit inputs" if signature.quantised else None)
+
+
+def _why_not_fp8_sm90(signature: Signature, target: Target) -> str | None:
+    return _why_not_hopper(target) or (None if signature.quantised else "it takes one-byte inputs")
+
+
+def _why_not_hopper(target: Target) -> str | None:
     if target.capability[0] != 9:
         major, minor = target.capability
         return f"it needs compute capability 9.x, {target.name} has {major}.{minor}"
     return None
 
 
-FORWARD = (Kernel("forward sm90", "fa3.kernels.sm90.fwd:ForwardSm90", _why_not_sm90),)
+FORWARD = (
+    Kernel("forward sm90", "fa3.kernels.sm90.fwd:ForwardSm90", _why_not_sm90),
+    Kernel("FP8 forward sm90", "fa3.kernels.sm90.fp8:ForwardFp8Sm90", _why_not_fp8_sm90),
+)
 
 
 def forward(signature: Signature, target: Target) -> Kernel:

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
-from .problem import check_tensors
+from .layout import check_tensors
+from .problem import BYTE_DTYPES
 
 # Tensor types whose memory a kernel can be given; others go through torch's dispatcher.
 _PLAIN = {Tensor, Parameter}
@@ -13,9 +14,6 @@ _PLAIN = {Tensor, Parameter}
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
 _NOT_YET = {
     "qv": None,
-    "q_descale": None,
-    "k_descale": None,
-    "v_descale": None,
     "attention_chunk": 0,
     "softcap": 0.0,
     "num_splits": 1,
@@ -43,11 +41,13 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     return_attn_probs=False,
     *,
     out=None,
+    check_scales=False,
 ):
-    """softmax(softmax_scale * q k^T) v in fp16 or bf16.
+    """softmax(softmax_scale * q k^T) v in fp16, bf16 or FP8.
 
     q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); h_q is a multiple of
-    h_k, query head h reads key head h // (h_q // h_k). Head dims are multiples of 8 up to 256.
+    h_k, query head h reads key head h // (h_q // h_k). Head dims are multiples of 16 bytes up to
+    256 elements: of 8 in fp16 and bf16, of 16 in FP8.
     Last dimensions are contiguous and tensors start at multiples of 16 bytes. Other strides are
     free; q, k or v is copied first if one of them is no multiple of 16 bytes, TMA's unit.
 
@@ -59,29 +59,33 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     deterministic: accepted; the forward pass always is.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
+    fp16, bf16: q, k, v and out have one dtype.
+    FP8: q, k, v are torch.float8_e4m3fn; k and v may be torch.float8_e5m2, and q and k may both be
+    torch.int8. The result is bf16, or what `out` is: bf16, fp16 or fp32.
+    q_descale, k_descale, v_descale: scales of one-byte inputs, value = byte * descale. Each is fp32
+    with any strides, in any of these shapes; None is 1. `fa3.quantize_fp8` makes them.
+
+        q_descale   (batch, h_k)                    one for all queries that read a key head
+                    (batch, h_q, ceil(s_q / 128))   [b, h, i // 128] for query i of query head h
+        k_descale   (batch, h_k)                    one for all keys of a head
+                    (batch, h_k, ceil(s_k / B))     [b, h, j // B] for key j; B is 64 or 128
+        v_descale   as k_descale, each with a B of its own, or
+                    (batch, h_k, 1, dv)             [b, h, 0, c] for channel c
+
+    check_scales: wait for the device and refuse scales that are not finite and above 0.
+
     Returns out, or with return_attn_probs=True the pair out and lse (batch, h_q, s_q), fp32, the
     natural logarithm of each row's sum of exponentials.
 
     Raises:
-        TypeError, ValueError: the message names the argument; nothing was launched or written.
+        TypeError, ValueError: the message names the argument; nothing was launched or written
+            (but for the comparisons of check_scales).
         NotImplementedError: an argument that is not supported yet, a tensor that requires grad, or
             a GPU without a kernel for the case.
     """
-    if (
-        qv is not None
-        or q_descale is not None
-        or k_descale is not None
-        or v_descale is not None
-        or attention_chunk
-        or softcap
-        or num_splits not in (0, 1)
-        or pack_gqa
-    ):
+    if qv is not None or attention_chunk or softcap or num_splits not in (0, 1) or pack_gqa:
         _refuse(
             qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
             attention_chunk=attention_chunk,
             softcap=softcap,
             num_splits=num_splits,
@@ -91,18 +95,44 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         left, right = window_size
     except (TypeError, ValueError):
         raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= _PLAIN
     if not plain:
         check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_grad(q=q, k=k, v=v)
-    if plain and not _is_watched():
+    if (
+        q_descale is not None
+        or k_descale is not None
+        or v_descale is not None
+        or q.dtype in BYTE_DTYPES
+    ):
+        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        options = softmax_scale, causal, left, right, sm_margin
+        out, lse = _fp8(q, k, v, out, descales, options, check_scales)
+    elif plain and not _is_watched():
         out, lse = ops.run(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
     else:
         out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
     return (out, lse) if return_attn_probs else out
+
+
+def _fp8(q, k, v, out, descales, options, check_scales):
+    """Attention of one-byte inputs, or the error that says what is not right."""
+    given = {name: x for name, x in descales.items() if x is not None}
+    check_tensors(**given)
+    if torch.is_grad_enabled():
+        _refuse_grad(**given)
+    if not isinstance(check_scales, bool):
+        raise TypeError(f"check_scales is {check_scales!r}, expected True or False")
+    scales = tuple(descales.values())
+    tensors = (q, k, v, *given.values())
+    if all(type(x) in _PLAIN for x in tensors) and not _is_watched():
+        return ops.run_fp8(q, k, v, out, scales, *options, check_scales=check_scales)
+    if out is None:
+        return torch.ops.fa3.forward_fp8(q, k, v, *scales, *options, check_scales)
+    return out, torch.ops.fa3.forward_fp8_out(q, k, v, out, *scales, *options, check_scales)
 
 
 def _is_watched() -> bool:

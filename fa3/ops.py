@@ -1,7 +1,7 @@
 """The way of one call, and the torch operators around it.
 
-Eager code calls `run` directly, which saves the operator boundary; `torch.compile`, fake tensors
-and dispatch modes go through `torch.ops.fa3`.
+Eager code calls `run` or `run_fp8` directly, which saves the operator boundary; `torch.compile`,
+fake tensors and dispatch modes go through `torch.ops.fa3`.
 """
 
 import functools
@@ -12,18 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, jit, reference, tuning
-from .problem import (
+from . import dispatch, jit, reference, scales, tuning
+from .layout import (
     Layout,
-    Options,
-    Problem,
     check_address,
     check_disjoint,
     check_last_stride,
-    check_out,
     odd_dimension,
     tma_strides,
 )
+from .problem import Options, Problem, check_out
+from .scales import Descales, Scales
 
 LOG2_E = math.log2(math.e)
 
@@ -31,7 +30,7 @@ LOG2_E = math.log2(math.e)
 class Plan(NamedTuple):
     """Everything about a call that does not depend on where its tensors lie."""
 
-    run: Callable  # run(q, k, v, out, lse, *scalars)
+    run: Callable  # run(q, k, v, out, lse, *scalars); three descales before the scalars of one-byte
     scalars: tuple[float, int, int, int]  # softmax_scale_log2, window_left, window_right, num_ctas
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
@@ -50,21 +49,41 @@ def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_m
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
     options = Options(softmax_scale, causal, window_left, window_right, sm_margin)
     problem = Problem.of(*layouts.values(), options)
+    return _plan(problem, layouts, None if out is None else Layout(*out))
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
+    """The same for one-byte inputs.
+
+    tensors: the fields of the `Layout`s of q, k, v and out; descales: those of q, k and v.
+    """
+    q, k, v, out = _layouts(tensors)
+    descales = Descales(*_layouts(descales))
+    problem = Problem.of(q, k, v, Options(*options), descales, out and out.dtype)
+    return _plan(problem, {"q": q, "k": k, "v": v}, out), problem.scales
+
+
+def _layouts(fields) -> list[Layout | None]:
+    return [None if x is None else Layout(*x) for x in fields]
+
+
+def _plan(problem: Problem, layouts: dict[str, Layout], out: Layout | None) -> Plan:
     for name, layout in layouts.items():
         check_last_stride(name, layout)
     copies = tuple(odd_dimension(layout) is not None for layout in layouts.values())
+    sources = zip(layouts.values(), copies, strict=True)
+    views = [None if copy else tma_strides(layout) for layout, copy in sources]
     if out is not None:
-        layouts["out"] = Layout(*out)
-        check_out(layouts["out"], problem)
+        check_out(out, problem)
+        views.append(tma_strides(out))
     run, num_ctas = _kernel_of(problem)
-    views = tuple(tma_strides(layout) for layout in layouts.values())
-    views = tuple(None if i < 3 and copies[i] else view for i, view in enumerate(views))
     return Plan(
         run,
         (problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, num_ctas),
         problem.out_shape,
         problem.lse_shape,
-        views if any(views) else None,
+        tuple(views) if any(views) else None,
         copies if any(copies) and not problem.is_empty else None,
     )
 
@@ -115,8 +134,7 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
         sm_margin,
     )
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            check_address(name, tensor)
+        _check_addresses(q=q, k=k, v=v)
     if out is None:
         out = q.new_empty(*plan.out_shape)  # sizes apart: half the time of a tuple of them
     else:
@@ -124,16 +142,51 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
         check_disjoint(out, q=q, k=k, v=v)
         torch.autograd.graph.increment_version(out)
     lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
+    if plan.copies is None and plan.views is None:
+        plan.run(q, k, v, out, lse, *plan.scalars)
+    else:
+        plan.run(*_for_tma(plan, q, k, v, out), lse, *plan.scalars)
+    return out, lse
+
+
+def run_fp8(q, k, v, out, descales, *options, check_scales):
+    """The same for one-byte q, k and v; descales: (q_descale, k_descale, v_descale)."""
+    given = (None if x is None else Layout.of(x) for x in descales)
+    tensors = (Layout.of(q), Layout.of(k), Layout.of(v), None if out is None else Layout.of(out))
+    plan, scales_of_call = plan_fp8_of(tensors, tuple(given), *options)
+    _check_addresses(q=q, k=k, v=v)
+    named = {f"{name}_descale": x for name, x in zip("qkv", descales, strict=True) if x is not None}
+    for name, x in named.items():
+        check_address(name, x, scales.BYTES)
+    if out is not None:
+        check_address("out", out)
+        check_disjoint(out, q=q, k=k, v=v, **named)
+    if check_scales:
+        scales.check_values(**named)
+    if out is None:
+        out = q.new_empty(*plan.out_shape, dtype=torch.bfloat16)
+    else:
+        torch.autograd.graph.increment_version(out)
+    lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
+    views = scales_of_call.views(q.device, *descales)
+    plan.run(*_for_tma(plan, q, k, v, out), lse, *views, *plan.scalars)
+    return out, lse
+
+
+def _check_addresses(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check_address(name, tensor)
+
+
+def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:
+    """q, k, v and out as TMA can take them, copied where a view does not do."""
     if plan.copies is not None:
         tensors = zip((q, k, v), plan.copies, strict=True)
         q, k, v = (t.contiguous() if copy else t for t, copy in tensors)
     if plan.views is None:
-        plan.run(q, k, v, out, lse, *plan.scalars)
-    else:
-        tensors = zip((q, k, v, out), (*plan.views, None), strict=False)
-        views = (t if strides is None else t.as_strided(t.shape, strides) for t, strides in tensors)
-        plan.run(*views, lse, *plan.scalars)
-    return out, lse
+        return q, k, v, out
+    tensors = zip((q, k, v, out), (*plan.views, None), strict=False)
+    return tuple(t if strides is None else t.as_strided(t.shape, strides) for t, strides in tensors)
 
 
 @torch.library.custom_op("fa3::forward", mutates_args=())
@@ -177,3 +230,64 @@ def _(q, k, v, out, *options):
     problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), Options())
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fa3::forward_fp8", mutates_args=())
+def forward_fp8(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    sm_margin: int = 0,
+    check_scales: bool = False,
+) -> tuple[Tensor, Tensor]:
+    descales = q_descale, k_descale, v_descale
+    options = softmax_scale, causal, window_left, window_right, sm_margin
+    return run_fp8(q, k, v, None, descales, *options, check_scales=check_scales)
+
+
+@forward_fp8.register_fake
+def _(q, k, v, q_descale, k_descale, v_descale, *options):
+    problem = _fake_fp8(q, k, v, None, q_descale, k_descale, v_descale)
+    out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
+    return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fa3::forward_fp8_out", mutates_args=("out",))
+def forward_fp8_out(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    sm_margin: int = 0,
+    check_scales: bool = False,
+) -> Tensor:
+    descales = q_descale, k_descale, v_descale
+    options = softmax_scale, causal, window_left, window_right, sm_margin
+    return run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)[1]
+
+
+@forward_fp8_out.register_fake
+def _(q, k, v, out, q_descale, k_descale, v_descale, *options):
+    problem = _fake_fp8(q, k, v, out, q_descale, k_descale, v_descale)
+    check_out(Layout.of(out), problem)
+    return q.new_empty(problem.lse_shape, dtype=torch.float32)
+
+
+def _fake_fp8(q, k, v, out, *descales) -> Problem:
+    given = Descales(*(None if x is None else Layout.of(x) for x in descales))
+    layouts = Layout.of(q), Layout.of(k), Layout.of(v)
+    return Problem.of(*layouts, Options(), given, None if out is None else out.dtype)

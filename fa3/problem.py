@@ -5,39 +5,35 @@ runs on fake tensors and is tested without memory. Each message names the argume
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 
-from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Signature, head_dim_tile
+from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
+from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
+from .scales import Descales, Scales
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-ALIGNMENT = 16  # bytes: TMA's unit for addresses and strides
+BYTE_DTYPES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
+OUT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# dtype of q -> those that k and v may have
+K_DTYPES = {
+    torch.float16: (torch.float16,),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float8_e4m3fn: (torch.float8_e4m3fn, torch.float8_e5m2),
+    torch.int8: (torch.int8,),
+}
+V_DTYPES = {**K_DTYPES, torch.int8: K_DTYPES[torch.float8_e4m3fn]}
 MAX_HEAD_DIM = HEAD_DIM_TILES[-1]
 # Positions are int32 in the kernel: tiles may reach past the length, a window is added on top.
 MAX_LENGTH = 2**31 - 1024
 MAX_LENGTH_LOCAL = UNBOUNDED - 1024
-MAX_STRIDE = 2**39  # elements; TMA's strides have 40 bits of bytes
 
 Q_SHAPE = "(batch, s_q, h_q, d)"
 K_SHAPE = "(batch, s_k, h_k, d)"
 V_SHAPE = "(batch, s_k, h_k, dv)"
-
-
-class Layout(NamedTuple):
-    """What a check may know of a tensor: everything but its address."""
-
-    shape: Sequence[int]
-    stride: Sequence[int]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Layout":
-        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 class Options(NamedTuple):
@@ -61,8 +57,12 @@ class Problem:
     h_k: int
     head_dim: int
     head_dim_v: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of q
+    k_dtype: torch.dtype
+    v_dtype: torch.dtype
+    out_dtype: torch.dtype
     device: torch.device
+    scales: Scales | None  # for one-byte inputs
     softmax_scale: float
     mask: str  # full, causal or local
     window_left: int  # as the kernel wants it: UNBOUNDED where there is none
@@ -70,8 +70,18 @@ class Problem:
     sm_margin: int
 
     @classmethod
-    def of(cls, q: Layout, k: Layout, v: Layout, options: Options) -> "Problem":
+    def of(
+        cls,
+        q: Layout,
+        k: Layout,
+        v: Layout,
+        options: Options,
+        descales: Descales = Descales(),  # noqa: B008 - immutable
+        out_dtype: torch.dtype | None = None,
+    ) -> "Problem":
         """Check everything that does not depend on strides or addresses.
+
+        out_dtype: of the result of one-byte inputs, by default bf16; that of 16-bit ones is q's.
 
         Raises:
             TypeError: a dtype or an option has the wrong type.
@@ -97,7 +107,11 @@ class Problem:
             head_dim,
             head_dim_v,
             q.dtype,
+            k.dtype,
+            v.dtype,
+            _out_dtype_of(q.dtype, out_dtype),
             q.device,
+            _scales_of(q, v, descales),
             _scale_of(options.softmax_scale, head_dim),
             mask,
             left,
@@ -108,11 +122,19 @@ class Problem:
     @property
     def signature(self) -> Signature:
         """The part of the problem that a kernel is compiled for."""
-        return Signature(
-            DTYPES[self.dtype],
-            head_dim_tile(self.head_dim),
-            head_dim_tile(self.head_dim_v),
-            self.mask,
+        tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
+        if self.scales is None:
+            return Signature(DTYPES[self.dtype], *tiles, self.mask)
+        return Signature(BYTE_DTYPES[self.dtype], *tiles, self.mask, self._quantised)
+
+    @property
+    def _quantised(self) -> Quantised:
+        return Quantised(
+            BYTE_DTYPES[self.k_dtype],
+            BYTE_DTYPES[self.v_dtype],
+            OUT_DTYPES[self.out_dtype],
+            k_blocks=self.scales.k.block > 0,
+            v_block=self.scales.v.block,
         )
 
     @property
@@ -129,49 +151,11 @@ class Problem:
         return self.batch == 0 or self.s_q == 0 or self.h_q == 0
 
 
-def check_tensors(**tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-
-
-def check_last_stride(name: str, layout: Layout) -> None:
-    if 0 not in layout.shape and layout.stride[-1] != 1:
-        raise ValueError(f"{name} has stride {layout.stride[-1]} in its last dimension, expected 1")
-
-
-def odd_dimension(layout: Layout) -> int | None:
-    """The first dimension whose stride TMA cannot express: its unit is 16 bytes."""
-    size = layout.dtype.itemsize
-    for dim, (n, step) in enumerate(zip(layout.shape[:-1], layout.stride, strict=False)):
-        if n > 1 and (step * size % ALIGNMENT or step >= MAX_STRIDE):
-            return dim
-    return None
-
-
-def tma_strides(layout: Layout) -> tuple[int, ...] | None:
-    """Strides that TMA accepts where a dimension of size 1 has an arbitrary one; else None."""
-    unit = ALIGNMENT // layout.dtype.itemsize
-    fixed = tuple(
-        layout.shape[-1] if n == 1 and (step % unit or step >= MAX_STRIDE) else step
-        for n, step in zip(layout.shape, layout.stride, strict=True)
-    )
-    return None if fixed == tuple(layout.stride) else fixed
-
-
-def check_address(name: str, tensor: torch.Tensor) -> None:
-    offset = tensor.data_ptr() % ALIGNMENT
-    if offset:
-        raise ValueError(
-            f"{name} starts {offset} bytes past a multiple of {ALIGNMENT} bytes, expected 0"
-        )
-
-
 def check_out(out: Layout, problem: Problem) -> None:
     """The result must fit the tensor that the caller brought, element by element."""
     for what, given, wanted in (
         ("shape", tuple(out.shape), problem.out_shape),
-        ("dtype", out.dtype, problem.dtype),
+        ("dtype", out.dtype, problem.out_dtype),
         ("device", out.device, problem.device),
     ):
         if given != wanted:
@@ -182,7 +166,7 @@ def check_out(out: Layout, problem: Problem) -> None:
         raise ValueError(
             f"out has stride {out.stride[dim]} in dimension {dim}, that is "
             f"{out.stride[dim] * size} bytes, expected a multiple of {ALIGNMENT} bytes below "
-            f"{MAX_STRIDE * size}"
+            f"{MAX_STRIDE}"
         )
     ordered = sorted((step, n) for step, n in zip(out.stride, out.shape, strict=True) if n > 1)
     reach = 0
@@ -195,37 +179,45 @@ def check_out(out: Layout, problem: Problem) -> None:
         reach += step * (n - 1)
 
 
-def check_disjoint(out: torch.Tensor, **inputs: torch.Tensor) -> None:
-    """out may share its storage with an input, but not the span of memory that it covers."""
-    start, end = _span(out)
-    for name, tensor in inputs.items():
-        first, last = _span(tensor)
-        if start < last and first < end:
-            raise ValueError(
-                f"out covers the addresses {start:#x} to {end:#x}, which overlap those of {name}, "
-                f"{first:#x} to {last:#x}"
-            )
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First address and the one after the last."""
-    if tensor.numel() == 0:
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    count = 1 + sum((n - 1) * step for n, step in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + count * tensor.itemsize
-
-
 def _check_types(q: Layout, k: Layout, v: Layout) -> None:
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
+    if q.dtype not in K_DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}, expected {_either(K_DTYPES)}")
     if q.device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"q is on device {q.device}, expected cuda or cpu")
-    for name, layout in (("k", k), ("v", v)):
-        if layout.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {layout.dtype} but q has {q.dtype}")
+    for name, layout, allowed in (("k", k, K_DTYPES[q.dtype]), ("v", v, V_DTYPES[q.dtype])):
+        if layout.dtype not in allowed:
+            raise TypeError(
+                f"{name} has dtype {layout.dtype} but q has {q.dtype}, expected {_either(allowed)}"
+            )
         if layout.device != q.device:
             raise ValueError(f"{name} is on device {layout.device} but q is on {q.device}")
+
+
+def _either(dtypes) -> str:
+    *others, last = map(str, dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _scales_of(q: Layout, v: Layout, descales: Descales) -> Scales | None:
+    if q.dtype in BYTE_DTYPES:
+        return Scales.of(q, v, descales)
+    for name, layout in zip("qkv", descales, strict=True):
+        if layout is not None:
+            raise ValueError(
+                f"{name}_descale is a tensor but q has dtype {q.dtype}, expected None: "
+                "only one-byte inputs have scales"
+            )
+    return None
+
+
+def _out_dtype_of(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
+    if dtype in DTYPES:
+        return dtype
+    if out_dtype is None:
+        return torch.bfloat16
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f"out has dtype {out_dtype}, expected {_either(OUT_DTYPES)}")
+    return out_dtype
 
 
 def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
@@ -247,11 +239,13 @@ def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
             raise ValueError(
                 f"{name} has {what} {given} but {other} has {wanted} (dimension {dim})"
             )
+    unit = ALIGNMENT // q.dtype.itemsize
     for name, layout in (("q", q), ("v", v)):
         d = layout.shape[3]
-        if d <= 0 or d > MAX_HEAD_DIM or d % 8:
+        if d <= 0 or d > MAX_HEAD_DIM or d % unit:
             raise ValueError(
-                f"{name} has head dim {d}, expected a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+                f"{name} has head dim {d}, expected a multiple of {unit} from {unit} to "
+                f"{MAX_HEAD_DIM} for {layout.dtype}"
             )
     h_q, h_k = q.shape[2], k.shape[2]
     if (h_k == 0 and h_q > 0) or (h_k > 0 and h_q % h_k):

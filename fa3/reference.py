@@ -6,13 +6,32 @@ import math
 import torch
 
 from .kernels.signature import Signature
+from .scales import Q_BLOCK, block_of
 
 SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 
 
 def bind(signature: Signature):
     """A function that is called as the kernel compiled for `signature` is."""
+    if signature.quantised is not None:
+        return functools.partial(_forward_fp8, signature.mask, signature.quantised.v_block)
     return functools.partial(_forward, signature.mask)
+
+
+def _forward_fp8(mask, v_block, q, k, v, out, lse, q_descale, k_descale, v_descale, *scalars):  # noqa: PLR0913
+    """The same for one-byte q, k and v, with descales as `Scales.views` makes them."""
+    q_scales = per_row(q_descale, q.shape[1], Q_BLOCK)
+    q = q.float() * q_scales.repeat_interleave(q.shape[2] // q_scales.shape[2], dim=2)
+    k = k.float() * per_row(k_descale, k.shape[1], block_of(k_descale.shape[2], k.shape[1]))
+    channels = v_descale[:, None]  # (b, 1, h_k, dv)
+    v = v.float() * (per_row(v_descale, v.shape[1], v_block) if v_block else channels)
+    _forward(mask, q, k, v, out, lse, *scalars)
+
+
+def per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """(b, h, n), a scale per `block` rows or one for all -> (b, length, h, 1)."""
+    index = (torch.arange(length, device=descale.device) // block).clamp(max=descale.shape[2] - 1)
+    return descale[:, :, index].transpose(1, 2)[..., None]
 
 
 def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num_ctas):

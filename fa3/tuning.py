@@ -1,5 +1,7 @@
 """Which FwdConfig a Signature gets: a table, one row per pair of head dim tiles."""
 
+from dataclasses import replace
+
 from .kernels.config import FwdConfig
 from .kernels.signature import Signature
 
@@ -24,9 +26,17 @@ FORWARD = {
     (256, 256): {"any": FwdConfig(tile_n=80)},  # 781
 }
 
+# The same for one-byte inputs.
+FORWARD_FP8 = {dims: {"any": FwdConfig(tile_n=128)} for dims in FORWARD}
+
 
 def forward(signature: Signature) -> FwdConfig:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
+    table = FORWARD if signature.quantised is None else FORWARD_FP8
     widest = max(signature.head_dim, signature.head_dim_v)
-    row = FORWARD.get((signature.head_dim, signature.head_dim_v)) or FORWARD[widest, widest]
-    return row.get(signature.mask) or row["any"]
+    row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
+    config = row.get(signature.mask) or row["any"]
+    v_block = 0 if signature.quantised is None else signature.quantised.v_block
+    if v_block % config.tile_n:  # a tile would reach over two scales of v
+        return replace(config, tile_n=v_block)
+    return config

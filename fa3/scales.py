@@ -1,0 +1,160 @@
+"""Scales: what the descales of one-byte inputs are. value = byte * descale.
+
+    q_descale   (b, h_k) per batch and key head   (b, h_q, ceil(s_q / 128)) per 128 queries
+    k_descale   (b, h_k)                          (b, h_k, ceil(s_k / B))   per B keys, 64 or 128
+    v_descale   (b, h_k)                          (b, h_k, ceil(s_k / B))   per B keys, 64 or 128
+                                                  (b, h_k, 1, dv)           per channel
+
+The kernel takes each as (b, heads, n) in fp32 with any strides: a dimension that a form lacks has
+stride 0, and None is a one that is read for all of them. Rank and length tell the forms apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .layout import Layout
+
+Q_BLOCK = 128  # queries per scale
+K_BLOCKS = (128, 64)  # keys per scale; the first where both make one block
+BYTES = 4  # of a descale, which may start at any multiple of them
+
+_ones: dict[torch.device, torch.Tensor] = {}
+
+
+class Descales(NamedTuple):
+    """Layouts of the descales, as the caller gave them."""
+
+    q: Layout | None = None
+    k: Layout | None = None
+    v: Layout | None = None
+
+
+class Form(NamedTuple):
+    """One way to lay out the scales of a tensor."""
+
+    what: str
+    shape: tuple[int, ...]
+    width: int  # last dimension of what the kernel takes
+    block: int = 0  # rows per scale; 0: all rows of a head have the same
+
+
+@dataclass(frozen=True)
+class ScaleView:
+    """How the kernel is given one descale."""
+
+    block: int  # rows per scale; 0: all rows of a head have the same
+    shape: tuple[int, int, int]  # (b, heads, n)
+    stride: tuple[int, int, int]
+    as_given: bool  # no view is needed
+
+    @classmethod
+    def of(cls, form: Form, layout: Layout | None) -> "ScaleView":
+        shape = (*form.shape[:2], form.width)
+        if layout is None:
+            return cls(form.block, shape, (0, 0, 0), False)
+        last = 0 if len(form.shape) == 2 else layout.stride[-1]
+        return cls(form.block, shape, (*layout.stride[:2], last), len(form.shape) == 3)
+
+    def __call__(self, descale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        if self.as_given:
+            return descale
+        return (_one(device) if descale is None else descale).as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The three descales of one call."""
+
+    q: ScaleView
+    k: ScaleView
+    v: ScaleView
+
+    @classmethod
+    def of(cls, q: Layout, v: Layout, descales: Descales) -> "Scales":
+        """Check the descales against q (b, s_q, h_q, d) and v (b, s_k, h_k, dv).
+
+        Raises:
+            TypeError: a dtype is not float32.
+            ValueError: a shape has none of the forms, or a device is not that of q.
+        """
+        forms = forms_of(q.shape, v.shape)
+        return cls(
+            *(
+                ScaleView.of(_form_of(name, layout, forms[name], q.device), layout)
+                for name, layout in zip("qkv", descales, strict=True)
+            )
+        )
+
+    def views(self, device, q_descale, k_descale, v_descale) -> tuple[torch.Tensor, ...]:
+        """(b, h_q or h_k, n), (b, h_k, n), and (b, h_k, n) per block, else (b, h_k, dv)."""
+        return self.q(q_descale, device), self.k(k_descale, device), self.v(v_descale, device)
+
+
+def forms_of(q_shape: Sequence[int], v_shape: Sequence[int]) -> dict[str, list[Form]]:
+    """The forms that each descale may have; the first also stands for None."""
+    batch, s_q, h_q, _ = q_shape
+    _, s_k, h_k, head_dim_v = v_shape
+
+    def per_head(width: int) -> Form:
+        return Form("(batch, h_k)", (batch, h_k), width)
+
+    def per_block(rows: str, length: int, heads: int, block: int) -> Form:
+        count = num_blocks(length, block)
+        return Form(f"per {block} {rows}", (batch, heads, count), count, block)
+
+    keys = [per_block("keys", s_k, h_k, block) for block in K_BLOCKS]
+    channels = Form("per channel", (batch, h_k, 1, head_dim_v), head_dim_v)
+    return {
+        "q": [per_head(1), per_block("queries", s_q, h_q, Q_BLOCK)],
+        "k": [per_head(1), *keys],
+        "v": [per_head(head_dim_v), *keys, channels],
+    }
+
+
+def num_blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def block_of(count: int, length: int) -> int:
+    """Keys per scale where `length` keys have `count` scales, as the kernel infers it."""
+    return next((block for block in K_BLOCKS if num_blocks(length, block) == count), K_BLOCKS[0])
+
+
+def check_values(**descales: torch.Tensor | None) -> None:
+    """Wait for the device and see that all scales are finite and above zero."""
+    given = {name: x for name, x in descales.items() if x is not None and not x.is_meta}
+    wrong = {name: ~(x > 0) | x.isinf() for name, x in given.items()}
+    if not wrong or not torch.stack([x.any() for x in wrong.values()]).any():
+        return
+    for name, x in wrong.items():
+        places = x.nonzero()
+        if len(places):
+            index = tuple(places[0].tolist())
+            value = given[name][index].item()
+            raise ValueError(f"{name} is {value} at {index}, expected a finite number above 0")
+
+
+def _form_of(name: str, layout: Layout | None, forms: list[Form], device: torch.device) -> Form:
+    if layout is None:
+        return forms[0]
+    if layout.dtype != torch.float32:
+        raise TypeError(f"{name}_descale has dtype {layout.dtype}, expected torch.float32")
+    if layout.device != device:
+        raise ValueError(f"{name}_descale is on device {layout.device} but q is on {device}")
+    for form in forms:
+        if tuple(layout.shape) == form.shape:
+            return form
+    wanted = " or ".join(f"{form.shape} ({form.what})" for form in forms)
+    raise ValueError(f"{name}_descale has shape {tuple(layout.shape)}, expected {wanted}")
+
+
+def _one(device: torch.device) -> torch.Tensor:
+    """A single 1, kept per device; the copy from the host is over before any stream reads it."""
+    if device in _ones:
+        return _ones[device]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones((), device=device)  # belongs to the graph, whose replay writes it
+    return _ones.setdefault(device, torch.ones(()).to(device))
