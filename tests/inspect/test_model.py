@@ -14,7 +14,7 @@ from fa3.inspect.model.cli import machine
 from fa3.inspect.model.machine import Machine
 from fa3.inspect.model.ops import decode, decode_all
 from fa3.inspect.model.predict import bound, tflops
-from fa3.inspect.model.producer import transpose, v_bytes
+from fa3.inspect.model.producer import Beside, transpose, v_bytes
 from fa3.inspect.model.simulate import kv_bytes, simulate
 from fa3.inspect.model.trace import TAKEN, trace
 from fa3.inspect.model.traffic import Traffic
@@ -210,7 +210,12 @@ def test_each_warp_transposes_its_share_of_v():
 def test_shared_memory_of_a_step():
     """Head dim 128, 128 x 128: Q is read by every product, K and V by each warpgroup."""
     found = transpose(program(TRANSPOSE + FP8))
-    traffic = Traffic.of(fp8(2), found.share(128 * 128, 4), Machine())
+    traffics = [
+        Traffic.of(fp8(2), Beside(found.share(128 * 128, warps), warps), Machine())
+        for warps in (4, 2)
+    ]
+    assert traffics[0] == traffics[1]
+    traffic = traffics[0]
     assert traffic.a == 2 * 64 * 128 / 128
     assert traffic.b == 2 * 2 * 128 * 128 / 128
     assert traffic.tma == 2 * 128 * 128 / 128
@@ -224,7 +229,7 @@ def test_a_transpose_that_is_no_bottleneck_only_contends():
     traces = fp8(2)
     found = transpose(program(TRANSPOSE + FP8))
     share = found.share(128 * 128, 4)
-    alone, beside = (simulate(traces, CALM, 24, p) for p in ([], share))
+    alone, beside = (simulate(traces, CALM, 24, p) for p in (None, Beside(share, 4)))
     assert beside.flops == alone.flops
     assert alone.cycles < beside.cycles < alone.cycles + 2 * len(share) + 256
     assert beside.busy["stolen"] > 0 == alone.busy["stolen"]
@@ -233,9 +238,9 @@ def test_a_transpose_that_is_no_bottleneck_only_contends():
 
 def test_a_slow_transpose_holds_the_consumers_up():
     traces, steps = fp8(2), straight(repeat(900, "FADD R{0}, R{0}, R{0}"), stall=4)
-    result = simulate(traces, CALM, 24, steps)
+    result = simulate(traces, CALM, 24, Beside(steps, 4))
     assert result.cycles == pytest.approx(3600, rel=0.01)
-    assert simulate(traces, CALM, 24, steps, ahead=1).cycles > 3600 + 1000
+    assert simulate(traces, CALM, 24, Beside(steps, 4, ahead=1)).cycles > 3600 + 1000
 
 
 def test_an_emulated_exponential_takes_nine_instructions():

@@ -9,8 +9,9 @@ from pathlib import Path
 from . import whatif
 from .machine import CLOCK, TAIL, Machine
 from .predict import Settings, predict
+from .producer import AHEAD, WARPS
 from .report import text, timeline
-from .simulate import AHEAD, ITERATIONS
+from .simulate import ITERATIONS
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -27,7 +28,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of the machine"
     )
     p.add_argument(
-        "--transposers", type=int, default=4, help="warps that transpose V (%(default)s)"
+        "--transposers",
+        type=int,
+        default=WARPS,
+        help="warps that transpose V (%(default)s); 0: what if it came transposed",
     )
     p.add_argument(
         "--ahead", type=int, default=AHEAD, help="blocks of V they may be ahead (%(default)s)"

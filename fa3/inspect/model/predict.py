@@ -7,8 +7,8 @@ from functools import cached_property
 from ..report import Report, analyse
 from .machine import CLOCK, RIVALS, SMS, TAIL, Machine
 from .ops import decode
-from .producer import Transpose, transpose, v_bytes
-from .simulate import AHEAD, ITERATIONS, Result, kv_bytes, simulate
+from .producer import AHEAD, WARPS, Beside, Transpose, transpose, v_bytes
+from .simulate import ITERATIONS, Result, kv_bytes, simulate
 from .trace import Trace, trace
 from .traffic import Traffic
 
@@ -26,8 +26,8 @@ class Settings:
     tail: float = TAIL
     iterations: int = ITERATIONS
     consumers: int | None = None  # warpgroups; None: all of the launch but one
-    transposers: int = 4  # warps of the producer that transpose V, one per sub-partition
-    ahead: int = AHEAD  # blocks of V that they may be ahead of the consumers
+    transposers: int = WARPS  # of the producer's warps; 0: what if V needed no transpose
+    ahead: int = AHEAD  # blocks of V that they may be before the consumers
     rescale_always: bool = False  # run what the steady state jumps over or leaves out, see trace
     edits: tuple[Edit, ...] = ()  # what-ifs, applied to each warp's trace in turn
 
@@ -38,7 +38,7 @@ class Prediction:
     settings: Settings
     traces: list[Trace]  # one steady iteration of each consumer warpgroup
     transpose: Transpose | None  # of V in shared memory
-    producer: Trace  # what a warp of the producer issues meanwhile for the transpose
+    producer: Beside | None  # what it takes meanwhile
     result: Result
 
     @property
@@ -68,7 +68,7 @@ class Prediction:
 
     @property
     def issue_floor(self) -> int:
-        return sum(map(len, self.traces)) + len(self.producer)
+        return sum(map(len, self.traces)) + (len(self.producer.steps) if self.producer else 0)
 
     @property
     def kv_bytes_per_cycle(self) -> float:
@@ -90,9 +90,8 @@ class Prediction:
         rates = []
         for steal, slow, clock in RIVALS:
             machine = replace(self.settings.machine, steal=steal, slow=slow)
-            rates.append(
-                self._rate(_run(self.traces, self.producer, machine, self.settings), clock)
-            )
+            result = simulate(self.traces, machine, self.settings.iterations, self.producer)
+            rates.append(self._rate(result, clock))
         return rates
 
     def _rate(self, result: Result, clock: float) -> float:
@@ -111,13 +110,12 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
     """`predict` for a kernel that was read already."""
     traces = traces_of(report, settings)
     found = transpose(report.program)
-    producer = found.share(v_bytes(traces[0]), settings.transposers) if found else []
-    result = _run(traces, producer, settings.machine, settings)
+    producer = None
+    if found and settings.transposers:
+        steps = found.share(v_bytes(traces[0]), settings.transposers)
+        producer = Beside(steps, settings.transposers, settings.ahead)
+    result = simulate(traces, settings.machine, settings.iterations, producer)
     return Prediction(report, settings, traces, found, producer, result)
-
-
-def _run(traces: list[Trace], producer: Trace, machine: Machine, settings: Settings) -> Result:
-    return simulate(traces, machine, settings.iterations, producer, settings.ahead)
 
 
 def traces_of(report: Report, settings: Settings) -> list[Trace]:

@@ -10,9 +10,13 @@ from dataclasses import dataclass, replace
 from ..flow import Flow, NaturalLoop
 from ..loops import cheapest_way
 from ..sass import Instruction, Program
-from .ops import operand_bytes, registers_hold_a
+from .machine import Machine
+from .ops import Op, decode_all, operand_bytes, registers_hold_a
 from .trace import TAKEN, Trace
 
+SUB_PARTITIONS = 4
+WARPS = 3  # that transpose: one of the producer's four issues the copies
+AHEAD = 2  # blocks of V that wait transposed
 MATRIX_BYTES = 128  # an 8 x 8 matrix of 16-bit pairs, of which LDSM and STSM move up to four
 
 
@@ -30,6 +34,29 @@ class Transpose:
         rounds = v_bytes / (warps * self.bytes)
         whole = int(rounds)
         return self.steps * whole + self.steps[: round((rounds - whole) * len(self.steps))]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The producer's part in one iteration."""
+
+    steps: Trace = ()  # of one warp, on a sub-partition that has one
+    warps: int = WARPS  # of the SM that do the same
+    ahead: int = AHEAD  # iterations that they may be before the consumers
+
+    def ops(self, machine: Machine) -> list[Op]:
+        """Named barriers are free: they join warps of the producer.
+
+        A sub-partition has a quarter of the bandwidth of shared memory; where not every one has
+        such a warp, those that have one get more.
+        """
+        found = decode_all(self.steps, machine, 0)
+        for op in found:
+            op.kind = "control" if op.kind in ("turn", "pass", "meet") else op.kind
+            op.busy, op.smem = (
+                (x * self.warps / SUB_PARTITIONS if op.smem else x) for x in (op.busy, op.smem)
+            )
+        return found
 
 
 def transpose(program: Program) -> Transpose | None:

@@ -15,9 +15,9 @@ def text(prediction: Prediction) -> str:
     loop, code = p.report.steady, p.report.program.code
     counts = [len(steps) for steps in p.traces]
     beside = ""
-    if p.transpose:
-        t = p.transpose
-        beside = f"; {len(p.producer)} of the transpose of V ({t.head:#x} to {t.latch:#x}) beside"
+    if p.producer:
+        where = f"{p.transpose.head:#x} to {p.transpose.latch:#x}"
+        beside = f"; {len(p.producer.steps)} of the transpose of V ({where}) beside"
     shapes = Counter("x".join(map(str, x.mma_shape)) for x in p.traces[-1] if x.is_mma)
     mmas = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
     what = "with every skippable block" if p.settings.rescale_always else "on the straight way"

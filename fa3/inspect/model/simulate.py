@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from .machine import Machine
 from .ops import VECTOR, Op, decode_all, operand_bytes
+from .producer import Beside
 from .trace import Trace
 
 NEVER = float("inf")
 SKEWS = (0, 150, 400, 700, 1100)  # cycles by which each warpgroup starts after the one before
 ITERATIONS = 40
-AHEAD = 2  # blocks of V that wait transposed
 STARVED = 20  # times the iterations asked for that one warp may do while another does none
 NO_BARRIER = 7
 UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform")
@@ -72,14 +72,10 @@ def simulate(
     traces: list[Trace],
     machine: Machine,
     iterations: int = ITERATIONS,
-    producer: Trace = (),
-    ahead: int = AHEAD,
+    producer: Beside | None = None,
 ) -> Result:
-    """The median of runs from several starting skews between the warpgroups, and their spread.
-
-    producer: what its warp issues per iteration, up to `ahead` iterations before the consumers.
-    """
-    runs = [Simulation(traces, machine, k, producer, ahead).run(iterations) for k in SKEWS]
+    """The median of runs from several starting skews between the warpgroups, and their spread."""
+    runs = [Simulation(traces, machine, k, producer).run(iterations) for k in SKEWS]
     runs.sort(key=lambda r: r.cycles)
     middle = runs[len(runs) // 2]
     middle.spread = (runs[-1].cycles - runs[0].cycles) / middle.cycles
@@ -98,8 +94,7 @@ class Simulation:
     traces: list[Trace]
     machine: Machine
     skew: int
-    producer: Trace = ()
-    ahead: int = AHEAD
+    producer: Beside | None = None
     now: float = 0.0
     last: int = 0  # the warp that issued last
     limit: int = 0  # iterations of one warp
@@ -112,10 +107,7 @@ class Simulation:
         self.warps = [Warp(x, w * self.skew) for w, x in enumerate(ops)]
         self.consumers = self.warps[:]
         if self.producer:
-            steps = decode_all(self.producer, self.machine, count)
-            for op in steps:
-                op.kind = "control" if op.kind in ("turn", "pass", "meet") else op.kind
-            self.warps.append(Warp(steps, 0))
+            self.warps.append(Warp(self.producer.ops(self.machine), 0))
         self.ring = all({"turn", "pass"} <= {op.kind for op in x} for x in ops)
         names = ("fma0", "fma1", "alu", "xu", "uniform", "lsu", "registers")
         self.free = dict.fromkeys(names, 0.0)
@@ -179,10 +171,11 @@ class Simulation:
 
     def _may_begin(self, warp: Warp) -> bool:
         """An iteration needs its block of V transposed; the transpose needs an empty slot."""
-        if warp.pc or len(self.warps) == len(self.consumers):
+        if warp.pc or self.producer is None:
             return True
         if warp is self.warps[-1]:
-            return warp.iteration < min(other.iteration for other in self.consumers) + self.ahead
+            slowest = min(other.iteration for other in self.consumers)
+            return warp.iteration < slowest + self.producer.ahead
         return warp.iteration < self.warps[-1].iteration
 
     def _unit_free(self, w: int, op: Op) -> float:

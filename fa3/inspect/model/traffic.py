@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from .machine import Machine
 from .ops import a_bytes, decode, operand_bytes
+from .producer import Beside
 from .simulate import kv_bytes
 from .trace import Trace
 
@@ -19,20 +20,16 @@ class Traffic:
     other: float  # loads and stores of the consumers
 
     @classmethod
-    def of(cls, traces: list[Trace], producer: Trace, machine: Machine) -> "Traffic":
+    def of(cls, traces: list[Trace], producer: Beside | None, machine: Machine) -> "Traffic":
         mmas = [x for steps in traces for x in steps if x.is_mma]
         rest = [x for steps in traces for x in steps if not x.is_mma]
-
-        def cycles(code: Trace) -> float:
-            return sum(decode(x, machine).smem for x in code)
-
         rate = machine.smem_bytes
         return cls(
             a=sum(map(a_bytes, mmas)) / rate,
             b=sum(map(operand_bytes, mmas)) / rate,
             tma=kv_bytes(traces[0]) / rate,
-            transpose=cycles(producer),
-            other=cycles(rest),
+            transpose=sum(op.smem for op in producer.ops(machine)) if producer else 0,
+            other=sum(decode(x, machine).smem for x in rest),
         )
 
     @property
