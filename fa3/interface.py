@@ -1,4 +1,4 @@
-"""The public functions: FA3's names, order, defaults and meaning."""
+"""The public functions: FA3's names, order, defaults and meaning, and FP8 in one call."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from torch.nn import Parameter
 from . import ops
 from .layout import check_tensors
 from .problem import BYTE_DTYPES
+from .quantize import quantize_fp8
 
 # Tensor types whose memory a kernel can be given; others go through torch's dispatcher.
 _PLAIN = {Tensor, Parameter}
@@ -94,7 +95,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     try:
         left, right = window_size
     except (TypeError, ValueError):
-        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
+        raise _not_a_pair(window_size) from None
     plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= _PLAIN
     if not plain:
         check_tensors(q=q, k=k, v=v)
@@ -116,6 +117,81 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     else:
         out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
     return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    *,
+    hadamard=True,
+    smooth_k=True,
+    block_scales=True,
+    v_per_channel=False,
+    rows_per_block=128,
+    qk_dtype=torch.float8_e4m3fn,
+    sm_margin=0,
+    return_attn_probs=False,
+    out=None,
+):
+    """Attention of fp16 or bf16 tensors, computed in FP8: quantize_fp8, then flash_attn_func.
+
+    q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); head dims are multiples
+    of 16 up to 256. The result, and `out`, have their dtype.
+    hadamard, smooth_k, block_scales, v_per_channel, rows_per_block, qk_dtype: as in quantize_fp8.
+    hadamard, on by default, needs a d that is a power of two.
+    The other arguments: as in flash_attn_func. lse is that of q and k as given, before smooth_k.
+
+    Raises:
+        TypeError, ValueError: the message names the argument; nothing was launched (but an
+            sm_margin beyond the device is refused after the quantisation) and out is as it was.
+        NotImplementedError: a tensor that requires grad, or a GPU without a kernel for the case.
+    """
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise _not_a_pair(window_size) from None
+    check_tensors(q=q, k=k, v=v)
+    if out is not None:
+        _check_out(out)
+    if not _is_watched():
+        ops.check(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    inputs = quantize_fp8(
+        q,
+        k,
+        v,
+        hadamard=hadamard,
+        smooth_k=smooth_k,
+        block_scales=block_scales,
+        v_per_channel=v_per_channel,
+        rows_per_block=rows_per_block,
+        qk_dtype=qk_dtype,
+    )
+    if out is None and q.dtype != torch.bfloat16:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+    out, lse = flash_attn_func(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        softmax_scale,
+        causal,
+        q_descale=inputs.q_descale,
+        k_descale=inputs.k_descale,
+        v_descale=inputs.v_descale,
+        window_size=window_size,
+        sm_margin=sm_margin,
+        return_attn_probs=True,
+        out=out,
+    )
+    if not return_attn_probs:
+        return out
+    if smooth_k:
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        lse = torch.add(lse, inputs.lse_shift, alpha=scale)
+    return out, lse
 
 
 def _fp8(q, k, v, out, descales, options, check_scales):
@@ -144,6 +220,10 @@ def _dispatched(q, k, v, out, *options):
     if out is None:
         return torch.ops.fa3.forward(q, k, v, *options)
     return out, torch.ops.fa3.forward_out(q, k, v, out, *options)
+
+
+def _not_a_pair(window_size) -> TypeError:
+    return TypeError(f"window_size is {window_size!r}, expected a pair (left, right)")
 
 
 def _check_out(out) -> None:

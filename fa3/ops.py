@@ -64,6 +64,14 @@ def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
     return _plan(problem, {"q": q, "k": k, "v": v}, out), problem.scales
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
+def _check_layouts(tensors, *options) -> None:
+    *inputs, out = _layouts(tensors)
+    problem = Problem.of(*inputs, Options(*options))
+    if out is not None:
+        check_out(out, problem)
+
+
 def _layouts(fields) -> list[Layout | None]:
     return [None if x is None else Layout(*x) for x in fields]
 
@@ -171,6 +179,14 @@ def run_fp8(q, k, v, out, descales, *options, check_scales):
     views = scales_of_call.views(q.device, *descales)
     plan.run(*_for_tma(plan, q, k, v, out), lse, *views, *plan.scalars)
     return out, lse
+
+
+def check(q, k, v, out, *options) -> None:
+    """What `run` checks of the options and of `out`, for a call that quantises q, k and v first."""
+    tensors = Layout.of(q), Layout.of(k), Layout.of(v), None if out is None else Layout.of(out)
+    _check_layouts(tensors, *options)
+    if out is not None:
+        check_address("out", out)
 
 
 def _check_addresses(**tensors: Tensor) -> None:
