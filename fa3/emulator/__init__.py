@@ -21,6 +21,7 @@ from .errors import (
     KernelError,
     Misaligned,
     MissingProxyFence,
+    MissingWgmmaFence,
     OutOfBounds,
     Race,
     RegisterInFlight,
@@ -34,10 +35,10 @@ from .settings import ACCUMULATORS, ALL_CHECKS, CHECKS, SCHEDULES, Options, conf
 # fmt: off
 __all__ = [
     "ACCUMULATORS", "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock",
-    "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence", "Options", "OutOfBounds",
-    "Race", "RegisterInFlight", "Runaway", "ScheduleDifference", "SetupError", "Uninitialized",
-    "Unsupported", "call", "compare_schedules", "configure", "install", "installed", "launches",
-    "options", "register", "remember",
+    "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence", "MissingWgmmaFence",
+    "Options", "OutOfBounds", "Race", "RegisterInFlight", "Runaway", "ScheduleDifference",
+    "SetupError", "Uninitialized", "Unsupported", "call", "compare_schedules", "configure",
+    "install", "installed", "launches", "options", "register", "remember",
 ]
 # fmt: on
 

@@ -20,6 +20,7 @@ class Checks:
         self.uninit = "uninit" in on
         self.poison = "poison" in on
         self.wgmma = "wgmma" in on
+        self.fence = "fence" in on
         self.late = "late" in on
         self.mbarrier = "mbarrier" in on
         self.race = "race" in on
@@ -86,37 +87,3 @@ class GenericWrites:
                 f"{what} reads shared memory at {word * 4:#x} written through the generic proxy "
                 f"by thread {int(self.thread[word]) % 1024} without a fence.proxy.async since"
             )
-
-
-class RegistersInFlight:
-    """32-bit registers that unfinished wgmmas of one warpgroup write or read, by commit group."""
-
-    def __init__(self):
-        self.accumulators: list[frozenset] = []
-        self.operands: list[frozenset] = []
-        self._open: set[int] = set()
-        self._open_operands: set[int] = set()
-
-    def issue(self, accumulator: frozenset, operand: frozenset) -> None:
-        self._open |= accumulator
-        self._open_operands |= operand
-
-    def commit(self) -> None:
-        self.accumulators.append(frozenset(self._open))
-        self.operands.append(frozenset(self._open_operands))
-        self._open, self._open_operands = set(), set()
-
-    def wait(self, keep: int) -> None:
-        del self.accumulators[: max(0, len(self.accumulators) - keep)]
-        del self.operands[: max(0, len(self.operands) - keep)]
-
-    def __bool__(self):
-        return bool(self.accumulators or self._open)
-
-    def conflict(self, touched: frozenset, written: frozenset) -> tuple[str, set]:
-        """("accumulator" or "A operand" or "", registers misused) by one instruction or several."""
-        if busy := set(self._open).union(*self.accumulators) & touched:
-            return "accumulator", busy
-        if busy := set(self._open_operands).union(*self.operands) & written:
-            return "A operand", busy
-        return "", set()

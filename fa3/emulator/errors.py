@@ -46,6 +46,10 @@ class RegisterInFlight(KernelError):
     """A register of an unfinished wgmma is used or overwritten (check "wgmma")."""
 
 
+class MissingWgmmaFence(KernelError):
+    """A wgmma uses registers that no wgmma.fence hands over to it (check "fence")."""
+
+
 class Race(KernelError):
     """Accesses to shared memory that nothing orders (check "race")."""
 

@@ -12,6 +12,7 @@ CHECKS = {
     "uninit": "reads of shared memory that nothing wrote (some kernels mask the values later)",
     "poison": "shared memory and registers start as NaN patterns, so that using them shows",
     "wgmma": "registers of a wgmma in flight used or overwritten before wait_group",
+    "fence": "registers of a wgmma that others used, with no wgmma.fence since",
     "late": "asynchronous work completes as late as it may: bulk loads when nothing else can run, "
     "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",

@@ -116,15 +116,16 @@ def test_accumulators_in_flight(emulator, gemm):
 
 
 def test_operands_in_flight_may_be_read_but_not_overwritten():
-    from fa3.emulator.checks import RegistersInFlight
+    from fa3.emulator.checks import Checks
+    from fa3.emulator.registers import WgmmaRegisters
 
-    flight = RegistersInFlight()
-    flight.issue(frozenset({1}), frozenset({2}))
+    flight = WgmmaRegisters(Checks(("wgmma",)))
+    flight.issue(frozenset({1}), frozenset({2}), ())
     flight.commit()
     assert flight.conflict(frozenset({2}), frozenset()) == ("", set())
     assert flight.conflict(frozenset({2}), frozenset({2})) == ("A operand", {2})
     flight.wait(0)
-    assert not flight and flight.conflict(frozenset({1, 2}), frozenset({2})) == ("", set())
+    assert not flight.busy and flight.conflict(frozenset({1, 2}), frozenset({2})) == ("", set())
 
 
 def test_deadlock_at_a_named_barrier_lists_who_waits_where(emulator, compiled):

@@ -107,15 +107,15 @@ def run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
     whole = fr.mask.tobytes() == w.ones
     lowered = w.launch.lowered
     segments = lowered.whole if whole else lowered.masked
-    in_flight = w.in_flight
+    registers = w.registers
     w.current = fr
     pc = fr.pc
     while True:
         if not whole and (kind := lowered.converges(pc)) and not _converged(w, fr, pc, kind):
             return budget
         segment = segments.get(pc) or lowered.build(pc, whole)
-        if in_flight and segment.touched:
-            w.check_in_flight(segment)
+        if registers is not None and segment.touched:
+            registers.run(segment, lowered)
         w.instructions += segment.length
         w.segments += 1
         after = segment.run(w, fr)

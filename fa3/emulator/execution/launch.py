@@ -44,7 +44,8 @@ class Launch:
         if self.schedule is None:
             self.schedule = Schedule("late" if self.checks.late else "eager")
         self._validate()
-        self.lowered = lower(self.kernel, self.checks.wgmma, self.schedule.kind == "random")
+        tracked = self.checks.wgmma or self.checks.fence
+        self.lowered = lower(self.kernel, tracked, self.schedule.kind == "random")
 
     def _validate(self) -> None:
         if any(d % c for d, c in zip(self.grid, self.cluster, strict=True)):

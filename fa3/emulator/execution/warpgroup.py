@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import RegistersInFlight
-from ..errors import RegisterInFlight
 from ..matrix.wgmma import Queue
 from ..memory.groups import Groups
 from ..numerics.formats import rows
+from ..registers import WgmmaRegisters
 from . import fragments
 from .fragments import Fragment
 from .special import SpecialRegisters
@@ -45,7 +44,8 @@ class Warpgroup:
         self.instructions = self.segments = 0
         self.cluster_generation = np.zeros(self.lanes, np.int64)
         self.wgmma = Queue(self)
-        self.in_flight = RegistersInFlight() if self.checks.wgmma else None
+        tracked = self.checks.wgmma or self.checks.fence
+        self.registers = WgmmaRegisters(self.checks) if tracked else None
         self.races = self.cluster.races
         self.groups_kept = self.launch.schedule.defers or self.races is not None
         self.bulk, self.cp_async = Groups(), Groups()  # by lane, by warp; empty unless kept
@@ -87,21 +87,3 @@ class Warpgroup:
 
     def run(self) -> bool:
         return fragments.run(self)
-
-    def check_in_flight(self, segment) -> None:
-        """Check "wgmma", before a segment is executed."""
-        if not self.in_flight or not self.in_flight.conflict(segment.touched, segment.written)[0]:
-            return
-        for pc, touched, written in segment.registers():
-            what, busy = self.in_flight.conflict(touched, written)
-            if busy:
-                regs = self.launch.kernel.regs
-                names = sorted(n for n, (cls, i) in regs.items() if cls == "w" and i in busy)
-                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                error = RegisterInFlight(
-                    f"{what} register {names[0]}{more} "
-                    f"{'used' if what == 'accumulator' else 'overwritten'} while its wgmma is "
-                    "still in flight (no wait_group)"
-                )
-                error.site = pc
-                raise error

@@ -16,7 +16,7 @@ _TYPES = ("f16", "bf16", "f32", "tf32", "e4m3", "e5m2", "s8", "s32", "u8")
 def wgmma_(e, i):
     action = i.parts[1]
     if action == "fence":
-        return
+        return e.line(f"{e.bind(wgmma.fence)}(w)")
     if action == "commit_group":
         return e.line(f"{e.bind(wgmma.commit)}(w)")
     if action == "wait_group":

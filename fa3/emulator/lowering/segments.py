@@ -6,12 +6,13 @@ or leave, or, if lanes are missing, before one that whole warps execute together
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import Unsupported
-from ..execution import fragments
+from ..execution import fragments, report
 from ..ptx import Kernel
 from .bundles import Item, bundle, describe
 from .emitter import Emitter
@@ -28,6 +29,7 @@ class Segment:
     length: int  # instructions
     touched: frozenset = frozenset()  # 32-bit registers named, if the check wants to know
     written: frozenset = frozenset()
+    operands: frozenset = frozenset()  # those touched that wgmmas use
     instructions: list = field(default_factory=list)  # (pc, touched, written) of each
 
     def registers(self) -> Iterator[tuple[int, frozenset, frozenset]]:
@@ -58,6 +60,15 @@ class Lowered:
         self._leaders = set(kernel.labels.values())
         self._converges = [converges(i) for i in kernel.code] + [None]
         self._pcs: dict[object, list[int]] = {}  # code object -> pc of each source line
+
+    @functools.cached_property
+    def _of_wgmmas(self) -> frozenset:
+        """Registers that wgmmas use."""
+        products = (i for i in self.kernel.code if i.parts[:2] == ("wgmma", "mma_async"))
+        return frozenset().union(*(self._named(i.args[:2]) for i in products))
+
+    def place(self, pc: int) -> str:
+        return report.place(self.kernel.code[pc])
 
     def converges(self, pc: int) -> str | None:
         return self._converges[pc]
@@ -183,6 +194,7 @@ class Lowered:
             segment.instructions.append((pc, touched, written))
         segment.touched = frozenset().union(*(t for _, t, _ in segment.instructions))
         segment.written = frozenset().union(*(x for _, _, x in segment.instructions))
+        segment.operands = segment.touched & self._of_wgmmas
 
     def _named(self, operands: list) -> frozenset:
         """32-bit registers among operands."""

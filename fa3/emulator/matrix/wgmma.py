@@ -156,8 +156,9 @@ def operands(issued: Issued) -> list[np.ndarray]:
 
 def issue(w, shape: Shape, a, b, accumulate):
     """wgmma.mma_async; a and b are rows with descriptors (a None: registers)."""
-    if w.in_flight is not None:
-        w.in_flight.issue(*shape.registers)
+    if w.registers is not None:
+        form = shape.n, shape.k, shape.types[0]
+        w.registers.issue(*shape.registers, form, w.launch.lowered)
     issued = Issued(
         shape,
         None if a is None else int(a[0]),
@@ -169,16 +170,21 @@ def issue(w, shape: Shape, a, b, accumulate):
         w.wgmma.group.append(issued)
 
 
+def fence(w):
+    if w.registers is not None:
+        w.registers.fence()
+
+
 def commit(w):
     w.wgmma.commit()
-    if w.in_flight is not None:
-        w.in_flight.commit()
+    if w.registers is not None:
+        w.registers.commit()
 
 
 def wait(w, keep):
     w.wgmma.wait(keep)
-    if w.in_flight is not None:
-        w.in_flight.wait(keep)
+    if w.registers is not None:
+        w.registers.wait(keep)
 
 
 def _multiply(w, run: list[Issued]) -> None:
