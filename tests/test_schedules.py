@@ -85,7 +85,7 @@ def inputs(run: Run) -> list[torch.Tensor]:
 def function(run: Run, q, k, v, name=KERNEL):
     """A function without arguments that launches the kernel: () -> (out, lse)."""
     signature = Signature("bf16", run.head_dim, run.head_dim_v, run.mask)
-    config = Forced(run.tile_n, run.warpgroups, run.stages, run.space)
+    config = Forced(run.tile_n, run.warpgroups, run.stages, space=run.space)
     kernel = jit.compile(name, signature, config, "emulator")
     scale = run.head_dim**-0.5 * math.log2(math.e)
 
