@@ -22,11 +22,11 @@ class ScaledSoftmax:
 
     The products of each block are accumulated on their own and added to O in fp32 afterwards
     (two-level accumulation), so that rescaling O by alpha costs nothing and the maximum can follow
-    every block: P uses the whole range of e4m3, and no P saturates.
+    every block: P uses the whole range of e4m3, and none saturates.
     """
 
-    maximum: cute.Tensor  # (2,) of scale * S, in log2
-    alpha: cute.Tensor  # (2,) what the last update of the maximum makes of everything before
+    maximum: cute.Tensor  # (2,) of S * scale, in log2
+    alpha: cute.Tensor  # (2,) what the last update makes of everything before
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P, before its rounding to e4m3
 
     @staticmethod
@@ -60,11 +60,10 @@ class ScaledSoftmax:
         """y -> P in place, and to the sum."""
         exponentiate(acc_S, self.row_sum)
 
-    def factors(self, unit_change: Float32 | None) -> tuple:
+    def factors(self, unit_change: Float32 | None, factors: cute.Tensor):
         """By what O is to be multiplied when the products of the last update's P are added."""
-        if unit_change is None:
-            return self.alpha[0], self.alpha[1]
-        return self.alpha[0] * unit_change, self.alpha[1] * unit_change
+        for r in range(2):
+            factors[r] = self.alpha[r] if unit_change is None else self.alpha[r] * unit_change
 
     @cute.jit
     def finish(self, lse: cute.Tensor, factors: cute.Tensor):

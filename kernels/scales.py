@@ -38,7 +38,8 @@ class Scales:
     def of_keys(self, tile: Any, s_k, tile_n: int, quantised: Quantised) -> "KeyScales":
         k, v = (t[None, tile.head_kv, tile.batch] for t in (self.k, self.v))
         is_coarse = k.shape[0] * KEY_GROUP < s_k
-        return KeyScales(k, v, Int32(is_coarse), tile_n, quantised)
+        k_of_head = None if quantised.k_blocks else k[0]
+        return KeyScales(k, v, k_of_head, Int32(is_coarse), tile_n, quantised)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class KeyScales:
 
     k: cute.Tensor  # (blocks,)
     v: cute.Tensor  # (blocks,), or (dv,) if the scales belong to channels
+    k_of_head: Float32 | None  # if k has no blocks
     shift: Any  # log2 of the key groups in a block of k
     tile_n: cutlass.Constexpr[int]
     quantised: cutlass.Constexpr[Quantised]
@@ -58,9 +60,9 @@ class KeyScales:
 
     def of_scores(self, n_block) -> tuple[Float32, ...]:
         """The scale of K for each group of a tile's columns."""
+        if self.k_of_head is not None:
+            return (self.k_of_head,)
         first, last_block = n_block * self.num_groups, self.k.shape[0] - 1
-        if not self.quantised.k_blocks:
-            return (self.k[0],)
         groups = range(self.num_groups)
         return tuple(self.k[minimum((first + g) >> self.shift, last_block)] for g in groups)
 

@@ -168,7 +168,7 @@ class ForwardFp8Sm90(ForwardSm90):
             query = q.wait_and_advance()
             scale_log2 = scalars.scale_log2 * q_scale
             blocks = tiles.blocks_of(tile)
-            k, v = attend(frag, softmax, unit, scales, scale_log2, mask, turn, k, v, blocks)
+            k, v = attend(frag, softmax, unit, scales, scale_log2, mask, turn, k, v, blocks, rings.vt)
             query.release()
             softmax.finish(lse, factors)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)

@@ -64,20 +64,17 @@ def _transpose_stage(plan: cutlass.Constexpr, rows, columns, worker, lane):
     load_op = warp.LdMatrix8x8x16bOp(transpose=True, num_matrices=4)
     load_atom = cute.make_copy_atom(load_op, Int16)
     store_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), Int16)
-    by_channels = plan.head_dim_v // UNIT[1]
-    num_units = plan.tile_n // UNIT[0] * by_channels
-    for unit in cutlass.range(worker, num_units, TRANSPOSING_WARPS, unroll=2):
-        key_unit, channel_unit = unit // by_channels, unit % by_channels
-        loaded = cute.make_rmem_tensor(8, Int16)
-        cute.copy(load_atom, _row(rows, UNIT[0] * key_unit + lane, channel_unit), loaded)
-        stored = cute.make_rmem_tensor(8, Int16)
-        a, b = (cute.recast_tensor(t, Int32) for t in (loaded, stored))
-        for half in cutlass.range_constexpr(2):
-            low, high = a[2 * half], a[2 * half + 1]
-            b[2 * half] = cute.arch.prmt(low, high, Int32(FIRST_BYTES))
-            b[2 * half + 1] = cute.arch.prmt(low, high, Int32(SECOND_BYTES))
+    for channel_unit in cutlass.range(worker, plan.head_dim_v // UNIT[1], TRANSPOSING_WARPS):
         channel = UNIT[1] * channel_unit + lane % 16
-        cute.copy(store_atom, stored, _row(columns, channel, 2 * key_unit + lane // 16))
+        for key_unit in cutlass.range_constexpr(plan.tile_n // UNIT[0]):
+            loaded, stored = (cute.make_rmem_tensor(8, Int16) for _ in range(2))
+            cute.copy(load_atom, _row(rows, UNIT[0] * key_unit + lane, channel_unit), loaded)
+            a, b = (cute.recast_tensor(t, Int32) for t in (loaded, stored))
+            for half in cutlass.range_constexpr(2):
+                low, high = a[2 * half], a[2 * half + 1]
+                b[2 * half] = cute.arch.prmt(low, high, Int32(FIRST_BYTES))
+                b[2 * half + 1] = cute.arch.prmt(low, high, Int32(SECOND_BYTES))
+            cute.copy(store_atom, stored, _row(columns, channel, 2 * key_unit + lane // 16))
 
 
 def _row(pairs: cute.Tensor, row, chunk) -> cute.Tensor:

@@ -28,6 +28,7 @@ class Fp8Fragments:
     acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
     acc_O: cute.Tensor  # ((2, 2, slice / 8), 1, slices) fp32 registers
     block_O: cute.Tensor  # ((2, 2, slice / 8), 1, 1 or 2) fp32 registers: P V of one block
+    factors: cute.Tensor  # (2,) by what to multiply O when block_O is added to it
 
     @staticmethod
     def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "Fp8Fragments":
@@ -48,6 +49,7 @@ class Fp8Fragments:
             acc_S=cute.make_rmem_tensor(s_shape, Float32),
             acc_O=cute.make_rmem_tensor(o_shape, Float32),
             block_O=cute.make_rmem_tensor(block_shape, Float32),
+            factors=cute.make_rmem_tensor(2, Float32),
         )
 
     @property
@@ -64,11 +66,15 @@ class Fp8Fragments:
         acc = _slice(self.block_O, self._buffer(part))
         issue_gemm(self.mma.pv, acc, self.p, v, False)
 
-    def add_output(self, factors: tuple, part: int = 0):
+    def start(self):
+        for t in (self.acc_O, self.block_O, self.factors):
+            t.fill(0.0)
+
+    def add_output(self, part: int = 0):
         """O = O * factors (by row) + P V, for a slice whose product has been waited for."""
         total, block = _slice(self.acc_O, part), _slice(self.block_O, self._buffer(part))
         for i in range(cute.size(total)):
-            total[i] = total[i] * factors[i // 2 % 2] + block[i]
+            total[i] = total[i] * self.factors[i // 2 % 2] + block[i]
 
     def _buffer(self, part: int) -> int:
         return part % cute.size(self.block_O, mode=[2])
@@ -116,10 +122,11 @@ def attend(
     k: Any,
     v: Any,
     blocks: Any,
+    vt: Any,
 ):
     """One query tile: O (not normalised) and the state of its softmax."""
     softmax.start()
-    frag.acc_O.fill(0.0)
+    frag.start()
     unit.start(scales.of_values(blocks.n_max - 1))
     key_scales = scales.of_scores(blocks.n_max - 1)
     key = k.wait_and_advance()
@@ -134,6 +141,10 @@ def attend(
             n_block = phase.n_end - 1 - i
             key_scales = scales.of_scores(n_block)
             value_scale = scales.of_values(n_block + 1)
+            warpgroup.wait_group(0)
+            if n_block < blocks.n_max - 2:
+                vt.release(vt.slot_before(v))
+            frag.add_output()
             softmax.exponentiate(frag.acc_S)
             pack(frag.acc_S, frag.p)
             key = k.wait_and_advance()
@@ -144,21 +155,22 @@ def attend(
             turn.pass_on()
             warpgroup.wait_group(1)
             key.release()
-            factors = softmax.factors(unit.change_to(value_scale))
+            softmax.factors(unit.change_to(value_scale), frag.factors)
             if cutlass.const_expr(phase.is_masked):
                 mask.apply(frag.acc_S, n_block)
             softmax.update(frag.acc_S, tuple(s * scale_log2 for s in key_scales))
-            warpgroup.wait_group(0)
-            value.release()
-            frag.add_output(factors)
 
     value_scale = scales.of_values(blocks.n_min)
+    warpgroup.wait_group(0)
+    if blocks.count > 1:
+        vt.release(vt.slot_before(v))
+    frag.add_output()
     softmax.exponentiate(frag.acc_S)
     pack(frag.acc_S, frag.p)
     value = v.wait_and_advance()
     frag.issue_output(value.index)
-    factors = softmax.factors(unit.change_to(value_scale))
+    softmax.factors(unit.change_to(value_scale), frag.factors)
     warpgroup.wait_group(0)
     value.release()
-    frag.add_output(factors)
+    frag.add_output()
     return k, v
