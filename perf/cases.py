@@ -3,17 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 TOKENS = 16_384  # the setting of the FlashAttention-3 paper: batch * length
 HIDDEN = 2_048  # and heads * head dim
 HEAD_DIMS = (64, 128, 256)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
+FORWARD, FORWARD_FP8 = PASSES = ("forward", "forward fp8")
 
 
 @dataclass(frozen=True)
 class Case:
     """Self-attention of `batch` sequences; q, k, v and out are (batch, length, heads, head_dim)."""
 
-    dtype: str  # "bf16" or "fp16"
+    dtype: str  # one of DTYPES
     head_dim: int
     causal: bool
     length: int
@@ -25,6 +29,10 @@ class Case:
     def paper(cls, dtype: str, head_dim: int, causal: bool, length: int) -> "Case":
         """16k tokens in all, hidden size 2048; one sequence where it alone is longer."""
         return cls(dtype, head_dim, causal, length, max(TOKENS // length, 1), HIDDEN // head_dim)
+
+    @property
+    def of_pass(self) -> str:
+        return FORWARD_FP8 if self.dtype == "e4m3" else FORWARD
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

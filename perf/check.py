@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from .backends import Scaled
 from .cases import Case
 
-# worst row of all, relative to that row's length: several times what rounding P and O costs
-ROW_ERROR = {"bf16": 2e-2, "fp16": 4e-3}
+# worst row of all, relative to that row's length: several times what rounding costs, that of P and
+# O in 16 bits, in e4m3 also that of q, k and v to scales of their own
+ROW_ERROR = {"bf16": 2e-2, "fp16": 4e-3, "e4m3": 0.2}
 SCORES_BYTES = 2 << 30  # fp32 scores held at a time
 
 
@@ -50,8 +52,9 @@ def exact(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.unflatten(0, (case.batch, case.heads)).transpose(1, 2)
 
 
-def row_error(out: Tensor, expected: Tensor) -> float:
+def row_error(out: Tensor | Scaled, expected: Tensor) -> float:
     """The worst |out - expected| / |expected| of a query row (b, s, h); inf if anything is nan."""
-    difference = (out.float() - expected).norm(dim=-1)
+    out = out.decoded() if isinstance(out, Scaled) else out.float()
+    difference = (out - expected).norm(dim=-1)
     worst = (difference / expected.norm(dim=-1).clamp_min(1e-20)).max().item()
     return worst if worst == worst else float("inf")

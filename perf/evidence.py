@@ -9,7 +9,6 @@ perf/results/*.csv, which perf.sweep wrote on a GPU; a variant without a line th
 """
 
 import argparse
-import csv
 import datetime
 import os
 import sys
@@ -19,13 +18,16 @@ from pathlib import Path
 
 import torch
 
+from .backends import OURS
+from .cases import DTYPES
 from .check import attention, visible_keys
 from .progress import track
-from .report import OURS, RESULTS
-from .sweep import DTYPES, ROOT, commit
+from .results import RESULTS, ROOT, Row, read_all
+from .sweep import commit
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- begin: python -m perf.evidence -->", "<!-- end -->"
+SIXTEEN_BIT = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 WINDOW = (100, 30)  # of the variants with a local mask
 NOT_MEASURED = "not measured"
@@ -58,7 +60,9 @@ def variants() -> list[Variant]:
     """Every row of the tuning table, by dtype and mask."""
     from fa3 import tuning
 
-    return [Variant(*dims, t, m) for dims in sorted(tuning.FORWARD) for t in DTYPES for m in MASKS]
+    return [
+        Variant(*dims, t, m) for dims in sorted(tuning.FORWARD) for t in SIXTEEN_BIT for m in MASKS
+    ]
 
 
 def compiled(variant: Variant) -> tuple[str, str, str, str]:
@@ -111,22 +115,18 @@ def emulated(variant: Variant) -> tuple[float, float]:
 
 def measured(variant: Variant, folder: Path = RESULTS) -> tuple[str, str]:
     """(device and date, TFLOPs/s and length) of the newest sweep at the longest length."""
-    lines = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open() as file:
-            lines += [line for line in csv.DictReader(file) if _is_of(line, variant)]
-    if not lines:
+    found = [(row, machine) for row, machine in read_all(folder) if _is_of(row, variant)]
+    if not found:
         return NOT_MEASURED, NOT_MEASURED
-    best = max(lines, key=lambda line: (int(line["length"]), line["date"]))
-    place = f"{best['device']}, {best['date'][:10]}"
-    return place, f"{float(best['tflops']):.0f} at {best['length']}"
+    row, machine = max(found, key=lambda pair: (pair[0].length, pair[1].date))
+    return f"{machine.device}, {machine.date[:10]}", f"{row.tflops:.0f} at {row.length}"
 
 
-def _is_of(line: dict[str, str], variant: Variant) -> bool:
-    mask = "causal" if line["causal"] == "True" else "full"
-    of_line = line["dtype"], int(line["head_dim"]), int(line["head_dim"]), mask
+def _is_of(row: Row, variant: Variant) -> bool:
+    mask = "causal" if row.causal else "full"
     of_variant = variant.dtype, variant.head_dim, variant.head_dim_v, variant.mask
-    return line["backend"] == OURS and line["tflops"] != "" and of_line == of_variant
+    measured = row.backend == OURS and row.tflops is not None
+    return measured and (row.dtype, row.head_dim, row.head_dim, mask) == of_variant
 
 
 def rows():

@@ -16,6 +16,8 @@ import torch
 import fa3
 from fa3 import ops
 
+from .sweep import hopper
+
 BATCH = 200  # calls between two synchronisations; the launch queue holds more
 BATCHES = 100
 SHAPE = (1, 64, 2, 64)  # b, s, h, d: a kernel that is over before the next call comes
@@ -83,8 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stub", action="store_true", help="leave the launch out; needs no GPU")
     arguments = parser.parse_args()
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if not hopper and not arguments.stub:
+    if not hopper() and not arguments.stub:
         print(
             "no GPU of compute capability 9.0 here, so nothing was measured (--stub: Python only)"
         )

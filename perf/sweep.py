@@ -1,9 +1,10 @@
 """Attention forward speed beside other kernels, in the setting of the FlashAttention-3 paper.
 
-    python -m perf.sweep                          bf16, head dims 64 128 256, lengths 512 to 16k
+    python -m perf.sweep                          bf16 and FP8, head dims 64 128 256, 512 to 16k
     python -m perf.sweep --head-dims 128 --lengths 1024 16384 --causal no --dtype bf16 fp16
 
-16k tokens in all, hidden size 2048, random normal inputs. Every backend's output is first compared
+16k tokens in all, hidden size 2048, random normal inputs. e4m3: all backends get the same numbers,
+which bf16 holds as well; quantising is not timed. Every backend's output is first compared
 with fp32; then all backends and a large matrix product are timed in interleaved rounds, each call
 with a cold L2. Prints a table, writes a CSV file and a PNG chart. Needs a CUDA GPU; without one it
 says so and does nothing else.
@@ -23,13 +24,13 @@ from pathlib import Path
 import torch
 
 from . import check, timing
-from .backends import BACKENDS, Absent, Call, Prepare
-from .cases import HEAD_DIMS, LENGTHS, Case, flops, paper_cases
+from .backends import BACKENDS, Absent, Call, Prepare, Scaled
+from .cases import DTYPES, HEAD_DIMS, LENGTHS, Case, flops, paper_cases
+from .charts import write_chart
 from .progress import track
-from .report import Machine, Row, names, table, write_chart, write_csv
+from .report import table
+from .results import ROOT, SWEEP, Machine, Row, names, write_csv
 
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = {"no": (False,), "yes": (True,), "both": (False, True)}
 QUICK = {"lengths": [1024, 16_384], "rounds": 2}
 WARM_UP_SECONDS = 3.0
@@ -44,9 +45,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), metavar="D")
     add("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="N")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "e4m3"])
     add("--causal", choices=CAUSAL, default="both")
-    add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    backends = list(dict.fromkeys(name for of_pass in BACKENDS.values() for name in of_pass))
+    add("--backends", nargs="+", choices=backends, default=backends)
     add("--rounds", type=int, default=5, help="interleaved rounds of each case (default 5)")
     add("--out", type=Path, default=ROOT / "perf" / "out", help="folder of the CSV and the chart")
     add("--quick", action="store_true", help="two lengths and two rounds")
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print("perf.sweep: there is no CUDA GPU here, so nothing was measured or written.")
         return 0
     machine = this_machine()
-    stem = f"sweep-{machine.date.replace(':', '')}"
+    stem = f"{SWEEP}-{machine.date.replace(':', '')}"
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for new in sweep(options):
@@ -86,11 +88,12 @@ def main(argv: list[str] | None = None) -> int:
 def sweep(options: argparse.Namespace):
     """The rows of one case after the other, behind a progress bar."""
     cases = paper_cases(options.dtype, options.head_dims, CAUSAL[options.causal], options.lengths)
-    backends = {name: BACKENDS[name] for name in options.backends}
     sample = timing.GpuTimer()
     products = {name: timing.matmul_call(DTYPES[name]) for name in options.dtype}
     timing.warm_up(products[options.dtype[0]][0], WARM_UP_SECONDS)
     for case in track(cases, "case"):
+        of_pass = BACKENDS[case.of_pass].items()
+        backends = {name: prepare for name, prepare in of_pass if name in options.backends}
         yield run_case(case, backends, products[case.dtype], options.rounds, sample)
 
 
@@ -146,8 +149,9 @@ def admit(case: Case, prepare: Prepare, qkv, expected) -> tuple[Call, float]:
     """The backend's call and its error; raises where the output is not right."""
     call = prepare(case, *qkv)
     out = call()
-    if out.shape != expected.shape:
-        raise ValueError(f"wrong shape {tuple(out.shape)}, expected {tuple(expected.shape)}")
+    shape = out.values.shape if isinstance(out, Scaled) else out.shape
+    if shape != expected.shape:
+        raise ValueError(f"wrong shape {tuple(shape)}, expected {tuple(expected.shape)}")
     error = check.row_error(out, expected)
     if error > check.ROW_ERROR[case.dtype]:
         raise ValueError(f"wrong output at {case}: a row is off by {error:.2g} of its length")
@@ -159,6 +163,11 @@ def reason(error: Exception) -> str:
     if not isinstance(error, Absent):
         text = f"{type(error).__name__}: {text}"
     return text[:200]
+
+
+def hopper() -> bool:
+    """There is a GPU that can run the kernels."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def this_machine() -> Machine:

@@ -44,18 +44,14 @@ def parse(argv: list[str] | None, table: tuple[Step, ...]) -> argparse.Namespace
     return options
 
 
-def hopper() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
 def main(argv: list[str] | None = None, table: tuple[Step, ...] = STEPS) -> int:
     options = parse(argv, table)
     if options.list:
         for step in options.steps:
             print(f"{step.name:<12} {step.limit:>4.0f} s  {step.what}")
         return 0
+    from ..sweep import commit, hopper  # imports torch, which --list does without
+
     if not hopper():
         print(
             "perf.device: there is no GPU of compute capability 9.0 here, "
@@ -63,8 +59,6 @@ def main(argv: list[str] | None = None, table: tuple[Step, ...] = STEPS) -> int:
         )
         return 0
     if options.commit is None:
-        from ..sweep import commit
-
         options.commit = commit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the step's process along
     try:

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
-from .log import Log
+from .log import Log, of_failed
 
 MOST_PROCESSES = 12  # each holds a compiler
 
@@ -92,23 +92,18 @@ def _first_call(number: int, place: int) -> dict[str, float]:
 
 def summarise_build(items: list[dict], folder: Path) -> tuple[bool, str]:
     times = [item["compile_s"] for item in items if "compile_s" in item]
-    bad = [item for item in items if "error" in item]
-    lines = [
-        f"{len(times)} kernels compiled" + (f", the slowest in {max(times)} s" if times else "")
-    ]
-    lines += [f"{item['item']}: {item['error'][:100]}" for item in bad[:4]]
-    return bool(times) and not bad, "\n".join(lines)
+    slowest = f", the slowest in {max(times)} s" if times else ""
+    bad = of_failed(items)
+    return bool(times) and not bad, "\n".join([f"{len(times)} kernels compiled{slowest}", *bad])
 
 
 def summarise_first_calls(items: list[dict], folder: Path) -> tuple[bool, str]:
+    bad = of_failed(items)
     lines = []
-    for item in items:
-        if "error" in item:
-            lines.append(f"{item['item']}: {item['error'][:100]}")
-            continue
+    for item in (item for item in items if "error" not in item):
         cold, warm = item["cold"]["first_call_s"], item["warm"]["first_call_s"]
         lines.append(f"{item['item']}: first call {cold:.2f} s cold, {warm:.2f} s warm")
-    return bool(items) and not any("error" in item for item in items), "\n".join(lines)
+    return bool(items) and not bad, "\n".join([*lines, *bad])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from .. import sweep, timing
 from ..backends import BACKENDS, Absent
-from ..cases import Case
+from ..cases import DTYPES, Case
 from ..check import exact
 from .log import Log
 
@@ -23,6 +23,7 @@ PACKAGES = (
     "apache-tvm-ffi",
     "flash-attn-4",
     "quack-kernels",
+    "nvidia-cudnn-frontend",
     "triton",
     "numpy",
     "pytest",
@@ -30,7 +31,7 @@ PACKAGES = (
 TOOLS = ("compute-sanitizer", "ncu", "nvdisasm", "cuobjdump", "nvcc", "cc")
 COPY_BYTES = 4 << 30
 REPEATS = 20
-PEER_CASE = Case.paper("bf16", 128, False, 1024)
+PEER_CASES = [Case.paper(dtype, 128, False, 1024) for dtype in ("bf16", "e4m3")]
 
 
 def report(log: Log, folder: Path) -> None:
@@ -79,21 +80,23 @@ def ceilings(log: Log, folder: Path) -> None:
     sample = timing.GpuTimer()
     call, _ = timing.matmul_call(torch.bfloat16)
     timing.warm_up(call, sweep.WARM_UP_SECONDS)
-    for dtype in (torch.bfloat16, torch.float16):
-        log.item(f"product {dtype}", lambda d=dtype: _rate(sample, *timing.matmul_call(d)))
-    log.item("product torch.float8_e4m3fn", lambda: _rate(sample, *_fp8_call()))
+    for name, dtype in DTYPES.items():
+        log.item(f"product {name}", lambda d=dtype: _rate(sample, *timing.matmul_call(d)))
     log.item("copy", lambda: _copy(sample))
     log.item("clocks under load", lambda: sweep.clocks_under_load(call))
-    torch.manual_seed(0)
-    qkv = [torch.randn(PEER_CASE.shape, device="cuda").bfloat16() for _ in range(3)]
-    expected = exact(PEER_CASE, *qkv)
-    for name, prepare in BACKENDS.items():
-        log.item(f"peer {name}", lambda p=prepare: _peer(p, qkv, expected))
+    for case in PEER_CASES:
+        torch.manual_seed(0)
+        dtype = DTYPES[case.dtype]
+        qkv = [torch.randn(case.shape, device="cuda").to(dtype) for _ in range(3)]
+        expected = exact(case, *qkv)
+        for name, prepare in BACKENDS[case.of_pass].items():
+            arguments = case, prepare, qkv, expected
+            log.item(f"{case.of_pass} peer {name}", lambda a=arguments: _peer(*a))
 
 
-def _peer(prepare, qkv, expected) -> dict:
+def _peer(case: Case, prepare, qkv, expected) -> dict:
     try:
-        return {"row_error": sweep.admit(PEER_CASE, prepare, qkv, expected)[1]}
+        return {"row_error": sweep.admit(case, prepare, qkv, expected)[1]}
     except Absent as absent:
         return {"absent": str(absent)[:300]}
 
@@ -101,13 +104,6 @@ def _peer(prepare, qkv, expected) -> dict:
 def _rate(sample: timing.Sample, call, operations: float) -> dict:
     times = sorted(sample(call, REPEATS))
     return {"tflops": round(operations / times[len(times) // 2] / 1e9, 1)}
-
-
-def _fp8_call():
-    size = timing.MATMUL_SIZE
-    a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device="cuda")
-    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16), 2.0 * size**3
 
 
 def _copy(sample: timing.Sample) -> dict:
@@ -134,7 +130,7 @@ def summarise_report(items: list[dict], folder: Path) -> tuple[bool, str]:
 def summarise_ceilings(items: list[dict], folder: Path) -> tuple[bool, str]:
     figures = []
     for item in items:
-        name = item["item"].replace("product torch.", "")
+        name = item["item"].removeprefix("product ")
         if "tflops" in item:
             figures.append(f"{name} {item['tflops']} TFLOPs/s")
         elif "tb_per_s" in item:

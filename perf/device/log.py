@@ -25,6 +25,12 @@ def context_is_lost() -> bool:
     return False
 
 
+def of_failed(items: list[dict], most: int = 6) -> list[str]:
+    """A line for each of the first items with an error."""
+    failed = [item for item in items if "error" in item]
+    return [f"{item['item']}: {item['error'][:100]}" for item in failed[:most]]
+
+
 class Log:
     """DIR/STEP.jsonl: {"begin": item}, then {"item": item, "seconds": ..., **found} or its error.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sweep import this_machine
-from .log import Log
+from .log import Log, of_failed
 from .passes import PASSES, Small, digest
 
 ROWS = 14  # of every head: some hundred kilobytes in all
@@ -27,7 +27,7 @@ class Stored:
 
     case: Small
     inputs_digest: str
-    made: dict[str, str]  # the fields of perf.report.Machine
+    made: dict[str, str]  # the fields of perf.results.Machine
     rows: Tensor  # which rows of s the outputs (b, s, h, d) keep
     outputs: dict[str, Tensor]
 
@@ -108,13 +108,10 @@ def _near_fp32(stored: Stored) -> bool:
 
 
 def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
-    lines, good = [], bool(items)
-    for item in items:
-        if "error" in item:
-            good = False
-            lines.append(f"{item['item']}: {item['error'][:100]}")
-            continue
+    bad = of_failed(items)
+    lines, good = [], bool(items) and not bad
+    for item in (item for item in items if "error" not in item):
         good = good and not item["wrong"]
         lines.append(f"{item['item']}: {item['cases']} cases, {item['bytes'] / 1024:.0f} KiB")
         lines += [f"wrong: {name}" for name in item["wrong"][:4]]
-    return good, "\n".join(lines)
+    return good, "\n".join([*lines, *bad])

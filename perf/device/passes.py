@@ -19,8 +19,9 @@ from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
 from fa3.problem import Layout, Options, Problem
 
-from ..sweep import DTYPES
+from ..cases import DTYPES, FORWARD
 
+SIXTEEN_BIT = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 TILE_N = {
     64: (112, 128, 160, 192),
@@ -87,7 +88,7 @@ def digest(tensors) -> str:
 class Forward:
     """The forward pass: 16-bit, every row of the tuning table."""
 
-    name = "forward"
+    name = FORWARD
     tests = (
         "tests/test_forward.py",
         "tests/test_torch_op.py",
@@ -116,7 +117,9 @@ class Forward:
 
     def signatures(self) -> list[Signature]:
         """Every kernel that a call can get."""
-        return [Signature(t, *d, m) for d in sorted(tuning.FORWARD) for t in DTYPES for m in MASKS]
+        return [
+            Signature(t, *d, m) for d in sorted(tuning.FORWARD) for t in SIXTEEN_BIT for m in MASKS
+        ]
 
     def tuned(self) -> list[Signature]:
         """What the tuning step looks at."""

@@ -5,60 +5,65 @@ from pathlib import Path
 
 import torch
 
-from .. import report, sweep, timing
+from .. import bandwidth, charts, report, results, sweep, timing
 from ..backends import BACKENDS, OURS
-from ..cases import HEAD_DIMS, LENGTHS, Case, paper_cases
-from .log import Log
+from ..cases import DTYPES, HEAD_DIMS, LENGTHS, Case, paper_cases
+from .log import Log, of_failed
 
 ROUNDS = 5
-DTYPE = "bf16"
+SWEPT = ("bf16", "e4m3")
 MACHINE = "machine"  # the item that says where and when
 CSV = "sweep.csv"
+MOVED_CSV = "quantize.csv"
+FIELDS = results.Machine.__dataclass_fields__
 
 
 def cases() -> list[Case]:
-    return paper_cases([DTYPE], HEAD_DIMS, (False, True), LENGTHS)
+    return paper_cases(SWEPT, HEAD_DIMS, (False, True), LENGTHS)
 
 
 def work(log: Log, folder: Path) -> None:
     """Step: `perf.sweep`, an item per case, so that it can go on where it stopped."""
     log.item(MACHINE, lambda: asdict(sweep.this_machine()))
     sample = timing.GpuTimer()
-    product = timing.matmul_call(sweep.DTYPES[DTYPE])
-    timing.warm_up(product[0], sweep.WARM_UP_SECONDS)
+    products = {name: timing.matmul_call(DTYPES[name]) for name in SWEPT}
+    timing.warm_up(products[SWEPT[0]][0], sweep.WARM_UP_SECONDS)
     for case in cases():
 
         def measure(case=case) -> dict:
-            rows = sweep.run_case(case, BACKENDS, product, ROUNDS, sample)
+            backends, product = BACKENDS[case.of_pass], products[case.dtype]
+            rows = sweep.run_case(case, backends, product, ROUNDS, sample)
             return {"rows": [asdict(row) for row in rows]}
 
-        log.item(f"{report.FORWARD} {case}", measure)
+        log.item(f"{case.of_pass} {case}", measure)
 
 
-def rows_of(items: list[dict]) -> list[report.Row]:
+def rows_of(items: list[dict]) -> list[results.Row]:
     """A case that broke its process gives a row of ours without a time."""
-    by_name = {f"{report.FORWARD} {case}": case for case in cases()}
+    by_name = {f"{case.of_pass} {case}": case for case in cases()}
     rows = []
     for item in items:
-        rows += [report.Row(**row) for row in item.get("rows", ())]
+        rows += [results.Row(**row) for row in item.get("rows", ())]
         if "error" in item and item["item"] in by_name:
-            rows.append(report.Row.of(by_name[item["item"]], OURS, note=item["error"][:200]))
+            rows.append(results.Row.of(by_name[item["item"]], OURS, note=item["error"][:200]))
     return rows
+
+
+def machine_of(items: list[dict]) -> results.Machine | None:
+    item = next((item for item in items if item["item"] == MACHINE), None)
+    return item and results.Machine(**{name: item[name] for name in FIELDS})
 
 
 def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
     """Also writes the CSV file and the chart, of all cases so far."""
-    machine = next((item for item in items if item["item"] == MACHINE), None)
-    rows = rows_of(items)
-    if machine is None or not rows:
+    where, rows = machine_of(items), rows_of(items)
+    if where is None or not rows:
         return False, "no case was measured"
-    names = {name: machine[name] for name in report.Machine.__dataclass_fields__}
-    where = report.Machine(**names)
-    report.write_csv(folder / CSV, rows, where)
+    results.write_csv(folder / CSV, rows, where)
     print(report.table(rows), flush=True)
-    if report.names(rows):
+    if results.names(rows):
         try:
-            report.write_chart(folder / "sweep.png", rows, where)
+            charts.write_chart(folder / "sweep.png", rows, where)
         except ImportError as error:  # the picture can be drawn later, from the CSV file
             print(f"no chart: {error}")
     lines = report.summary([(row, where) for row in rows])
@@ -66,6 +71,26 @@ def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
     ours = [row for row in rows if row.backend == OURS]
     good = len(ours) == len(cases()) and all(row.tflops is not None for row in ours)
     return good, "\n".join([*lines, *list(notes)[:6]])
+
+
+def quantise(log: Log, folder: Path) -> None:
+    """Step: `perf.bandwidth`, an item per case."""
+    log.item(MACHINE, lambda: asdict(sweep.this_machine()))
+    sample = timing.GpuTimer()
+    timing.warm_up(timing.matmul_call(DTYPES[SWEPT[0]])[0], sweep.WARM_UP_SECONDS)
+    for case in bandwidth.cases():
+        log.item(case.of, lambda c=case: {"row": asdict(bandwidth.measure(c, ROUNDS, sample))})
+
+
+def summarise_quantise(items: list[dict], folder: Path) -> tuple[bool, str]:
+    """Also writes the CSV file."""
+    where = machine_of(items)
+    rows = [bandwidth.Moved(**item["row"]) for item in items if "row" in item]
+    if where is None or not rows:
+        return False, "no case was measured"
+    results.write_csv(folder / MOVED_CSV, rows, where)
+    lines = [bandwidth.summary([(row, where) for row in rows]), *of_failed(items)]
+    return len(rows) == len(bandwidth.cases()), "\n".join(lines)
 
 
 def host_overhead(log: Log, folder: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from .log import Log
+from .log import Log, of_failed
 from .passes import PASSES, Small
 
 RUNS = 200
@@ -73,15 +73,12 @@ def summarise_repeat(items: list[dict], folder: Path) -> tuple[bool, str]:
 
 
 def summarise_memory(items: list[dict], folder: Path) -> tuple[bool, str]:
-    lines, good = [], bool(items)
-    for item in items:
-        if "error" in item:
-            good = False
-            lines.append(f"{item['item']}: {item['error'][:100]}")
-            continue
+    bad = of_failed(items)
+    lines, good = [], bool(items) and not bad
+    for item in (item for item in items if "error" not in item):
         extra = max(item["extra_bytes"], item["outside_torch_bytes"])
         good = good and extra <= SLACK_BYTES and item["finite"]
         beside, own = extra / 2**20, item["output_bytes"] / 2**20
         finite = "" if item["finite"] else ", not finite"
         lines.append(f"{item['item']}: {beside:.2f} MiB beside {own:.0f} MiB of outputs{finite}")
-    return good, "\n".join(lines)
+    return good, "\n".join([*lines, *bad])

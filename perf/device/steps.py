@@ -44,6 +44,9 @@ STEPS = (
     _row("accuracy", "the accuracy suite on the GPU", "accuracy:work", 300, 60),
     _row("sanitizer", "compute-sanitizer on small cases", "sanitize:work", 240, 110),
     _row("sweep", "speed beside every peer", "speed:work", 300, 90),
+    _row(
+        "quantise", "fa3.quantize_fp8 beside a copy", "speed:quantise", 60, 30, "summarise_quantise"
+    ),
     _row("tune", "candidate configs, the furthest behind first", "tune:work", 300, 90),
     _row("host", "host time per call", "speed:host_overhead", 60, 50, "summarise_host"),
     _row(

@@ -5,7 +5,6 @@ its compilation and its output beside fp32, so that one that hangs or is wrong i
 in which all that are left are timed in interleaved rounds.
 """
 
-import csv
 import math
 import statistics
 from concurrent.futures import Future
@@ -14,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from .. import check, report, timing
-from ..cases import HIDDEN, TOKENS
-from ..sweep import DTYPES
+from .. import check, results, timing
+from ..cases import DTYPES, HIDDEN, TOKENS
 from .compiling import compile_one, name_of, pool
-from .log import Log
+from .log import Log, of_failed
 from .passes import PASSES
 from .speed import CSV
 
@@ -42,9 +40,8 @@ def by_need(signatures: list, csv_file: Path) -> list:
     """Those first whose worst row of the sweep is furthest behind the best peer."""
     worst: dict[tuple, float] = {}
     if csv_file.is_file():
-        with csv_file.open() as file:
-            rows = [report.row_of(line)[0] for line in csv.DictReader(file)]
-        for case, ratio in report.ratios(rows).items():
+        rows = [row for row, _ in results.read_csv(csv_file)]
+        for case, ratio in results.ratios(rows).items():
             panel = case[0], case[1], "causal" if case[2] else "full"
             worst[panel] = min(ratio, worst.get(panel, math.inf))
 
@@ -141,6 +138,4 @@ def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
         if best != item["shipped"]:
             line += f"; shipped {item['shipped']}: {'out' if shipped is None else f'{shipped:.0f}'}"
         lines.append(line)
-    for item in out[:4]:
-        lines.append(f"{item['item']}: {item['error'][:80]}")
-    return bool(timed), "\n".join(lines)
+    return bool(timed), "\n".join([*lines, *of_failed(items)])

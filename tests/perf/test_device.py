@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from perf import sweep
 from perf.device import __main__ as command
 from perf.device.log import Log, context_is_lost
 from perf.device.runner import MOST_PROCESSES, Outcome, Step, pack, run, run_step, screen
@@ -233,7 +234,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
 
 
 def test_command_runs_what_is_asked_for_in_the_order_of_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "hopper", lambda: True)
+    monkeypatch.setattr(sweep, "hopper", lambda: True)
     table = (step("plain"), step("broken"), step("absent"))
     arguments = ["--out", str(tmp_path / "out"), "--commit", "abc"]
     assert command.main([*arguments, "--steps", "absent,plain"], table) == 0

@@ -8,7 +8,7 @@ import pytest
 from perf import evidence
 from perf.cases import Case
 from perf.evidence import NOT_MEASURED, Variant
-from perf.report import Machine, Row, write_csv
+from perf.results import Machine, Row, write_csv
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 
@@ -52,8 +52,8 @@ def test_a_sweep_fills_the_lines_it_measured(tmp_path):
         Row.of(case, "cudnn", ms=1.0, tflops=999.0),
         Row.of(Case.paper("bf16", 128, False, 8192), "fa3", note="wrong output"),
     ]
-    write_csv(tmp_path / "synthetic.csv", rows, SYNTHETIC)
-    with (tmp_path / "synthetic.csv").open() as file:
+    write_csv(tmp_path / "sweep-synthetic.csv", rows, SYNTHETIC)
+    with (tmp_path / "sweep-synthetic.csv").open() as file:
         assert len(list(csv.reader(file))) == 4
     causal, full, fp16 = (
         evidence.measured(Variant(128, 128, dtype, mask), tmp_path)

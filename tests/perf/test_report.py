@@ -6,18 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from perf import bandwidth, page
+from perf.bandwidth import Moved
 from perf.cases import Case, flops
-from perf.report import (
-    BOLD,
-    Machine,
-    Row,
-    main,
-    read_csv,
-    summary,
-    table,
-    write_chart,
-    write_csv,
-)
+from perf.charts import write_chart
+from perf.report import BOLD, main, summary, table
+from perf.results import RESULTS, Machine, Row, read_all, read_csv, write_csv
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 
@@ -125,7 +119,8 @@ def test_summary(rows):
     """120 / 100, 90 / 150 and 60 / 30."""
     mean = (1.2 * 0.6 * 2.0) ** (1 / 3)
     assert summary(measured(rows)) == [
-        f"forward: geomean {mean:.2f} worst 0.60 over 3 rows on SYNTHETIC GPU, 1970-01-01"
+        f"forward: geomean {mean:.2f} worst 0.60 over 3 rows on SYNTHETIC GPU, 1970-01-01",
+        "forward fp8: not measured",
     ]
 
 
@@ -141,27 +136,111 @@ def test_summary_counts_a_row_that_ours_could_not_do(rows):
 
 def test_summary_is_of_the_newest_run_alone(rows):
     later = measured([row("fa3", 70.0), row("fa2", 100.0)], date="1970-01-02T00:00Z")
-    (line,) = summary(later + measured(rows))
+    line = summary(later + measured(rows))[0]
     assert line == "forward: geomean 0.70 worst 0.70 over 1 rows on SYNTHETIC GPU, 1970-01-02"
 
 
 def test_summary_where_nothing_was_measured(rows):
     peers = [one for one in rows if one.backend != "fa3"]
-    assert summary([]) == summary(measured(peers)) == ["forward: not measured"]
+    nothing = ["forward: not measured", "forward fp8: not measured"]
+    assert summary([]) == summary(measured(peers)) == nothing
 
 
 def test_summary_without_any_peer():
-    (line,) = summary(measured([row("fa3", 70.0)]))
+    line = summary(measured([row("fa3", 70.0)]))[0]
     assert line == "forward: no peer beside any of 1 rows on SYNTHETIC GPU, 1970-01-01"
 
 
+def fp8_row(backend, tflops, head_dim=128):
+    case = Case.paper("e4m3", head_dim, False, 1024)
+    return Row.of(case, backend, ms=flops(case) / tflops / 1e9, tflops=tflops)
+
+
+def test_our_own_kernels_are_no_peers():
+    rows = [fp8_row("fa3", 90.0), fp8_row("fa3-bf16", 95.0), fp8_row("cudnn", 60.0)]
+    assert summary(measured(rows))[1].startswith("forward fp8: geomean 1.50 worst 1.50 over 1 rows")
+    assert table(rows).splitlines()[2].split()[-1] == "150.0%"
+
+
+MOVED = [
+    Moved("block scales", 64, 1024, 16, 32, 1.0, 900.0, 1000.0),
+    Moved("hadamard", 64, 1024, 16, 32, 1.0, 800.0, 1000.0),
+    Moved("hadamard", 128, 1024, 16, 16, note="no kernel"),
+]
+
+
+def test_bandwidth_is_a_share_of_a_copys(tmp_path):
+    path = tmp_path / "quantize-synthetic.csv"
+    write_csv(path, MOVED, SYNTHETIC)
+    read = read_csv(path, Moved)
+    assert [row for row, _ in read] == MOVED
+    figures = f"geomean {(0.9 * 0.8) ** 0.5:.2f} worst 0.80 of a copy over 2 rows"
+    assert bandwidth.summary(read) == f"quantize: {figures} on SYNTHETIC GPU, 1970-01-01"
+    assert bandwidth.summary([]) == "quantize: not measured"
+
+
+def test_bytes_that_quantising_moves_are_counted_once():
+    """By a stand-in clock: 2 ms a call."""
+    case = Moved("block scales", 64, 256, 1, 2)
+    found = bandwidth.measure(case, 3, lambda call, n: [2.0] * n, device="cpu")
+    values = 3 * 256 * 2 * 64
+    scales = 3 * 4 * 2 * 2  # fp32, two heads of two blocks of 128 rows
+    assert found.gb_per_s == pytest.approx((2 * values + values + scales) / 2e-3 / 1e9)
+    assert found.ratio == pytest.approx(1, rel=1e-3)
+
+
+def sections(page_text):
+    parts = re.split(r"^## (.*)$", page_text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_a_page_without_measurements_has_no_figures():
+    found = sections(page.text([], []))
+    assert list(found) == ["Forward", "Forward FP8", "quantize_fp8"]
+    assert {text.strip() for text in found.values()} == {"Not measured."}
+
+
+def test_the_committed_page_is_that_of_the_committed_measurements():
+    measured = read_all(RESULTS)
+    assert page.PAGE.read_text() == page.text(measured, read_all(RESULTS, "quantize", Moved))
+
+
+def test_the_page_names_what_is_behind(rows):
+    ours, bf16, peer = fp8_row("fa3", 90.0), fp8_row("fa3-bf16", 95.0), fp8_row("cudnn", 60.0)
+    found = sections(page.text(measured([*rows, ours, bf16, peer]), []))
+    forward, fp8 = found["Forward"], found["Forward FP8"]
+    assert "SYNTHETIC GPU, driver 0.0, torch 0.0, CuTe DSL 0.0, commit synthetic" in forward
+    assert "worst 0.60, ahead in 2 of 3 rows." in forward
+    assert "| 1024 | 120 | 100 | fa2 | 1.20 | 200 | 60% |" in forward
+    assert "Behind the best peer: bf16 d64 full 2048 (0.60)." in forward
+    assert "- fa4: not installed" in forward
+    assert "Behind" not in fp8
+    assert "Slower than our own bf16 kernel: e4m3 d128 full 1024 (0.95)." in fp8
+
+
+def test_every_speed_of_the_page_is_in_the_measurements(rows):
+    text = sections(page.text(measured(rows), []))["Forward"]
+    speeds = {f"{one.tflops:.0f}" for one in rows if one.tflops} | {"200", "-"}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    found = [cells for cells in lines if cells and cells[0].isdigit()]
+    assert len(found) == 3
+    assert {cells[i] for cells in found for i in (1, 2, 5)} <= speeds
+
+
 def test_command(rows, tmp_path, capsys):
-    assert main(["--summary"], tmp_path) == 0
-    assert capsys.readouterr().out == "forward: not measured\n"
-    write_csv(tmp_path / "synthetic.csv", rows, SYNTHETIC)
-    assert main([], tmp_path) == 0
+    results, target = tmp_path / "results", tmp_path / "page.md"
+    results.mkdir()
+    nothing = ["forward: not measured", "forward fp8: not measured", "quantize: not measured"]
+    assert main(["--summary"], results, target) == 0
+    assert capsys.readouterr().out.splitlines() == nothing and not target.exists()
+    write_csv(results / "sweep-synthetic.csv", rows, SYNTHETIC)
+    assert main([], results, target) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "forward on SYNTHETIC GPU, 1970-01-01T00:00Z, commit synthetic"
-    assert lines[-1] == summary(measured(rows))[0]
-    assert main(["--summary"], tmp_path) == 0
-    assert capsys.readouterr().out.splitlines() == lines[-1:]
+    assert lines[-3:] == [*summary(measured(rows)), nothing[-1]]
+    assert target.read_text() == page.text(measured(rows), [])
+    chart = tmp_path / "performance-forward.png"
+    assert chart.name in target.read_text()
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert main(["--summary"], results, target) == 0
+    assert capsys.readouterr().out.splitlines() == lines[-3:]

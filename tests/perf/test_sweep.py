@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from perf import check, sweep, timing
-from perf.backends import BACKENDS, OURS, Absent
-from perf.cases import Case
+from perf.backends import BACKENDS, OURS, Absent, vllm
+from perf.cases import DTYPES, FORWARD, FORWARD_FP8, Case
 from perf.progress import track
-from perf.report import Machine
+from perf.results import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("bf16", 64, True, length=96, batch=2, heads=3)
+CASE_FP8 = Case("e4m3", 64, True, length=150, batch=2, heads=3)
 
 
 def sdpa(case, q, k, v):
@@ -89,7 +90,7 @@ def test_a_sweep_without_any_time_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--dtype", "fp8"], ["--backends", "mine"], ["--lengths", "0"], ["--rounds", "0"]]
+    "arguments", [["--dtype", "fp7"], ["--backends", "mine"], ["--lengths", "0"], ["--rounds", "0"]]
 )
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -145,8 +146,104 @@ def test_the_exact_output_is_torchs(causal, window):
 def test_backends_that_run_here_are_right(backend, causal):
     case = Case("bf16", 64, causal, length=150, batch=1, heads=2)
     qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
-    _, error = sweep.admit(case, BACKENDS[backend], qkv, check.exact(case, *qkv))
+    _, error = sweep.admit(case, BACKENDS[FORWARD][backend], qkv, check.exact(case, *qkv))
     assert 0 < error < check.ROW_ERROR["bf16"]
+
+
+def fp8_inputs(case):
+    torch.manual_seed(0)
+    return [torch.randn(case.shape).to(torch.float8_e4m3fn) for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa3-unscaled", "fa3-bf16"])
+def test_backends_of_fp8_are_compared_with_the_exact_result_of_the_same_numbers(backend):
+    qkv = fp8_inputs(CASE_FP8)
+    expected = check.exact(CASE_FP8, *qkv)
+    _, error = sweep.admit(CASE_FP8, BACKENDS[FORWARD_FP8][backend], qkv, expected)
+    assert 0 < error < check.ROW_ERROR["bf16" if backend == "fa3-bf16" else "e4m3"]
+
+
+class Node:
+    """A tensor of a stand-in for cuDNN's graph; its setters return it."""
+
+    def __init__(self, **given):
+        self.given = given
+
+    def __getattr__(self, name):
+        if not name.startswith("set_"):
+            raise AttributeError(name)
+        return lambda value: self.given.update({name: value}) or self
+
+
+class Graph:
+    """Does with the buffers what cuDNN documents for its FP8 attention."""
+
+    def __init__(self, **types):
+        self.types = types
+
+    def tensor(self, **given):
+        return Node(**given)
+
+    def sdpa_fp8(self, **arguments):
+        self.arguments, self.outputs = arguments, [Node() for _ in range(4)]
+        return self.outputs
+
+    def build(self, modes):
+        self.modes = modes
+
+    def get_workspace_size(self):
+        return 0
+
+    def execute(self, buffers, workspace):
+        given, a = {}, self.arguments
+        for name, node in a.items():
+            if isinstance(node, Node):
+                value = buffers[node]
+                codes = value.dtype == torch.uint8
+                given[name] = value.view(torch.float8_e4m3fn).float() if codes else value
+        views = [given[x].as_strided(a[x].given["dim"], a[x].given["stride"]) for x in "qkv"]
+        q, k, v = (x * given[f"descale_{name}"] for x, name in zip(views, "qkv", strict=True))
+        scores = q @ k.mT * a["attn_scale"]
+        if a["use_causal_mask"]:
+            scores = scores + torch.full(scores.shape[-2:], float("-inf")).triu(1)
+        p = (scores.softmax(-1) * given["scale_s"]).to(torch.float8_e4m3fn).float()
+        o, _, *amaxes = self.outputs
+        out = (p * given["descale_s"]) @ v * given["scale_o"]
+        target = buffers[o].view(torch.float8_e4m3fn)
+        target.as_strided(o.given["set_dim"], o.given["set_stride"]).copy_(out)
+        assert all(node in buffers for node in amaxes)
+
+
+def test_cudnn_gets_its_inputs_by_heads_and_its_output_is_scaled_back(monkeypatch):
+    """By a stand-in that computes what the documentation says; cuDNN itself was not here."""
+    types = SimpleNamespace(FP8_E4M3="e4m3", FLOAT="fp32")
+    modes = SimpleNamespace(A="a", FALLBACK="fallback")
+    cudnn = SimpleNamespace(pygraph=Graph, data_type=types, heur_mode=modes)
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    qkv = fp8_inputs(CASE_FP8)
+    expected = check.exact(CASE_FP8, *qkv)
+    call, error = sweep.admit(CASE_FP8, BACKENDS[FORWARD_FP8]["cudnn"], qkv, expected)
+    assert 0.01 < error < check.ROW_ERROR["e4m3"]
+    assert call().values.dtype == torch.float8_e4m3fn
+
+
+def test_vllms_operator_gets_its_37_arguments(monkeypatch):
+    calls = []
+
+    def operator(*arguments):
+        calls.append(arguments)
+        return (arguments[0],)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setattr(vllm, "_load", lambda: operator)
+    for case in (CASE, CASE_FP8):
+        qkv = [torch.zeros(case.shape).to(DTYPES[case.dtype])] * 3
+        out = BACKENDS[case.of_pass]["fa3-cpp"](case, *qkv)()
+        assert out.shape == case.shape
+    plain, fp8 = calls
+    assert len(plain) == len(fp8) == 37
+    assert plain[20:23] == (None,) * 3
+    assert all(torch.equal(x, torch.ones(2, 3)) for x in fp8[20:23])
 
 
 @pytest.mark.parametrize("has_tqdm", [True, False])
@@ -158,8 +255,9 @@ def test_progress_goes_through_all_items(has_tqdm, monkeypatch, capsys):
 
 
 def test_the_matrix_product_counts_its_operations():
-    call, operations = timing.matmul_call(torch.float32, "cpu", size=8)
-    assert call().shape == (8, 8) and operations == 2 * 8**3
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        call, operations = timing.matmul_call(dtype, "cpu", size=16)
+        assert call().shape == (16, 16) and operations == 2 * 16**3
 
 
 @pytest.mark.parametrize(
@@ -208,10 +306,13 @@ def test_every_backend_says_why_it_is_absent(monkeypatch):
     """Those of other packages; a plain machine has none of them."""
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delenv("FA3_CPP_LIBRARY", raising=False)
-    for name in set(sys.modules) & {"flash_attn", "flash_attn_interface"}:
+    for name in set(sys.modules) & {"flash_attn", "flash_attn_interface", "cudnn"}:
         monkeypatch.delitem(sys.modules, name)
     qkv = torch.zeros(3, *CASE.shape)
     for name, package in (("fa4", "flash_attn"), ("fa3-cpp", "flash_attn_interface")):
         with pytest.raises(Absent, match=package):
-            BACKENDS[name](CASE, *qkv)
-    assert OURS in BACKENDS
+            BACKENDS[FORWARD][name](CASE, *qkv)
+    for name, package in (("cudnn", "cudnn"), ("fa3-cpp", "flash_attn_interface")):
+        with pytest.raises(Absent, match=package):
+            BACKENDS[FORWARD_FP8][name](CASE_FP8, *qkv.to(torch.float8_e4m3fn))
+    assert all(OURS in backends for backends in BACKENDS.values())
