@@ -113,7 +113,8 @@ def _run(q, k, v, *options):
     k_mean = lse_shift = None
     if options.smooth_k:
         # Any row can be subtracted: where the mean is not finite, leave the channel as it is.
-        k_mean = k.mean(dim=1, dtype=torch.float32).nan_to_num_(0.0, 0.0, 0.0)  # (b, h_k, d)
+        k_mean = k.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+        k_mean = k_mean.contiguous()  # (b, h_k, d)
         lse_shift = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     rows, form = options.rows_per_block, "block" if options.block_scales else "head"
     qk = functools.partial(_quantize, dtype=options.qk_dtype, form=form, hadamard=options.hadamard)
@@ -146,12 +147,13 @@ def _quantize(x, *, dtype, form, rows, h_k, hadamard=False, mean=None, dot=None)
         kernel(signature())(x, y.view(torch.uint8), descale, mean, dot)
         return y, descale
     peaks = x.new_zeros(b, h, max(1, num_blocks(s, rows)), d, dtype=torch.float32)
-    kernel(signature(scales="amax", dot_with_mean=False))(x, None, peaks, mean, None)
+    amax = signature(scales="amax", dot_with_mean=False)
+    kernel(amax)(x, None, peaks, mean if amax.has_mean else None, None)
     peaks = peaks.amax(dim=2) if form == "channel" else peaks.view(b, h_k, -1).amax(dim=-1)
     descale = quantize_reference.descale_of(peaks, BYTE_DTYPES[dtype])
     factors = 1 / descale
     if form == "head":
-        factors = factors.repeat_interleave(h // h_k, dim=1)[..., None].expand(b, h, d)
+        factors = factors.repeat_interleave(h // h_k, dim=1)[..., None].repeat(1, 1, d)
     kernel(signature(scales="given"))(x, y.view(torch.uint8), factors, mean, dot)
     return y, descale[:, :, None] if form == "channel" else descale
 

@@ -6,6 +6,7 @@ from typing import Literal
 from .signature import ByteName, DTypeName
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}  # the code of a block's largest value
+LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127  # of fp32
 # The least descale, fp32's least normal number: its reciprocal is finite. It takes the place of
 # smaller ones, which only blocks of bf16 below 448 * 2^-126 (5e-36) could have.
 SMALLEST_DESCALE = 2.0**-126
@@ -81,3 +82,8 @@ class QuantizeConfig:
 
     def num_threads(self, signature: QuantizeSignature) -> int:
         return signature.rows * signature.lanes // self.rows_per_thread(signature)
+
+    def ctas_per_sm(self, signature: QuantizeSignature) -> int:
+        """As many as registers allow without spills: one computes while others load."""
+        threads = 640 if signature.has_mean or signature.out == "int8" else 768
+        return max(1, threads // self.num_threads(signature))

@@ -1,0 +1,281 @@
+"""16-bit rows -> one byte per element and a scale per block of rows, in one pass over memory.
+
+One CTA per block of rows of a head. A thread holds 16 columns of a few rows in registers, from the
+loads (two of 16 bytes per row) to the store (one of 16 bytes); lanes that share a row are
+neighbours. Threads past the last row, and lanes past the last column, do again what the last one
+does, to the same addresses: that changes no maximum and saves all conditions. Heads are innermost
+in the grid, as they are in memory.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from .arithmetic import minimum
+from .quantize_signature import (
+    CHUNK,
+    LARGEST,
+    LARGEST_FLOAT,
+    SMALLEST_DESCALE,
+    QuantizeConfig,
+    QuantizeSignature,
+    sign_of,
+)
+
+ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+WARP = 32
+
+
+class Quantize:
+    """The quantisation kernel of one QuantizeSignature."""
+
+    def __init__(self, signature: QuantizeSignature, config: QuantizeConfig):
+        self.signature = signature
+        self.lanes = signature.lanes
+        self.num_threads = config.num_threads(signature)
+        self.ctas_per_sm = config.ctas_per_sm(signature)
+        self.num_chunks = signature.head_dim // CHUNK
+        self.num_rows = config.rows_per_thread(signature)  # of a thread
+        self.row_step = self.num_threads // self.lanes  # from one to the next
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__; None for those that the signature does not use."""
+        signature, d = self.signature, self.signature.head_dim
+        batch, length, heads, heads_kv, blocks = (cute.sym_int32() for _ in range(5))
+
+        def tensor(element, shape, unit=1):
+            strides = tuple(cute.sym_int64(divisibility=unit) for _ in shape[1:])
+            alignment = unit * element.width // 8
+            return make_fake_tensor(element, shape, (*strides, 1), assumed_align=alignment)
+
+        x = tensor(ELEMENT[signature.dtype], (batch, length, heads, d), 8)
+        y = tensor(cutlass.Uint8, (batch, length, heads, d), 16)
+        scales = {
+            "block": lambda: tensor(Float32, (batch, heads, blocks)),
+            "given": lambda: tensor(Float32, (batch, heads, d), 4),
+            "amax": lambda: tensor(Float32, (batch, heads, blocks, d), 4),
+        }[signature.scales]()
+        return (
+            x,
+            None if signature.scales == "amax" else y,
+            scales,
+            tensor(Float32, (batch, heads_kv, d), 4) if signature.has_mean else None,
+            tensor(Float32, (batch, heads, length)) if signature.dot_with_mean else None,
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,  # (b, s, h, d)
+        mY: cute.Tensor | None,  # (b, s, h, d) bytes, out
+        mScales: cute.Tensor,  # block: (b, h, n) out; given: (b, h, d); amax: (b, h, n, d) out
+        mMean: cute.Tensor | None,  # (b, h_k, d), h_k divides h
+        mDot: cute.Tensor | None,  # (b, h, s) out
+        stream,
+    ):
+        batch, length, heads, _ = mX.shape
+        num_blocks = cute.ceil_div(length, self.signature.rows)
+        group = heads // mMean.shape[1] if cutlass.const_expr(mMean is not None) else 1
+        grid = (heads * num_blocks * batch, 1, 1)
+        divisors = tuple(cute.FastDivmodDivisorV2(Int32(n)) for n in (heads, num_blocks, group))
+        self.kernel(mX, mY, mScales, mMean, mDot, divisors).launch(
+            grid=grid,
+            block=(self.num_threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=self.ctas_per_sm,
+            preferred_smem_carveout=50,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mY: cute.Tensor | None,
+        mScales: cute.Tensor,
+        mMean: cute.Tensor | None,
+        mDot: cute.Tensor | None,
+        divisors: tuple,  # heads, blocks of a head, query heads per mean
+    ):
+        signature = self.signature
+        index, _, _ = cute.arch.block_idx()
+        index, head = divmod(index, divisors[0])
+        batch, block = divmod(index, divisors[1])
+        thread, _, _ = cute.arch.thread_idx()
+        lane = thread % self.lanes
+        column = minimum(lane, self.num_chunks - 1)
+        first_row = block * signature.rows + thread // self.lanes
+        last_row = mX.shape[1] - 1
+        rows = [minimum(first_row + i * self.row_step, last_row) for i in range(self.num_rows)]
+
+        x = [_load(mX[batch, row, head, None], column) for row in rows]
+        x = [_to_float(chunk) for chunk in x]
+        if cutlass.const_expr(signature.has_mean):
+            mean = _elements(_load(mMean[batch, head // divisors[2], None], column))
+            if cutlass.const_expr(signature.dot_with_mean):
+                for chunk, row in zip(x, rows, strict=True):
+                    mDot[batch, head, row] = self._dot(chunk, mean, lane)
+            if cutlass.const_expr(signature.subtract_mean):
+                x = [[a - b for a, b in zip(chunk, mean, strict=True)] for chunk in x]
+        factor = Float32(1.0)  # of x, still to be applied
+        if cutlass.const_expr(signature.hadamard):
+            x, factor = self._rotate(x, lane)
+
+        if cutlass.const_expr(signature.scales == "amax"):
+            self._write_amax(mScales[batch, head, block, None], x, factor, thread, column)
+        else:
+            if cutlass.const_expr(signature.scales == "given"):
+                factors = [factor * f for f in _elements(_load(mScales[batch, head, None], column))]
+            else:
+                descale = self._descale(self._peak(x, thread) * abs(factor))
+                mScales[batch, head, block] = descale
+                factors = [factor * cute.arch.rcp_approx(descale)] * CHUNK
+            for chunk, row in zip(x, rows, strict=True):
+                chunk = [a * f for a, f in zip(chunk, factors, strict=True)]
+                _store(mY[batch, row, head, None], column, chunk, signature.out)
+
+    @cute.jit
+    def _dot(self, chunk: list, mean: list, lane) -> Float32:
+        """Of a whole row, in all of its lanes."""
+        total = sum(a * b for a, b in zip(chunk, mean, strict=True))
+        if lane >= self.num_chunks:
+            total = Float32(0.0)
+        return cute.arch.warp_reduction_sum(total, threads_in_group=self.lanes)
+
+    def _rotate(self, x: list, lane) -> tuple[list, Float32]:
+        """Signs and Walsh-Hadamard transform of the rows, but for a factor that is returned too.
+
+        sign_of is a product over pairs of bits: of a sign for the column in a chunk, which costs
+        nothing as it is known, and one for the lane. That is left for the caller to multiply by.
+        """
+        x = [[a if sign_of(i) > 0 else -a for i, a in enumerate(chunk)] for chunk in x]
+        for step in (1, 2, 4, 8):
+            x = [
+                [b - a if i & step else a + b for i, (a, b) in enumerate(_pairs(chunk, step))]
+                for chunk in x
+            ]
+        pairs = lane & (lane >> 1)
+        sign = _sign(pairs ^ (pairs >> 2))
+        for bit in range(self.lanes.bit_length() - 1):
+            other = cute.arch.shuffle_sync_bfly(sign, offset=1 << bit)
+            own = _sign(lane >> bit) * sign * other
+            x = [
+                [cute.arch.shuffle_sync_bfly(a, offset=1 << bit) + own * a for a in chunk]
+                for chunk in x
+            ]
+            sign = other
+        return x, sign * self.signature.head_dim**-0.5
+
+    @cute.jit
+    def _descale(self, peak: Float32) -> Float32:
+        descale = cute.arch.fmin(peak, LARGEST_FLOAT) * (1.0 / LARGEST[self.signature.out])
+        descale = cute.arch.fmax(descale, SMALLEST_DESCALE)
+        if peak == 0.0:
+            descale = Float32(1.0)
+        return descale
+
+    def _peak(self, x: list, thread) -> Float32:
+        """Largest magnitude of the block, in all threads."""
+        peak = Float32(0.0)
+        for a in (a for chunk in x for a in chunk):
+            peak = cute.arch.fmax(peak, abs(a))
+        peak = cute.arch.warp_reduction_max(peak)
+        num_warps = self.num_threads // WARP
+        peaks = _shared((num_warps,))
+        peaks[thread // WARP] = peak  # by all lanes alike
+        cute.arch.sync_threads()
+        for warp in range(num_warps):
+            peak = cute.arch.fmax(peak, peaks[warp])
+        return peak
+
+    @cute.jit
+    def _write_amax(self, amax: cute.Tensor, x: list, factor: Float32, thread, column):
+        """Largest magnitude of each column of the block, to amax (d,)."""
+        peaks = _shared((self.row_step, self.signature.head_dim))
+        for i in cutlass.range_constexpr(CHUNK):
+            peak = Float32(0.0)
+            for chunk in x:
+                peak = cute.arch.fmax(peak, abs(chunk[i]))
+            peaks[thread // self.lanes, column * CHUNK + i] = peak * abs(factor)
+        cute.arch.sync_threads()
+        for i in range(thread, self.signature.head_dim, self.num_threads):
+            peak = Float32(0.0)
+            for row in range(self.row_step):
+                peak = cute.arch.fmax(peak, peaks[row, i])
+            amax[i] = peak
+
+
+def _sign(number) -> Float32:
+    """1 for even, -1 for odd."""
+    return (1 - 2 * (number & 1)).to(Float32)
+
+
+def _pairs(chunk: list, step: int) -> list:
+    """Each element with the one whose index differs in one bit."""
+    return [(a, chunk[i ^ step]) for i, a in enumerate(chunk)]
+
+
+def _elements(fragment: cute.Tensor) -> list:
+    return [fragment[i] for i in range(cute.size(fragment))]
+
+
+def _to_float(chunk: cute.Tensor) -> list:
+    """16-bit -> fp32; inf -> NaN, which no maximum sees."""
+    is_bf16 = chunk.element_type is cutlass.BFloat16
+    kind = "bf16" if is_bf16 else "f16"
+    zero_times = (
+        f"{{ .reg .b32 zero; mov.b32 zero, 0; fma.rn.{kind}x2 {{$w0}}, {{$r0}}, zero, {{$r0}}; }}"
+    )
+    words = cute.recast_tensor(chunk, Int32)
+    for i in range(cute.size(words)):
+        words[i] = cute.arch.inline_ptx(
+            zero_times, write_only_types=[Int32], read_only_args=[words[i]]
+        )
+    if not is_bf16:
+        return [a.to(Float32) for a in _elements(chunk)]
+    bits = [half for word in _elements(words) for half in (word << 16, word & -65536)]
+    return [a.bitcast(Float32) for a in bits]
+
+
+def _load(row: cute.Tensor, column) -> cute.Tensor:
+    """Chunk `column` of a row (d,) in registers."""
+    chunk = cute.local_tile(row, (CHUNK,), (column,))
+    fragment = cute.make_rmem_tensor(CHUNK, row.element_type)
+    cute.autovec_copy(chunk, fragment)
+    return fragment
+
+
+def _store(row: cute.Tensor, column, values: list, out: str):
+    """Chunk `column` of a row (d,) of bytes."""
+    words = cute.make_rmem_tensor(CHUNK // 4, Int32)
+    for i in range(CHUNK // 4):
+        words[i] = _convert(values[4 * i : 4 * i + 4], out)
+    chunk = cute.local_tile(row, (CHUNK,), (column,))
+    cute.autovec_copy(cute.recast_tensor(words, row.element_type), chunk)
+
+
+def _convert(values: list, out: str) -> Int32:
+    """Four fp32 -> four codes, to nearest even, saturating; NaN -> 0 in int8."""
+    if out == "int8":
+        convert = "cvt.rni.s32.f32 {$w0}, {$r0};"
+        a, b, c, d = (
+            cute.arch.inline_ptx(convert, write_only_types=[Int32], read_only_args=[value])
+            for value in values
+        )
+        low, high = (Int32(cute.arch.prmt(*pair, 0x0040)) for pair in ((a, b), (c, d)))
+        return Int32(cute.arch.prmt(low, high, 0x5410))
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 low, high;"
+        f" cvt.rn.satfinite.{out}x2.f32 low, {{$r1}}, {{$r0}};"
+        f" cvt.rn.satfinite.{out}x2.f32 high, {{$r3}}, {{$r2}};"
+        " mov.b32 {$w0}, {low, high}; }",
+        write_only_types=[Int32],
+        read_only_args=values,
+    )
+
+
+def _shared(shape: tuple) -> cute.Tensor:
+    layout = cute.make_layout(shape, stride=(shape[-1], 1)[-len(shape) :])
+    return SmemAllocator().allocate_tensor(Float32, layout, byte_alignment=16)
