@@ -16,7 +16,9 @@ from .. import dispatch, jit, tuning
 from ..jit import Artifacts
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
-from ..problem import Layout, Options, Problem
+from ..layout import Layout
+from ..problem import Options, Problem
+from ..scales import Descales
 from .model import cli as model_cli
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
@@ -24,7 +26,19 @@ from .report import Report, analyse
 from .sass import DisassemblerMissing
 
 HOPPER = dispatch.Target("gpu", "an sm_90a GPU", (9, 0), 132)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+# --scales: shapes of q_descale, k_descale and v_descale for one head and 256 rows of each
+SCALES = {
+    "block": ((1, 1, 2), (1, 1, 2), (1, 1, 2)),
+    "block64": ((1, 1, 2), (1, 1, 4), (1, 1, 4)),
+    "head": ((1, 1),) * 3,
+}
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,8 @@ class Inspection:
     def stem(self) -> str:
         """File name without a suffix."""
         s = self.signature
-        return f"forward_sm90_{s.dtype}_d{s.head_dim}_dv{s.head_dim_v}_{s.mask}"
+        scales = "" if s.quantised is None else f"_{s.quantised.out}_v{s.quantised.v_block}"
+        return f"forward_sm90_{s.dtype}_d{s.head_dim}_dv{s.head_dim_v}_{s.mask}{scales}"
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -70,6 +85,7 @@ class Inspection:
         lines = [
             f"call              {s.dtype}, head dim {s.head_dim}, of v {s.head_dim_v} (tiles), "
             f"mask {s.mask}",
+            *([f"one-byte inputs   {s.quantised}"] if s.quantised else []),
             f"served by         {self.kernel.name}, {self.kernel.where}",
             f"config            {c}",
             f"tiles             {c.tile_m} query rows x {c.tile_n} key rows",
@@ -90,12 +106,18 @@ def signature_of(args: argparse.Namespace) -> Signature:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"--dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
 
-    def layout(d: int) -> Layout:
-        return Layout((1, 1, 1, d), (d, d, d, 1), dtype, torch.device("meta"))
+    def layout(*shape: int, dtype: torch.dtype) -> Layout:
+        strides = torch.empty(shape, device="meta").stride()
+        return Layout(shape, strides, dtype, torch.device("meta"))
 
-    q, v = layout(args.head_dim), layout(head_dim_v)
+    q = layout(1, ROWS, 1, args.head_dim, dtype=dtype)
+    v_dtype = torch.float8_e4m3fn if dtype == torch.int8 else dtype
+    v = layout(1, ROWS, 1, head_dim_v, dtype=v_dtype)
     options = Options(causal=args.causal, window_left=args.window[0], window_right=args.window[1])
-    return Problem.of(q, q, v, options).signature
+    if dtype.itemsize > 1:
+        return Problem.of(q, q, v, options).signature
+    descales = Descales(*(layout(*shape, dtype=torch.float32) for shape in SCALES[args.scales]))
+    return Problem.of(q, q, v, options, descales).signature
 
 
 def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
@@ -141,7 +163,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p = commands.add_parser("inspect", help="registers, spills, tiles and instruction mix")
     p.add_argument("--head-dim", type=int, required=True, help="of q and k")
     p.add_argument("--head-dim-v", type=int, help="of v and out (that of q)")
-    p.add_argument("--dtype", default="bf16", help=f"{' or '.join(DTYPES)} (%(default)s)")
+    p.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (%(default)s)")
+    p.add_argument(
+        "--scales",
+        choices=SCALES,
+        default="block",
+        help="of one-byte inputs: per 128 or 64 keys, or per head (%(default)s)",
+    )
     p.add_argument("--causal", action="store_true")
     p.add_argument(
         "--window",

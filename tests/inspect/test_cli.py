@@ -1,10 +1,12 @@
 """`python -m fa3 inspect`."""
 
 import json
+import re
 
 import pytest
 
 from fa3.inspect import cli
+from fa3.kernels.signature import Quantised, Signature
 
 
 @pytest.fixture
@@ -52,6 +54,32 @@ def test_json_and_dump_agree_with_each_other(call, tmp_path):
     assert files[".sass"].read_text().count("HGMMA") == report["mmas"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "quantised"),
+    [
+        (("--dtype", "e4m3"), Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=128)),
+        (
+            ("--dtype", "e4m3", "--scales", "block64"),
+            Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=64),
+        ),
+        (("--dtype", "e4m3", "--scales", "head"), Quantised("e4m3", "e4m3", "bf16")),
+        (("--dtype", "int8"), Quantised("int8", "e4m3", "bf16", k_blocks=True, v_block=128)),
+    ],
+)
+def test_one_byte_inputs_have_scales_of_a_kind(arguments, quantised):
+    args = cli.arguments(["inspect", "--head-dim", "128", *arguments])
+    expected = Signature(quantised.k, 128, 128, "full", quantised)
+    assert cli.signature_of(args) == expected
+
+
+def test_an_fp8_kernel_is_read_and_predicted(call):
+    status, out, _ = call("--head-dim", "64", "--dtype", "e4m3", "--scales", "head")
+    assert status == 0
+    assert "one-byte inputs" in out and "transpose of V" in out
+    rate = int(re.search(r"^predicted +(\d+) TFLOPs/s", out, re.MULTILINE)[1])
+    assert 1979 > rate > 100  # 1979 is the dense peak
+
+
 def test_another_config_than_the_tables(call):
     changes = "--config", "tile_n=112", "num_stages=2"
     status, out, _ = call("--head-dim", "64", "--causal", *changes)
@@ -84,18 +112,31 @@ def test_a_window_is_the_mask_that_the_call_gives_it(window, mask):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--head-dim", "0"), "q has head dim 0, expected a multiple of 8 from 8 to 256"),
-        (("--head-dim", "264"), "q has head dim 264, expected a multiple of 8 from 8 to 256"),
-        (("--head-dim", "100"), "q has head dim 100, expected a multiple of 8 from 8 to 256"),
+        (
+            ("--head-dim", "0"),
+            "q has head dim 0, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+        ),
+        (
+            ("--head-dim", "264"),
+            "q has head dim 264, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+        ),
+        (
+            ("--head-dim", "100"),
+            "q has head dim 100, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+        ),
         (
             ("--head-dim", "64", "--head-dim-v", "4"),
-            "v has head dim 4, expected a multiple of 8 from 8 to 256",
+            "v has head dim 4, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
         ),
         (
             ("--head-dim", "64", "--dtype", "float32"),
-            "q has dtype torch.float32, expected torch.float16 or torch.bfloat16",
+            "q has dtype torch.float32, expected torch.float16, torch.bfloat16, "
+            "torch.float8_e4m3fn or torch.int8",
         ),
-        (("--head-dim", "64", "--dtype", "fp7"), "--dtype is 'fp7', expected one of bf16, fp16"),
+        (
+            ("--head-dim", "64", "--dtype", "fp7"),
+            "--dtype is 'fp7', expected one of bf16, fp16, e4m3, int8",
+        ),
         (
             ("--head-dim", "64", "--window", "-2", "0"),
             "window_size (left) is -2, expected at least -1",
