@@ -4,13 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import ops
+from . import ops, scales
 from .layout import check_tensors
 from .problem import BYTE_DTYPES
 from .quantize import quantize_fp8
 
 # Tensor types whose memory a kernel can be given; others go through torch's dispatcher.
 _PLAIN = {Tensor, Parameter}
+_is_traced, _num_dispatch_modes = (
+    torch.compiler.is_dynamo_compiling,
+    torch._C._len_torch_dispatch_stack,
+)
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
 _NOT_YET = {
@@ -109,7 +113,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         or v_descale is not None
         or q.dtype in BYTE_DTYPES
     ):
-        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        descales = q_descale, k_descale, v_descale
         options = softmax_scale, causal, left, right, sm_margin
         out, lse = _fp8(q, k, v, out, descales, options, check_scales)
     elif plain and not _is_watched():
@@ -146,8 +150,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     The other arguments: as in flash_attn_func. lse is that of q and k as given, before smooth_k.
 
     Raises:
-        TypeError, ValueError: the message names the argument; nothing was launched (but an
-            sm_margin beyond the device is refused after the quantisation) and out is as it was.
+        TypeError, ValueError: the message names the argument; nothing was launched or written.
         NotImplementedError: a tensor that requires grad, or a GPU without a kernel for the case.
     """
     try:
@@ -196,24 +199,24 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
 
 def _fp8(q, k, v, out, descales, options, check_scales):
     """Attention of one-byte inputs, or the error that says what is not right."""
-    given = {name: x for name, x in descales.items() if x is not None}
-    check_tensors(**given)
-    if torch.is_grad_enabled():
-        _refuse_grad(**given)
+    given = [x for x in descales if x is not None]
+    plain = {type(x) for x in (q, k, v, *given)} <= _PLAIN
+    if not plain:
+        check_tensors(**scales.named(descales))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        _refuse_grad(**scales.named(descales))
     if not isinstance(check_scales, bool):
         raise TypeError(f"check_scales is {check_scales!r}, expected True or False")
-    scales = tuple(descales.values())
-    tensors = (q, k, v, *given.values())
-    if all(type(x) in _PLAIN for x in tensors) and not _is_watched():
-        return ops.run_fp8(q, k, v, out, scales, *options, check_scales=check_scales)
+    if plain and not _is_watched():
+        return ops.run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)
     if out is None:
-        return torch.ops.fa3.forward_fp8(q, k, v, *scales, *options, check_scales)
-    return out, torch.ops.fa3.forward_fp8_out(q, k, v, out, *scales, *options, check_scales)
+        return torch.ops.fa3.forward_fp8(q, k, v, *descales, *options, check_scales)
+    return out, torch.ops.fa3.forward_fp8_out(q, k, v, out, *descales, *options, check_scales)
 
 
 def _is_watched() -> bool:
     """Under torch.compile, or in a mode that sees operators: fake tensors, counters of FLOPs."""
-    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return _is_traced() or _num_dispatch_modes() > 0
 
 
 def _dispatched(q, k, v, out, *options):

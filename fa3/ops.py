@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import dispatch, jit, reference, scales, tuning
 from .layout import (
+    ALIGNMENT,
     Layout,
     check_address,
     check_disjoint,
@@ -30,7 +31,7 @@ LOG2_E = math.log2(math.e)
 class Plan(NamedTuple):
     """Everything about a call that does not depend on where its tensors lie."""
 
-    run: Callable  # run(q, k, v, out, lse, *scalars); three descales before the scalars of one-byte
+    run: Callable  # run(q, k, v, out, lse, *scalars); with one-byte inputs, descales before scalars
     scalars: tuple[float, int, int, int]  # softmax_scale_log2, window_left, window_right, num_ctas
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
@@ -60,7 +61,8 @@ def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
     """
     q, k, v, out = _layouts(tensors)
     descales = Descales(*_layouts(descales))
-    problem = Problem.of(q, k, v, Options(*options), descales, out and out.dtype)
+    out_dtype = None if out is None else out.dtype
+    problem = Problem.of(q, k, v, Options(*options), descales, out_dtype)
     return _plan(problem, {"q": q, "k": k, "v": v}, out), problem.scales
 
 
@@ -68,6 +70,8 @@ def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
 def _check_layouts(tensors, *options) -> None:
     *inputs, out = _layouts(tensors)
     problem = Problem.of(*inputs, Options(*options))
+    if problem.device.type != "meta":
+        _target_of(problem)
     if out is not None:
         check_out(out, problem)
 
@@ -103,16 +107,21 @@ def _kernel_of(problem: Problem) -> tuple[Callable, int]:
     if problem.s_k == 0:
         return _see_no_key, 0
     signature = problem.signature
-    target = dispatch.target_of(problem.device)
-    if problem.sm_margin >= target.num_sms and target.kind != "reference":
-        raise ValueError(
-            f"sm_margin is {problem.sm_margin}, expected less than {target.num_sms} SMs"
-        )
+    target = _target_of(problem)
     if target.kind == "reference":
         return reference.bind(signature), 0
     kernel = dispatch.forward(signature, target)
     run = jit.compile(kernel.where, signature, tuning.forward(signature), target.kind)
     return run, target.num_sms - problem.sm_margin
+
+
+def _target_of(problem: Problem) -> dispatch.Target:
+    target = dispatch.target_of(problem.device)
+    if problem.sm_margin >= target.num_sms and target.kind != "reference":
+        raise ValueError(
+            f"sm_margin is {problem.sm_margin}, expected less than {target.num_sms} SMs"
+        )
+    return target
 
 
 def _do_nothing(q, k, v, out, lse, *scalars):
@@ -142,7 +151,7 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
         sm_margin,
     )
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        _check_addresses(q=q, k=k, v=v)
+        _check_addresses(q, k, v)
     if out is None:
         out = q.new_empty(*plan.out_shape)  # sizes apart: half the time of a tuple of them
     else:
@@ -159,39 +168,46 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
 
 def run_fp8(q, k, v, out, descales, *options, check_scales):
     """The same for one-byte q, k and v; descales: (q_descale, k_descale, v_descale)."""
-    given = (None if x is None else Layout.of(x) for x in descales)
-    tensors = (Layout.of(q), Layout.of(k), Layout.of(v), None if out is None else Layout.of(out))
-    plan, scales_of_call = plan_fp8_of(tensors, tuple(given), *options)
-    _check_addresses(q=q, k=k, v=v)
-    named = {f"{name}_descale": x for name, x in zip("qkv", descales, strict=True) if x is not None}
-    for name, x in named.items():
-        check_address(name, x, scales.BYTES)
+    tensors = _fields(q), _fields(k), _fields(v), _fields(out)
+    plan, forms = plan_fp8_of(tensors, tuple(map(_fields, descales)), *options)
+    _check_addresses(q, k, v, descales)
     if out is not None:
         check_address("out", out)
-        check_disjoint(out, q=q, k=k, v=v, **named)
+        check_disjoint(out, q=q, k=k, v=v, **scales.named(descales))
     if check_scales:
-        scales.check_values(**named)
+        scales.check_values(**scales.named(descales))
     if out is None:
         out = q.new_empty(*plan.out_shape, dtype=torch.bfloat16)
     else:
         torch.autograd.graph.increment_version(out)
     lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
-    views = scales_of_call.views(q.device, *descales)
+    views = forms.views(q.device, *descales)
     plan.run(*_for_tma(plan, q, k, v, out), lse, *views, *plan.scalars)
     return out, lse
 
 
+def _fields(tensor: Tensor | None) -> tuple | None:
+    """Those of its Layout, which takes longer to make."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _check_addresses(q, k, v, descales=()) -> None:
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & (ALIGNMENT - 1):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            check_address(name, tensor)
+    for x in descales:
+        if x is not None and x.data_ptr() & (scales.BYTES - 1):
+            for name, descale in scales.named(descales).items():
+                check_address(name, descale, scales.BYTES)
+
+
 def check(q, k, v, out, *options) -> None:
     """What `run` checks of the options and of `out`, for a call that quantises q, k and v first."""
-    tensors = Layout.of(q), Layout.of(k), Layout.of(v), None if out is None else Layout.of(out)
-    _check_layouts(tensors, *options)
+    _check_layouts((_fields(q), _fields(k), _fields(v), _fields(out)), *options)
     if out is not None:
         check_address("out", out)
-
-
-def _check_addresses(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        check_address(name, tensor)
 
 
 def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:

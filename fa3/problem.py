@@ -13,7 +13,7 @@ import torch
 
 from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
-from .scales import Descales, Scales
+from .scales import NO_DESCALES, Descales, Scales, named
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BYTE_DTYPES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
@@ -76,7 +76,7 @@ class Problem:
         k: Layout,
         v: Layout,
         options: Options,
-        descales: Descales = Descales(),  # noqa: B008 - immutable
+        descales: Descales = NO_DESCALES,
         out_dtype: torch.dtype | None = None,
     ) -> "Problem":
         """Check everything that does not depend on strides or addresses.
@@ -201,13 +201,13 @@ def _either(dtypes) -> str:
 def _scales_of(q: Layout, v: Layout, descales: Descales) -> Scales | None:
     if q.dtype in BYTE_DTYPES:
         return Scales.of(q, v, descales)
-    for name, layout in zip("qkv", descales, strict=True):
-        if layout is not None:
-            raise ValueError(
-                f"{name}_descale is a tensor but q has dtype {q.dtype}, expected None: "
-                "only one-byte inputs have scales"
-            )
-    return None
+    if descales == NO_DESCALES:
+        return None
+    name = next(iter(named(descales)))
+    raise ValueError(
+        f"{name} is a tensor but q has dtype {q.dtype}, expected None: "
+        "only one-byte inputs have scales"
+    )
 
 
 def _out_dtype_of(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:

@@ -32,6 +32,9 @@ class Descales(NamedTuple):
     v: Layout | None = None
 
 
+NO_DESCALES = Descales()
+
+
 class Form(NamedTuple):
     """One way to lay out the scales of a tensor."""
 
@@ -114,6 +117,11 @@ def forms_of(q_shape: Sequence[int], v_shape: Sequence[int]) -> dict[str, list[F
     }
 
 
+def named(descales: Sequence) -> dict:
+    """Those of q, k and v that were given, by the name of the argument."""
+    return {f"{name}_descale": x for name, x in zip("qkv", descales, strict=True) if x is not None}
+
+
 def num_blocks(length: int, block: int) -> int:
     return -(-length // block)
 
@@ -123,9 +131,9 @@ def block_of(count: int, length: int) -> int:
     return next((block for block in K_BLOCKS if num_blocks(length, block) == count), K_BLOCKS[0])
 
 
-def check_values(**descales: torch.Tensor | None) -> None:
+def check_values(**descales: torch.Tensor) -> None:
     """Wait for the device and see that all scales are finite and above zero."""
-    given = {name: x for name, x in descales.items() if x is not None and not x.is_meta}
+    given = {name: x for name, x in descales.items() if not x.is_meta}
     wrong = {name: ~(x > 0) | x.isinf() for name, x in given.items()}
     if not wrong or not torch.stack([x.any() for x in wrong.values()]).any():
         return
