@@ -14,9 +14,10 @@ import torch
 import fa3
 from fa3 import dispatch, jit, ops, tuning
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
-from fa3.kernels.signature import HEAD_DIM_TILES, Signature
+from fa3.kernels.signature import HEAD_DIM_TILES, Quantised, Signature
 
 SIGNATURE = Signature("bf16", 128, 128, "causal")
+FP8_SIGNATURE = Signature("e4m3", 128, 128, "causal", Quantised("e4m3", "e4m3", "bf16"))
 ROOT = Path(__file__).parent.parent
 
 
@@ -26,18 +27,21 @@ def gpu(major, minor, name="some GPU"):
 
 def test_hopper_gets_a_kernel():
     assert dispatch.forward(SIGNATURE, gpu(9, 0)).where == "fa3.kernels.sm90.fwd:ForwardSm90"
+    where = dispatch.forward(FP8_SIGNATURE, gpu(9, 0)).where
+    assert where == "fa3.kernels.sm90.fp8:ForwardFp8Sm90"
 
 
+@pytest.mark.parametrize("signature", [SIGNATURE, FP8_SIGNATURE], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
-def test_other_gpus_get_every_reason(capability):
+def test_other_gpus_get_every_reason(capability, signature):
     with pytest.raises(NotImplementedError) as caught:
-        dispatch.forward(SIGNATURE, gpu(*capability, name="NVIDIA Example"))
+        dispatch.forward(signature, gpu(*capability, name="NVIDIA Example"))
     message = str(caught.value)
     for kernel in dispatch.FORWARD:
         assert kernel.name in message
     assert "NVIDIA Example has {}.{}".format(*capability) in message
     assert "9.x" in message
-    assert str(SIGNATURE) in message
+    assert str(signature) in message
 
 
 def test_a_call_on_another_gpu(monkeypatch):
@@ -111,24 +115,37 @@ def test_target_of_a_cpu_tensor(device):
         assert target.name == torch.cuda.get_device_name(device)
 
 
-ALL_SIGNATURES = [
-    Signature(dtype, d, dv, mask)
-    for dtype, d, dv, mask in itertools.product(
-        ("bf16", "fp16"), HEAD_DIM_TILES, HEAD_DIM_TILES, ("full", "causal", "local")
-    )
+DIMS_AND_MASKS = list(
+    itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES, ("full", "causal", "local"))
+)
+SIXTEEN_BIT = [Signature(dtype, *row) for dtype in ("bf16", "fp16") for row in DIMS_AND_MASKS]
+ONE_BYTE = [
+    Signature("e4m3", *row, Quantised("e4m3", "e4m3", "bf16", True, v_block))
+    for row in DIMS_AND_MASKS
+    for v_block in (0, 64, 128)
 ]
 
 
 def test_every_signature_has_a_config_that_fits():
-    for signature in ALL_SIGNATURES:
+    for signature in SIXTEEN_BIT + ONE_BYTE:
         config = tuning.forward(signature)
         assert isinstance(config, FwdConfig)
         assert config.smem_bytes(signature) <= SMEM_LIMIT, (signature, config)
         assert config.tile_n % 16 == 0
 
 
-def test_every_row_of_the_table_is_used():
-    used = [tuning.forward(signature) for signature in ALL_SIGNATURES]
-    for row in tuning.FORWARD.values():
+def test_no_tile_of_one_byte_inputs_reaches_over_two_scales():
+    for signature in ONE_BYTE:
+        tile_n = tuning.forward(signature).tile_n
+        assert tile_n % 64 == 0
+        assert signature.quantised.v_block % tile_n == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "signatures"), [(tuning.FORWARD, SIXTEEN_BIT), (tuning.FORWARD_FP8, ONE_BYTE)]
+)
+def test_every_row_of_the_table_is_used(table, signatures):
+    used = [tuning.forward(signature) for signature in signatures]
+    for row in table.values():
         for config in row.values():
             assert any(config is other for other in used), config
