@@ -12,11 +12,12 @@ import argparse
 import datetime
 import os
 import sys
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from fa3.kernels.signature import Signature
 
 from .backends import OURS
 from .cases import DTYPES
@@ -24,11 +25,10 @@ from .check import attention, visible_keys
 from .progress import track
 from .results import RESULTS, ROOT, Row, read_all
 from .sweep import commit
+from .variants import name_of, sixteen_bit
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- begin: python -m perf.evidence -->", "<!-- end -->"
-SIXTEEN_BIT = ("bf16", "fp16")
-MASKS = ("full", "causal", "local")
 WINDOW = (100, 30)  # of the variants with a local mask
 NOT_MEASURED = "not measured"
 COLUMNS = (
@@ -44,47 +44,23 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Variant:
-    head_dim: int
-    head_dim_v: int
-    dtype: str
-    mask: str
-
-    def __str__(self) -> str:
-        dims = {self.head_dim: None, self.head_dim_v: None}
-        return f"{'/'.join(map(str, dims))} {self.dtype} {self.mask}"
-
-
-def variants() -> list[Variant]:
-    """Every row of the tuning table, by dtype and mask."""
-    from fa3 import tuning
-
-    return [
-        Variant(*dims, t, m) for dims in sorted(tuning.FORWARD) for t in SIXTEEN_BIT for m in MASKS
-    ]
-
-
-def compiled(variant: Variant) -> tuple[str, str, str, str]:
+def compiled(signature: Signature) -> tuple[str, str, str, str]:
     """Compile for sm_90a and read the SASS: tile, stages, local memory in bytes, slots per exp.
 
     The slots are those of the steady main loop, per exponential of one thread.
     """
-    from fa3 import dispatch, inspect, jit, tuning
-    from fa3.kernels.signature import Signature
+    from fa3.inspect.cli import inspect
 
-    signature = Signature(variant.dtype, variant.head_dim, variant.head_dim_v, variant.mask)
-    config = tuning.forward(signature)
-    kernel = dispatch.forward(signature, dispatch.target_of(torch.device("cpu")))
-    report = inspect.analyse(jit.artifacts(kernel.where, signature, config).cubin)
+    found = inspect(signature)
+    config, report = found.config, found.report
     if report.serialised:
-        raise RuntimeError(f"{variant}: ptxas runs its warpgroup MMAs one by one")
+        raise RuntimeError(f"{name_of(signature)}: ptxas runs its warpgroup MMAs one by one")
     slots = f"{report.steady.straight.per_exponential:.2f}" if report.steady else "-"
     tile = f"{config.tile_m} x {config.tile_n}"
     return tile, str(config.num_stages), str(report.resources.frame), slots
 
 
-def emulated(variant: Variant) -> tuple[float, float]:
+def emulated(signature: Signature) -> tuple[float, float]:
     """Run on the emulator with all checks: the largest errors against fp32, ours and torch's own.
 
     torch's is that of the same formula with every step in the variant's dtype.
@@ -92,15 +68,15 @@ def emulated(variant: Variant) -> tuple[float, float]:
     import fa3
 
     torch.manual_seed(0)
-    left, right = {"full": (-1, -1), "causal": (-1, 0), "local": WINDOW}[variant.mask]
+    left, right = {"full": (-1, -1), "causal": (-1, 0), "local": WINDOW}[signature.mask]
     s_q, s_k, heads = 250, 333, 2
-    q = torch.randn(1, s_q, heads, variant.head_dim)
-    k = torch.randn(1, s_k, heads, variant.head_dim)
-    v = torch.randn(1, s_k, heads, variant.head_dim_v)
-    q, k, v = (x.to(DTYPES[variant.dtype]) for x in (q, k, v))
+    q = torch.randn(1, s_q, heads, signature.head_dim)
+    k = torch.randn(1, s_k, heads, signature.head_dim)
+    v = torch.randn(1, s_k, heads, signature.head_dim_v)
+    q, k, v = (x.to(DTYPES[signature.dtype]) for x in (q, k, v))
     with fa3.emulator.options(checks=fa3.emulator.ALL_CHECKS):
         out = fa3.flash_attn_func(
-            q, k, v, causal=variant.mask == "causal", window_size=(left, right)
+            q, k, v, causal=signature.mask == "causal", window_size=(left, right)
         )
     seen = visible_keys(s_q, s_k, left, right)
     heads_first = [x[0].transpose(0, 1) for x in (q, k, v)]
@@ -109,32 +85,34 @@ def emulated(variant: Variant) -> tuple[float, float]:
     ours = (out[0].transpose(0, 1).float() - exact).abs().max().item()
     torchs = (plain.float() - exact).abs().max().item()
     if not ours <= 2 * torchs:
-        raise RuntimeError(f"{variant}: largest error {ours:.2g}, torch's own is {torchs:.2g}")
+        name = name_of(signature)
+        raise RuntimeError(f"{name}: largest error {ours:.2g}, torch's own is {torchs:.2g}")
     return ours, torchs
 
 
-def measured(variant: Variant, folder: Path = RESULTS) -> tuple[str, str]:
+def measured(signature: Signature, folder: Path = RESULTS) -> tuple[str, str]:
     """(device and date, TFLOPs/s and length) of the newest sweep at the longest length."""
-    found = [(row, machine) for row, machine in read_all(folder) if _is_of(row, variant)]
+    found = [(row, machine) for row, machine in read_all(folder) if _is_of(row, signature)]
     if not found:
         return NOT_MEASURED, NOT_MEASURED
     row, machine = max(found, key=lambda pair: (pair[0].length, pair[1].date))
     return f"{machine.device}, {machine.date[:10]}", f"{row.tflops:.0f} at {row.length}"
 
 
-def _is_of(row: Row, variant: Variant) -> bool:
+def _is_of(row: Row, signature: Signature) -> bool:
     mask = "causal" if row.causal else "full"
-    of_variant = variant.dtype, variant.head_dim, variant.head_dim_v, variant.mask
-    measured = row.backend == OURS and row.tflops is not None
-    return measured and (row.dtype, row.head_dim, row.head_dim, mask) == of_variant
+    wanted = signature.dtype, signature.head_dim, signature.head_dim_v, signature.mask
+    is_timed = row.backend == OURS and row.tflops is not None
+    return is_timed and (row.dtype, row.head_dim, row.head_dim, mask) == wanted
 
 
 def rows():
     """A table row per variant; whatever fails ends the run."""
-    for variant in track(variants(), "variant"):
-        ours, torchs = emulated(variant)
-        read = compiled(variant)
-        yield (str(variant), *read, f"{ours:.1e}", f"{torchs:.1e}", *measured(variant))
+    for signature in track(sixteen_bit(), "variant"):
+        ours, torchs = emulated(signature)
+        read = compiled(signature)
+        errors = f"{ours:.1e}", f"{torchs:.1e}"
+        yield (name_of(signature), *read, *errors, *measured(signature))
 
 
 def markdown(table_rows, made: str) -> str:

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
+from ..variants import name_of
 from .log import Log, of_failed
 
 MOST_PROCESSES = 12  # each holds a compiler
@@ -42,11 +43,6 @@ def build(log: Log, folder: Path) -> None:
                 jobs[name] = processes.submit(compile_one, *arguments)
         for name, job in jobs.items():
             log.item(name, lambda job=job: {"compile_s": round(job.result(), 2)})
-
-
-def name_of(signature) -> str:
-    dims = dict.fromkeys((signature.head_dim, signature.head_dim_v))
-    return f"{signature.dtype} {'/'.join(map(str, dims))} {signature.mask}"
 
 
 def first_calls(log: Log, folder: Path) -> None:

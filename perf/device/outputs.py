@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..sweep import this_machine
 from .log import Log, of_failed
-from .passes import PASSES, Small, digest
+from .passes import PASSES
+from .small import Small, decoded, digest
 
 ROWS = 14  # of every head: some hundred kilobytes in all
 
@@ -95,7 +96,7 @@ def _near_fp32(stored: Stored) -> bool:
     from .. import check
 
     case = stored.case
-    q, k, v = (x.float() for x in case.inputs())
+    q, k, v = decoded(*case.inputs())
     k, v = (x.repeat_interleave(case.h_q // case.h_k, dim=2) for x in (k, v))
     left, right = case.window
     seen = check.visible_keys(case.s_q, case.s_k, left, 0 if case.causal else right)

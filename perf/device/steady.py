@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from .log import Log, of_failed
-from .passes import PASSES, Small
+from .passes import PASSES
+from .small import BITS, Small
 
 RUNS = 200
 LENGTHS = tuple(2**n for n in range(16, 21))  # to 1M tokens
@@ -31,7 +32,7 @@ def repeat_one(row, case: Small, device, runs: int) -> dict:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
 def memory(log: Log, folder: Path) -> None:
@@ -43,9 +44,9 @@ def memory(log: Log, folder: Path) -> None:
 
 
 def memory_one(row, length: int) -> dict:
-    case = Small("bf16", 128, 128, length, length, causal=True, h_q=1)
-    shape = 1, length, 1, 128
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    signature = next(s for s in row.tuned() if (s.head_dim, s.mask) == (128, "causal"))
+    case = Small(signature.dtype, 128, 128, length, length, causal=True, h_q=1)
+    inputs = row.draw(signature, 1, length, 1, "cuda")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from .. import check, results, timing
-from ..cases import DTYPES, HIDDEN, TOKENS
-from .compiling import compile_one, name_of, pool
+from ..cases import HIDDEN, TOKENS
+from ..variants import name_of
+from .compiling import compile_one, pool
 from .log import Log, of_failed
 from .passes import PASSES
+from .small import decoded
 from .speed import CSV
 
 LENGTHS = (1024, 4096, 16_384)
@@ -74,8 +76,8 @@ def _one(log: Log, row, signature, jobs: dict[object, Future], sample: timing.Sa
 
     def trial(config, job: Future) -> dict:
         job.result()
-        qkv = inputs(signature, *TRIAL, "cuda")
-        return {"row_error": try_out(row, signature, config, qkv)}
+        inputs = row.draw(signature, *TRIAL, "cuda")
+        return {"row_error": try_out(row, signature, config, inputs)}
 
     for config, job in jobs.items():
         log.item(f"{kernel} {as_code(config)}", lambda c=config, j=job: trial(c, j))
@@ -84,20 +86,13 @@ def _one(log: Log, row, signature, jobs: dict[object, Future], sample: timing.Sa
     log.item(f"{kernel} {WINNER}", lambda: times_of(row, signature, good, sample))
 
 
-def inputs(signature, batch: int, length: int, heads: int, device) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    widths = signature.head_dim, signature.head_dim, signature.head_dim_v
-    dtype = DTYPES[signature.dtype]
-    return [torch.randn(batch, length, heads, d, device=device).to(dtype) for d in widths]
-
-
-def try_out(row, signature, config, qkv) -> float:
+def try_out(row, signature, config, inputs) -> float:
     """The error of a config's output; raises where it is not right."""
     causal = signature.mask == "causal"
-    out = row.bind(config, causal, *qkv)()
-    length = qkv[0].shape[1]
+    out = row.bind(config, causal, *inputs)()
+    length = out.shape[1]
     seen = check.visible_keys(length, length, -1, 0 if causal else -1, out.device)
-    heads_first = [x.float().transpose(1, 2).flatten(0, 1) for x in qkv]
+    heads_first = [x.transpose(1, 2).flatten(0, 1) for x in decoded(*inputs)]
     exact = check.attention(*heads_first, seen).unflatten(0, (out.shape[0], -1)).transpose(1, 2)
     error = check.row_error(out, exact)
     if error > check.ROW_ERROR[signature.dtype]:
@@ -111,8 +106,8 @@ def times_of(row, signature, configs: list, sample: timing.Sample, lengths=LENGT
     causal = signature.mask == "causal"
     for length in lengths:
         batch, heads = max(TOKENS // length, 1), max(HIDDEN // signature.head_dim, 1)
-        qkv = inputs(signature, batch, length, heads, "cuda")
-        calls = {config: row.bind(config, causal, *qkv) for config in configs}
+        inputs = row.draw(signature, batch, length, heads, "cuda")
+        calls = {config: row.bind(config, causal, *inputs) for config in configs}
         pairs = batch * heads * length**2 * (0.5 if causal else 1.0)
         operations = 2.0 * (signature.head_dim + signature.head_dim_v) * pairs
         for config, times in timing.interleave(calls, ROUNDS, sample).items():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from perf.device.outputs import Stored, keep, load, save
-from perf.device.passes import PASSES, Small, digest
+from perf.device.passes import PASSES
+from perf.device.small import Small, decoded, digest
 
 from ..accuracy import assert_lse, assert_same_nonfinite
 
@@ -60,6 +61,7 @@ def test_as_on_the_gpu(name, stored, device):
     compare(ROWS[name], stored, device)
 
 
+FP8 = Small("e4m3", 64, 64, 140, 150, h_q=2, h_k=2, seed=5, scales="block")
 CASE = Small("bf16", 128, 128, 97, 130, causal=True, h_q=2, h_k=1, seed=3)
 
 
@@ -108,13 +110,28 @@ def test_other_inputs_are_noticed(stored, device):
 def test_inputs_are_the_same_numbers_everywhere():
     """Of numpy's frozen stream; a change here would make every committed file useless."""
     assert digest(CASE.inputs()) == "00f51813722e2237"
+    assert digest(FP8.inputs()) == "52c30597b67d1c8e"
+    assert digest(replace(FP8, dtype="int8", scales="head").inputs()) == "141b253e29139b13"
+
+
+@pytest.mark.parametrize("scales", ["block", "head"])
+@pytest.mark.parametrize("dtype", ["e4m3", "int8"])
+def test_codes_of_one_byte_stand_for_nearly_normal_numbers(dtype, scales):
+    """Of a descale a little above 1 each; block 1 of the keys has another one than block 0."""
+    case = replace(FP8, dtype=dtype, scales=scales)
+    inputs = case.inputs()
+    for x, codes in zip(decoded(*inputs), inputs, strict=False):
+        assert 1 < x.std() < 2.2
+        assert codes.float().abs().max() > 30
+    k, (_, codes, _, _, descale, _) = decoded(*inputs)[1], inputs
+    row = descale[0, 1] if scales == "head" else descale[0, 1, 140 // 128]
+    assert torch.equal(k[0, 140, 1], codes[0, 140, 1].float() * row)
 
 
 def test_small_cases_cover_every_kernel():
     for row in PASSES:
         kernels = {(s.head_dim, s.head_dim_v, s.mask) for s in row.signatures()}
-        masks = [str(case).split()[2] for case in row.smalls]
-        covered = {(c.head_dim, c.head_dim_v, m) for c, m in zip(row.smalls, masks, strict=True)}
+        covered = {(c.head_dim, c.head_dim_v, c.mask) for c in row.smalls}
         assert covered == kernels
         assert 30 <= len(row.smalls) <= 40
         assert len({case.seed for case in row.smalls}) == len(row.smalls)

@@ -8,6 +8,8 @@ import pytest
 from fa3.inspect import cli
 from fa3.kernels.signature import Quantised, Signature
 
+MULTIPLE = "expected a multiple of 8 from 8 to 256 for torch.bfloat16"
+
 
 @pytest.fixture
 def call(device, capsys):
@@ -114,19 +116,19 @@ def test_a_window_is_the_mask_that_the_call_gives_it(window, mask):
     [
         (
             ("--head-dim", "0"),
-            "q has head dim 0, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+            f"q has head dim 0, {MULTIPLE}",
         ),
         (
             ("--head-dim", "264"),
-            "q has head dim 264, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+            f"q has head dim 264, {MULTIPLE}",
         ),
         (
             ("--head-dim", "100"),
-            "q has head dim 100, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+            f"q has head dim 100, {MULTIPLE}",
         ),
         (
             ("--head-dim", "64", "--head-dim-v", "4"),
-            "v has head dim 4, expected a multiple of 8 from 8 to 256 for torch.bfloat16",
+            f"v has head dim 4, {MULTIPLE}",
         ),
         (
             ("--head-dim", "64", "--dtype", "float32"),

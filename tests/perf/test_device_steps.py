@@ -10,8 +10,10 @@ from fa3.kernels.signature import Signature
 from perf.cases import PASSES as CASE_PASSES
 from perf.cases import flops
 from perf.device import compiling, environment, sanitize, speed, steady, tune
-from perf.device.passes import PASSES, Small
+from perf.device.passes import PASSES
+from perf.device.small import Small
 from perf.results import Machine, Row, read_csv, write_csv
+from perf.variants import name_of
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 FORWARD = PASSES[0]
@@ -62,10 +64,17 @@ def test_tuning_begins_where_the_sweep_is_furthest_behind(tmp_path):
     assert tune.by_need(signatures, tmp_path / "none.csv") == signatures
 
 
-@pytest.mark.parametrize("signature", FORWARD.tuned(), ids=compiling.name_of)
-def test_candidates_fit(signature):
-    candidates = FORWARD.candidates(signature)
-    assert candidates[0] == FORWARD.config(signature)
+@pytest.mark.parametrize(
+    ("row", "signature"),
+    [
+        pytest.param(row, signature, id=name_of(signature))
+        for row in PASSES
+        for signature in row.tuned()
+    ],
+)
+def test_candidates_fit(row, signature):
+    candidates = row.candidates(signature)
+    assert candidates[0] == row.config(signature)
     assert len(candidates) == len(set(candidates)) > 1
     assert all(config.smem_bytes(signature) <= SMEM_LIMIT for config in candidates)
 
@@ -94,7 +103,7 @@ def test_winners_are_rows_of_the_table(tmp_path):
 
 def test_a_candidate_is_judged_by_its_output(device):
     signature = Signature("bf16", 64, 64, "causal")
-    qkv = tune.inputs(signature, 1, 100, 1, device)
+    qkv = FORWARD.draw(signature, 1, 100, 1, device)
     assert tune.try_out(FORWARD, signature, FORWARD.config(signature), qkv) < 5e-3
 
     class Wrong:
@@ -104,6 +113,13 @@ def test_a_candidate_is_judged_by_its_output(device):
 
     with pytest.raises(ValueError, match="wrong output"):
         tune.try_out(Wrong(), signature, FORWARD.config(signature), qkv)
+
+
+def test_a_candidate_of_one_byte_inputs_is_judged_by_what_its_codes_stand_for(device):
+    (row,) = (row for row in PASSES if row.name == "forward fp8")
+    signature = next(s for s in row.tuned() if (s.head_dim, s.mask) == (64, "causal"))
+    inputs = row.draw(signature, 1, 150, 1, device)
+    assert 1e-3 < tune.try_out(row, signature, row.config(signature), inputs) < 0.1
 
 
 class Forgetful:

@@ -5,10 +5,13 @@ import re
 
 import pytest
 
+from fa3 import tuning
+from fa3.kernels.signature import Signature
 from perf import evidence
 from perf.cases import Case
-from perf.evidence import NOT_MEASURED, Variant
+from perf.evidence import NOT_MEASURED
 from perf.results import Machine, Row, write_csv
+from perf.variants import name_of, sixteen_bit
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 
@@ -23,26 +26,20 @@ def lines():
 
 
 def test_every_variant_has_its_line(lines):
-    assert list(lines) == [str(variant) for variant in evidence.variants()]
+    assert list(lines) == [name_of(signature) for signature in sixteen_bit()]
 
 
 def test_every_tile_is_the_one_that_a_call_gets(lines):
-    from fa3 import tuning
-    from fa3.kernels.signature import Signature
-
-    for variant in evidence.variants():
-        config = tuning.forward(
-            Signature(variant.dtype, variant.head_dim, variant.head_dim_v, variant.mask)
-        )
-        line = lines[str(variant)]
-        assert line["tile"] == f"{config.tile_m} x {config.tile_n}", variant
-        assert line["stages"] == str(config.num_stages), variant
+    for signature in sixteen_bit():
+        config, line = tuning.forward(signature), lines[name_of(signature)]
+        assert line["tile"] == f"{config.tile_m} x {config.tile_n}", signature
+        assert line["stages"] == str(config.num_stages), signature
 
 
 def test_speeds_come_from_committed_sweeps(lines):
-    for variant in evidence.variants():
-        line = lines[str(variant)]
-        assert (line["Hopper GPU"], line["TFLOPs/s"]) == evidence.measured(variant), variant
+    for signature in sixteen_bit():
+        line = lines[name_of(signature)]
+        assert (line["Hopper GPU"], line["TFLOPs/s"]) == evidence.measured(signature), signature
 
 
 def test_a_sweep_fills_the_lines_it_measured(tmp_path):
@@ -56,7 +53,7 @@ def test_a_sweep_fills_the_lines_it_measured(tmp_path):
     with (tmp_path / "sweep-synthetic.csv").open() as file:
         assert len(list(csv.reader(file))) == 4
     causal, full, fp16 = (
-        evidence.measured(Variant(128, 128, dtype, mask), tmp_path)
+        evidence.measured(Signature(dtype, 128, 128, mask), tmp_path)
         for dtype, mask in (("bf16", "causal"), ("bf16", "full"), ("fp16", "causal"))
     )
     assert causal == ("SYNTHETIC GPU, 1970-01-01", "123 at 8192")

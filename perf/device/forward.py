@@ -1,0 +1,149 @@
+"""The forward pass, 16-bit: every row of the tuning table."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fa3 import dispatch, jit, ops, tuning
+from fa3.kernels.config import SMEM_LIMIT, FwdConfig
+from fa3.kernels.signature import Signature
+from fa3.layout import Layout
+from fa3.problem import Options, Problem
+from fa3.scales import Descales
+
+from .. import variants
+from ..cases import DTYPES, FORWARD
+from .small import Small
+
+TILE_N = {
+    64: (112, 128, 160, 192),
+    96: (112, 128, 144, 176),
+    128: (96, 112, 128, 144, 160, 176, 192),
+    192: (64, 80, 96, 112, 128),
+    256: (48, 64, 80, 96),
+}
+STAGES = (2, 3, 4)
+SPARE_REGISTERS = 24  # of a consumer thread, besides S, P and O
+LENGTHS = ((130, 200), (70, 333), (200, 150), (1, 300), (97, 97))
+WINDOWS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "local": (False, (50, 9))}
+
+# a Hopper GPU as the dispatcher sees it, for what is compiled without one at hand
+HOPPER = dispatch.Target("gpu", "sm_90a", (9, 0), dispatch.EMULATED_SMS)
+
+
+class Forward:
+    """A row of passes.PASSES."""
+
+    name = FORWARD
+    tests = (
+        "tests/test_forward.py",
+        "tests/test_torch_op.py",
+        "tests/test_transformers.py",
+        "tests/golden",
+    )
+    # of the sanitizers: one small case per tile of head dims, every mask among them
+    sanitized = (
+        Small("bf16", 128, 128, 200, 333, causal=True),
+        Small("fp16", 64, 64, 257, 300),
+        Small("bf16", 256, 256, 130, 200, window=(30, 20)),
+        Small("bf16", 192, 128, 150, 260, causal=True),
+    )
+    # of the test of repeatability: the same bits every time; full grids and odd ends
+    repeated = (
+        Small("bf16", 128, 128, 2048, 2048, True, batch=4, h_q=16, h_k=4),
+        Small("fp16", 128, 128, 1999, 2111, batch=2, h_q=16, h_k=16),
+        Small("bf16", 64, 64, 4096, 4096, True, batch=2, h_q=16, h_k=16),
+        Small("bf16", 256, 256, 1500, 1700, window=(500, 100), batch=2, h_q=8, h_k=8),
+    )
+    # cold and warm compile times are taken of these
+    first_calls = (
+        Small("bf16", 128, 128, 128, 128, causal=True),
+        Small("bf16", 64, 64, 128, 128),
+    )
+
+    def signatures(self) -> list[Signature]:
+        """Every kernel that a call can get."""
+        return variants.sixteen_bit()
+
+    def tuned(self) -> list[Signature]:
+        """What the tuning step looks at."""
+        return [s for s in self.signatures() if s.mask != "local" and variants.is_main(s)]
+
+    def config(self, signature: Signature) -> FwdConfig:
+        return tuning.forward(signature)
+
+    def candidates(self, signature: Signature) -> list[FwdConfig]:
+        """The shipped config first; then all that shared memory and registers allow."""
+        shipped = self.config(signature)
+        widest = max(signature.head_dim, signature.head_dim_v)
+        found = [shipped]
+        for tile_n, stages, warpgroups in itertools.product(TILE_N[widest], STAGES, (2, 3)):
+            config = FwdConfig(tile_n, warpgroups, stages)
+            # fp32 S and O, 16-bit P: a thread of 128 holds that share of 64 rows
+            registers = (4 * tile_n + 4 * signature.head_dim_v + 2 * tile_n) // 8
+            fits = config.smem_bytes(signature) <= SMEM_LIMIT
+            roomy = registers + SPARE_REGISTERS <= config.consumer_registers
+            if fits and roomy and config != shipped:
+                found.append(config)
+        return found
+
+    def compile(self, signature: Signature, config: FwdConfig) -> None:
+        """Into the cache on disk; launches nothing."""
+        kernel = dispatch.forward(signature, HOPPER)
+        jit.artifacts(kernel.where, signature, config)
+
+    def draw(self, signature: Signature, batch: int, length: int, heads: int, device):
+        """Random inputs as of Small, q, k and v (batch, length, heads, head dim)."""
+        torch.manual_seed(0)
+        widths = signature.head_dim, signature.head_dim, signature.head_dim_v
+        dtype = DTYPES[signature.dtype]
+        return [torch.randn(batch, length, heads, d, device=device).to(dtype) for d in widths]
+
+    def call(self, case: Small, inputs) -> dict[str, Tensor]:
+        """What a user gets: name -> output."""
+        import fa3
+
+        descales = dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
+        options = {"causal": case.causal, "window_size": case.window, **descales}
+        out, lse = fa3.flash_attn_func(*inputs[:3], **options, return_attn_probs=True)
+        return {"out": out, "lse": lse}
+
+    def bind(self, config: FwdConfig, causal: bool, q, k, v, *descales) -> Callable[[], Tensor]:
+        """A call with another config than the table's."""
+        layouts = Layout.of(q), Layout.of(k), Layout.of(v)
+        of_scales = Descales(*map(Layout.of, descales))
+        problem = Problem.of(*layouts, Options(causal=causal), of_scales)
+        target = dispatch.target_of(q.device)
+        kernel = dispatch.forward(problem.signature, target)
+        run = jit.compile(kernel.where, problem.signature, config, target.kind)
+        scales = problem.scales.views(q.device, *descales) if descales else ()
+        out = q.new_empty(*problem.out_shape, dtype=problem.out_dtype)
+        lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
+        scale = problem.softmax_scale * ops.LOG2_E
+        window = problem.window_left, problem.window_right
+
+        def call() -> Tensor:
+            run(q, k, v, out, lse, *scales, scale, *window, target.num_sms)
+            return out
+
+        return call
+
+    @functools.cached_property
+    def smalls(self) -> list[Small]:
+        """What `perf.device.outputs` saves: every pair of head dims under every mask, twice."""
+        cases = []
+        for dims, mask in itertools.product(sorted(tuning.FORWARD), variants.MASKS):
+            for turn in range(2):
+                i = len(cases)
+                causal, window = WINDOWS[mask]
+                # alternating as in the accuracy tests, so that both compile the same kernels
+                tiles = dims[0] // 32 + dims[1] // 64
+                dtype = ("bf16", "fp16")[(tiles + variants.MASKS.index(mask)) % 2]
+                heads = ((2, 1), (2, 2))[turn]
+                s_q, s_k = LENGTHS[i % len(LENGTHS)]
+                case = Small(dtype, *dims, s_q, s_k, causal, window, 1, *heads, seed=i)
+                cases.append(case)
+        return cases

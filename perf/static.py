@@ -1,0 +1,103 @@
+"""What can be read of every shipped kernel without a GPU, kept beside what it was.
+
+    python -m perf.static            compile all of them, rewrite tests/golden/static.json
+    python -m perf.static --check    compile all of them, name what became worse
+
+tests/test_static.py compares every kernel with its line there, so that a change that makes a main
+loop worse is seen, and what it costs stands in the change's diff.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fa3.inspect.cli import Inspection, inspect
+from fa3.kernels.signature import Signature
+
+from . import variants
+from .progress import track
+from .results import ROOT
+
+TABLE = ROOT / "tests" / "golden" / "static.json"
+SLACK = 1.002  # of slots per exponential: a move or two of the register allocation
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kernel; less is better in every field but `config`."""
+
+    config: str
+    registers: int  # of a thread at launch
+    local_bytes: int  # of a thread: spills and local arrays
+    smem_bytes: int  # of a CTA
+    slots_per_exp: float  # of the steady loop's straight way
+    slots_with_all: float  # with what that way may leave out, or leaves the loop for
+
+    @classmethod
+    def of(cls, found: Inspection) -> "Line":
+        steady, resources = found.report.steady, found.report.resources
+        everything = (steady.around or steady).all
+        return cls(
+            config=str(found.config),
+            registers=resources.registers,
+            local_bytes=resources.frame,
+            smem_bytes=resources.static_smem + found.smem_bytes,
+            slots_per_exp=round(steady.straight.per_exponential, 3),
+            slots_with_all=round(everything.per_exponential, 3),
+        )
+
+
+def worse(committed: Line, found: Line) -> list[str]:
+    """What became worse; another config has nothing to be compared with."""
+    if committed.config != found.config:
+        return [f"config: {found.config}, committed {committed.config}"]
+    names = ("registers", "local_bytes", "smem_bytes", "slots_per_exp", "slots_with_all")
+    return [
+        f"{name}: {getattr(found, name)}, committed {getattr(committed, name)}"
+        for name in names
+        if getattr(found, name) > getattr(committed, name) * (SLACK if "slots" in name else 1)
+    ]
+
+
+def shipped() -> list[Signature]:
+    """Of kernels that differ in little, one of each: every config is among them."""
+    every = [*variants.sixteen_bit(), *variants.one_byte()]
+    return [s for s in every if s.mask == "full" or variants.is_main(s)]
+
+
+def read(path: Path = TABLE) -> dict[str, Line]:
+    return {name: Line(**line) for name, line in json.loads(path.read_text()).items()}
+
+
+def write(lines: dict[str, Line], path: Path = TABLE) -> None:
+    text = json.dumps({name: asdict(line) for name, line in lines.items()}, indent=1)
+    path.write_text(f"{text}\n")
+
+
+def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m perf.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is worse")
+    options = parser.parse_args(argv)
+    committed = read(path) if path.is_file() else {}
+    lines, losses = {}, 0
+    for signature in track(shipped(), "kernel"):
+        name = variants.name_of(signature)
+        lines[name] = Line.of(inspect(signature))
+        for loss in worse(committed[name], lines[name]) if name in committed else ():
+            losses += 1
+            print(f"{name}: {loss}")
+    if options.check:
+        return 1 if losses else 0
+    write(lines, path)
+    print(f"{len(lines)} kernels, {losses} losses; written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

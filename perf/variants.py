@@ -1,0 +1,41 @@
+"""The kernels that this project ships, by Signature: what is compiled, inspected and listed."""
+
+from itertools import product
+
+from fa3 import tuning
+from fa3.kernels.signature import Quantised, Signature
+
+SIXTEEN_BIT = ("bf16", "fp16")
+MASKS = ("full", "causal", "local")
+# scales of one-byte inputs -> what they make of a kernel
+QUANTISED = {
+    "block scales": Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=128),
+    "one scale": Quantised("e4m3", "e4m3", "bf16"),
+    "int8 scores": Quantised("int8", "e4m3", "bf16", k_blocks=True, v_block=128),
+}
+KIND_OF = {quantised: kind for kind, quantised in QUANTISED.items()}
+
+
+def sixteen_bit() -> list[Signature]:
+    """All of them: by row of the tuning table, dtype and mask."""
+    kinds = product(sorted(tuning.FORWARD), SIXTEEN_BIT, MASKS)
+    return [Signature(dtype, *dims, mask) for dims, dtype, mask in kinds]
+
+
+def one_byte() -> list[Signature]:
+    """By row of the tuning table, scales and mask: e4m3 with bf16 results."""
+    kinds = product(sorted(tuning.FORWARD_FP8), QUANTISED.values(), MASKS)
+    return [Signature(quantised.k, *dims, mask, quantised) for dims, quantised, mask in kinds]
+
+
+def is_main(signature: Signature) -> bool:
+    """What most calls get: bf16, or e4m3 with scales per block."""
+    quantised = signature.quantised
+    return signature.dtype == "bf16" or quantised == QUANTISED["block scales"]
+
+
+def name_of(signature: Signature) -> str:
+    """Such as "128 bf16 full" or "192/128 e4m3 causal, block scales"."""
+    dims = "/".join(map(str, dict.fromkeys((signature.head_dim, signature.head_dim_v))))
+    scales = f", {KIND_OF[signature.quantised]}" if signature.quantised else ""
+    return f"{dims} {signature.dtype} {signature.mask}{scales}"
