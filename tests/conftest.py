@@ -53,6 +53,21 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """CPU tensors are computed without a kernel, whatever FA3_CPU says."""
+    from fa3 import dispatch, ops
+
+    target = dispatch.Target("reference", "CPU", (0, 0), 1)
+    monkeypatch.setattr(dispatch, "target_of", lambda device: target)
+    plans = ops.plan_of, ops.plan_fp8_of, ops._check_layouts
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not HOPPER:
         pytest.skip("no GPU of compute capability 9.0")

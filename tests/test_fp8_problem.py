@@ -12,20 +12,9 @@ from fa3.kernels.signature import Quantised
 from fa3.problem import Layout, Options, Problem
 from fa3.scales import Descales
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SHAPES = {"q": (2, 140, 4, 64), "k": (2, 200, 2, 64), "v": (2, 200, 2, 48)}
-OUT_SHAPE = (2, 140, 4, 48)
-FORMS = {  # argument -> form -> shape
-    "q_descale": {"none": None, "head": (2, 2), "blocks": (2, 4, 2)},
-    "k_descale": {"none": None, "head": (2, 2), "128": (2, 2, 2), "64": (2, 2, 4)},
-    "v_descale": {
-        "none": None,
-        "head": (2, 2),
-        "128": (2, 2, 2),
-        "64": (2, 2, 4),
-        "channels": (2, 2, 1, 48),
-    },
-}
+from .fp8_calls import DV, E4M3, E5M2, FORMS, H_K, H_Q, OUT_SHAPE, S_K, S_Q, B, D
+
+SHAPES = {"q": (B, S_Q, H_Q, D), "k": (B, S_K, H_K, D), "v": (B, S_K, H_K, DV)}
 ALL_FORMS = [(name, form) for name, forms in FORMS.items() for form in forms if form != "none"]
 
 
