@@ -1,14 +1,14 @@
 """16-bit q, k and v -> the one-byte tensors and scales that attention in FP8 or INT8 takes."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, jit, quantize_reference
-from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature
+from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, Scales
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -36,6 +36,8 @@ class Fp8Inputs(NamedTuple):
 
 
 class _Options(NamedTuple):
+    """Those of quantize_fp8, in the order of the operator's."""
+
     hadamard: bool
     smooth_k: bool
     block_scales: bool
@@ -43,6 +45,53 @@ class _Options(NamedTuple):
     rows_per_block: int
     qk_dtype: torch.dtype
     v_dtype: torch.dtype
+
+    def recipes(self, h_k: int) -> dict[str, "_Recipe"]:
+        """For q, k and v."""
+        form = "block" if self.block_scales else "head"
+        v_form = "channel" if self.v_per_channel else form
+        rows, qk = self.rows_per_block, self.qk_dtype
+        return {
+            "q": _Recipe(qk, form, Q_BLOCK, h_k, self.hadamard),
+            "k": _Recipe(qk, form, rows, h_k, self.hadamard),
+            "v": _Recipe(self.v_dtype, v_form, rows, h_k, False),
+        }
+
+
+class _Recipe(NamedTuple):
+    """How one tensor (b, s, h, d) is quantised."""
+
+    dtype: torch.dtype
+    form: Literal["block", "head", "channel"]  # what has a scale of its own
+    rows: int  # of a block
+    h_k: int
+    hadamard: bool
+
+    def descale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        b, s, h, d = shape
+        if self.form == "block":
+            return b, h, num_blocks(s, self.rows)
+        return (b, self.h_k) if self.form == "head" else (b, h, 1, d)
+
+    def signature(self, layout: Layout, scales: Scales, **mean: bool) -> QuantizeSignature:
+        names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
+        d = layout.shape[-1]
+        return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **mean)
+
+
+class _Plan(NamedTuple):
+    """How one tensor (b, s, h, d) is quantised: everything but where it lies."""
+
+    recipe: _Recipe
+    copy: bool  # its strides are no multiples of 16 bytes
+    strides: tuple[int, ...] | None  # to read it by, where only dimensions of size 1 are odd
+    amax: Callable | None  # amax(x, None, peaks, mean, None), where not blocks have scales
+    cast: Callable  # cast(x, y, scales, mean, dot)
+
+    def readable(self, x: Tensor) -> Tensor:
+        if self.copy or x.data_ptr() % ALIGNMENT:
+            return x.clone(memory_format=torch.contiguous_format)
+        return x if self.strides is None else x.as_strided(x.shape, self.strides)
 
 
 def quantize_fp8(  # noqa: PLR0913 - one argument per option
@@ -108,61 +157,79 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
 def _run(q, k, v, *options):
     """As the operator fa3::quantize_fp8: without smooth_k, lse_shift is empty."""
     options = _Options(*options)
-    _check_layouts(Layout.of(q), Layout.of(k), Layout.of(v), options)
-    q, k, v = (_aligned(x) for x in (q, k, v))
-    k_mean = lse_shift = None
+    layouts = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
+    plans = _plans_of(*layouts, options, None if q.is_meta else dispatch.target_of(q.device))
+    q, k, v = (plan.readable(x) for plan, x in zip(plans, (q, k, v), strict=True))
+    k_mean, lse_shift = None, q.new_empty(0, dtype=torch.float32)
     if options.smooth_k:
-        # Any row can be subtracted: where the mean is not finite, leave the channel as it is.
-        k_mean = k.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
-        k_mean = k_mean.contiguous()  # (b, h_k, d)
-        lse_shift = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    rows, form = options.rows_per_block, "block" if options.block_scales else "head"
-    qk = functools.partial(_quantize, dtype=options.qk_dtype, form=form, hadamard=options.hadamard)
-    q, q_descale = qk(q, rows=Q_BLOCK, h_k=k.shape[2], mean=k_mean, dot=lse_shift)
-    k, k_descale = qk(k, rows=rows, h_k=k.shape[2], mean=k_mean)
-    v_form = "channel" if options.v_per_channel else form
-    v, v_descale = _quantize(v, dtype=options.v_dtype, form=v_form, rows=rows, h_k=v.shape[2])
-    if lse_shift is None:
-        lse_shift = q.new_empty(0, dtype=torch.float32)
+        # Any row may be subtracted; where the mean is not finite, the channel is left as it is.
+        k_mean = k.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).contiguous()
+        lse_shift = lse_shift.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    q, q_descale = _quantize(q, plans[0], k_mean, lse_shift if options.smooth_k else None)
+    k, k_descale = _quantize(k, plans[1], k_mean)
+    v, v_descale = _quantize(v, plans[2])
     return q, k, v, q_descale, k_descale, v_descale, lse_shift
 
 
-def _quantize(x, *, dtype, form, rows, h_k, hadamard=False, mean=None, dot=None):  # noqa: PLR0913
-    """Bytes and descales of one tensor; with `dot` the mean is only multiplied, not subtracted."""
-    b, s, h, d = x.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    signature = functools.partial(
-        QuantizeSignature,
-        DTYPES[x.dtype],
-        BYTE_DTYPES[dtype],
-        d,
-        rows,
-        hadamard=hadamard,
-        subtract_mean=mean is not None and dot is None,
-        dot_with_mean=dot is not None,
-    )
-    kernel = functools.partial(_kernel, x)
-    if form == "block":
-        descale = x.new_empty(b, h, num_blocks(s, rows), dtype=torch.float32)
-        kernel(signature())(x, y.view(torch.uint8), descale, mean, dot)
+def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None) -> tuple[Tensor, Tensor]:
+    """Bytes and descales of one tensor.
+
+    mean (b, h_k, d): subtracted, but with dot (b, h, s) multiplied by the rows of x instead.
+    """
+    recipe = plan.recipe
+    y = torch.empty(x.shape, dtype=recipe.dtype, device=x.device)
+    descale = torch.empty(recipe.descale_shape(x.shape), dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, descale.fill_(1.0)
+    if plan.amax is None:
+        plan.cast(x, y.view(torch.uint8), descale, mean, dot)
         return y, descale
-    peaks = x.new_zeros(b, h, max(1, num_blocks(s, rows)), d, dtype=torch.float32)
-    amax = signature(scales="amax", dot_with_mean=False)
-    kernel(amax)(x, None, peaks, mean if amax.has_mean else None, None)
-    peaks = peaks.amax(dim=2) if form == "channel" else peaks.view(b, h_k, -1).amax(dim=-1)
-    descale = quantize_reference.descale_of(peaks, BYTE_DTYPES[dtype])
+    b, s, h, d = x.shape
+    peaks = descale.new_empty(b, h, num_blocks(s, recipe.rows), d)
+    plan.amax(x, None, peaks, mean if dot is None else None, None)
+    peaks = peaks.amax(dim=2)  # (b, h, d)
+    if recipe.form == "head":
+        peaks = peaks.view(b, recipe.h_k, -1).amax(dim=2)
+    descale.copy_(quantize_reference.descale_of(peaks, BYTE_DTYPES[recipe.dtype]).view_as(descale))
     factors = 1 / descale
-    if form == "head":
-        factors = factors.repeat_interleave(h // h_k, dim=1)[..., None].repeat(1, 1, d)
-    kernel(signature(scales="given"))(x, y.view(torch.uint8), factors, mean, dot)
-    return y, descale[:, :, None] if form == "channel" else descale
+    if recipe.form == "head":
+        factors = factors.repeat_interleave(h // recipe.h_k, dim=1)[..., None].repeat(1, 1, d)
+    plan.cast(x, y.view(torch.uint8), factors.view(b, h, d), mean, dot)
+    return y, descale
 
 
-def _kernel(x: Tensor, signature: QuantizeSignature) -> Callable:
-    """The function run(x, y, scales, mean, dot) for tensors like x."""
-    if x.numel() == 0 or x.device.type == "meta":
+@functools.lru_cache(maxsize=4096)
+def _plans_of(q, k, v, options: _Options, target: dispatch.Target | None) -> tuple[_Plan, ...]:
+    """Check a call and find its kernels; the cache makes this free for layouts seen before."""
+    q, k, v = (Layout(*x) for x in (q, k, v))
+    _check_layouts(q, k, v, options)
+    recipes = options.recipes(k.shape[2])
+    return (
+        _plan(recipes["q"], q, target, dot_with_mean=options.smooth_k),
+        _plan(recipes["k"], k, target, subtract_mean=options.smooth_k),
+        _plan(recipes["v"], v, target),
+    )
+
+
+def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **dot) -> _Plan:
+    def kernel(scales, **mean):
+        signature = recipe.signature(layout, scales, subtract_mean=subtract_mean, **mean)
+        return _kernel(signature, None if 0 in layout.shape else target)
+
+    is_block = recipe.form == "block"
+    return _Plan(
+        recipe,
+        odd_dimension(layout) is not None,
+        tma_strides(layout),
+        None if is_block else kernel("amax"),
+        kernel("block" if is_block else "given", **dot),
+    )
+
+
+def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Callable:
+    """The function run(x, y, scales, mean, dot)."""
+    if target is None:
         return _do_nothing
-    target = dispatch.target_of(x.device)
     if target.kind == "reference":
         return quantize_reference.bind(signature)
     if target.capability[0] != 9:
@@ -175,17 +242,6 @@ def _kernel(x: Tensor, signature: QuantizeSignature) -> Callable:
 
 def _do_nothing(*arguments):
     pass
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, copied if the kernel cannot read it in steps of 16 bytes."""
-    layout = Layout.of(x)
-    if odd_dimension(layout) is not None or (
-        x.device.type != "meta" and x.data_ptr() % ALIGNMENT != 0
-    ):
-        return x.clone(memory_format=torch.contiguous_format)
-    strides = tma_strides(layout)
-    return x if strides is None else x.as_strided(x.shape, strides)
 
 
 def _check_options(options: _Options) -> None:
@@ -259,26 +315,12 @@ def _operator(  # noqa: PLR0913
 def _(q, k, v, *options):
     options = _Options(*options)
     _check_layouts(Layout.of(q), Layout.of(k), Layout.of(v), options)
-    b, s_q, h_q, _ = q.shape
-    _, s_k, h_k, dv = v.shape
-
-    def scales(*shape):
-        return q.new_empty(shape, dtype=torch.float32)
-
-    if options.block_scales:
-        num_k_blocks = num_blocks(s_k, options.rows_per_block)
-        q_descale = scales(b, h_q, num_blocks(s_q, Q_BLOCK))
-        k_descale, v_descale = (scales(b, h_k, num_k_blocks) for _ in range(2))
-    else:
-        q_descale, k_descale, v_descale = (scales(b, h_k) for _ in range(3))
-    if options.v_per_channel:
-        v_descale = scales(b, h_k, 1, dv)
-    return (
-        q.new_empty(q.shape, dtype=options.qk_dtype),
-        k.new_empty(k.shape, dtype=options.qk_dtype),
-        v.new_empty(v.shape, dtype=options.v_dtype),
-        q_descale,
-        k_descale,
-        v_descale,
-        scales(b, h_q, s_q) if options.smooth_k else scales(0),
-    )
+    recipes = options.recipes(k.shape[2])
+    given = {"q": q, "k": k, "v": v}
+    codes = [x.new_empty(x.shape, dtype=recipes[name].dtype) for name, x in given.items()]
+    descales = [
+        x.new_empty(recipes[name].descale_shape(x.shape), dtype=torch.float32)
+        for name, x in given.items()
+    ]
+    shift = (q.shape[0], q.shape[2], q.shape[1]) if options.smooth_k else 0
+    return *codes, *descales, q.new_empty(shift, dtype=torch.float32)
