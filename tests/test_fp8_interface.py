@@ -76,12 +76,12 @@ def test_scales(case):
 def test_dtypes_of_out():
     """bf16 unless told; each is the fp32 result, rounded once."""
     tensors, given = inputs(), descales("128", "64", "64")
-    exact = fa3.flash_attn_func(*tensors, **given, out=torch.empty(OUT_SHAPE))
+    whole = fa3.flash_attn_func(*tensors, **given, out=torch.empty(OUT_SHAPE))
     default = fa3.flash_attn_func(*tensors, **given)
     assert default.dtype == torch.bfloat16
-    assert torch.equal(default, exact.bfloat16())
+    assert torch.equal(default, whole.bfloat16())
     half = torch.empty(OUT_SHAPE, dtype=torch.float16)
-    assert torch.equal(fa3.flash_attn_func(*tensors, **given, out=half), exact.half())
+    assert torch.equal(fa3.flash_attn_func(*tensors, **given, out=half), whole.half())
 
 
 def test_any_strides():
@@ -145,13 +145,12 @@ def test_fp8_of_16_bit_inputs(options, bound, lse_bound, dtype):
 def test_lse_is_that_of_the_keys_as_given():
     """What smooth_k takes from the scores is much more than lse may be off by."""
     q, k, v = real(offset=2.0)
-    inputs = fa3.quantize_fp8(q, k, v, smooth_k=True, hadamard=True)
-    _, smoothed = fa3.flash_attn_func(
-        *inputs[:3], **dict(zip(FORMS, inputs[3:6], strict=True)), return_attn_probs=True
-    )
+    parts = fa3.quantize_fp8(q, k, v, smooth_k=True, hadamard=True)
+    given = dict(zip(FORMS, parts[3:6], strict=True))
+    _, smoothed = fa3.flash_attn_func(*parts[:3], **given, return_attn_probs=True)
     _, lse = fa3.flash_attn_fp8_func(q, k, v, return_attn_probs=True)
     assert (smoothed - lse).abs().max() > 1
-    torch.testing.assert_close(lse, smoothed + inputs.lse_shift * 64**-0.5)
+    torch.testing.assert_close(lse, smoothed + parts.lse_shift * 64**-0.5)
 
 
 def test_what_the_options_are_for():
