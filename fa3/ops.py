@@ -68,6 +68,7 @@ def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def _check_layouts(tensors, *options) -> None:
+    """tensors: the fields of the `Layout`s of q, k, v and out."""
     *inputs, out = _layouts(tensors)
     problem = Problem.of(*inputs, Options(*options))
     if problem.device.type != "meta":
@@ -269,9 +270,9 @@ def forward_fp8(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_left: int = -1,
@@ -285,7 +286,7 @@ def forward_fp8(  # noqa: PLR0913
 
 
 @forward_fp8.register_fake
-def _(q, k, v, q_descale, k_descale, v_descale, *options):
+def _(q, k, v, q_descale=None, k_descale=None, v_descale=None, *options):
     problem = _fake_fp8(q, k, v, None, q_descale, k_descale, v_descale)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
@@ -297,9 +298,9 @@ def forward_fp8_out(  # noqa: PLR0913
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_left: int = -1,
@@ -313,7 +314,7 @@ def forward_fp8_out(  # noqa: PLR0913
 
 
 @forward_fp8_out.register_fake
-def _(q, k, v, out, q_descale, k_descale, v_descale, *options):
+def _(q, k, v, out, q_descale=None, k_descale=None, v_descale=None, *options):
     problem = _fake_fp8(q, k, v, out, q_descale, k_descale, v_descale)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)

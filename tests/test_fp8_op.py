@@ -138,6 +138,14 @@ def test_fake_tensors():
             fa3.flash_attn_func(q, k, v, **given)
 
 
+def test_operator_without_scales():
+    q, k, v = inputs()
+    out, _ = torch.ops.fa3.forward_fp8(q, k, v)
+    assert torch.equal(out, fa3.flash_attn_func(q, k, v))
+    compiled = torch.compile(torch.ops.fa3.forward_fp8, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v)[0], out)
+
+
 def test_meta_tensors():
     q, k, v, *scales = (x.to("meta") for x in arguments())
     out = fa3.flash_attn_func(q, k, v, **dict(zip(FORMS, scales, strict=True)), check_scales=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fa3 import reference as cpu
-from fa3.kernels.signature import Signature
+from fa3.kernels.signature import Quantised, Signature
 from fa3.problem import Layout, Options, Problem
 
 from . import reference, textbook
@@ -98,3 +98,5 @@ def test_cpu_path_takes_any_strides():
 
 def test_signature_is_all_that_the_cpu_path_is_bound_to():
     assert cpu.bind(Signature("bf16", 64, 64, "causal")).args == ("causal",)
+    quantised = Quantised("e4m3", "e4m3", "bf16", v_block=64)
+    assert cpu.bind(Signature("e4m3", 64, 64, "local", quantised)).args == ("local", 64)
