@@ -107,7 +107,9 @@ class Simulation:
         self.warps = [Warp(x, w * self.skew) for w, x in enumerate(ops)]
         self.consumers = self.warps[:]
         if self.producer:
-            self.warps.append(Warp(self.producer.ops(self.machine), 0))
+            transposing = Warp(self.producer.ops(self.machine), 0)
+            transposing.iteration = self.producer.ahead  # or all consumers would begin at once
+            self.warps.append(transposing)
         self.ring = all({"turn", "pass"} <= {op.kind for op in x} for x in ops)
         names = ("fma0", "fma1", "alu", "xu", "uniform", "lsu", "registers")
         self.free = dict.fromkeys(names, 0.0)
