@@ -2,6 +2,7 @@
 # make demo       a pretrained model's attention through the kernel
 # make lint       ruff
 # make sweep      TFLOPs/s beside other kernels; needs a Hopper GPU
+# make device     all that a GPU can tell (docs/device.md); needs a Hopper GPU
 # make evidence   rewrites the table of docs/evidence.md
 #
 # Each makes the virtual environment .venv first. Needs Python 3.10 to 3.13 with venv, and a C compiler
@@ -17,11 +18,12 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 SWEEP_FLAGS ?=
+DEVICE_FLAGS ?= --out perf/out/device
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: test demo lint sweep evidence clean
+.PHONY: test demo lint sweep device evidence clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
@@ -35,6 +37,9 @@ lint: $(VENV)/.installed
 
 sweep: $(VENV)/.installed
 	$(BIN)/python -m perf.sweep $(SWEEP_FLAGS)
+
+device: $(VENV)/.installed
+	$(BIN)/python -m perf.device $(DEVICE_FLAGS)
 
 evidence: $(VENV)/.installed
 	$(BIN)/python -m perf.evidence
