@@ -133,7 +133,7 @@ class Problem:
             BYTE_DTYPES[self.k_dtype],
             BYTE_DTYPES[self.v_dtype],
             OUT_DTYPES[self.out_dtype],
-            k_blocks=self.scales.k.block > 0,
+            k_block=self.scales.k.block,
             v_block=self.scales.v.block,
         )
 

@@ -86,7 +86,7 @@ class Quantize:
             block=(self.num_threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=self.ctas_per_sm,
-            preferred_smem_carveout=50,
+            preferred_smem_carveout=50,  # percent; or the DSL asks the driver, if there is one
         )
 
     @cute.kernel

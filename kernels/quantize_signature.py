@@ -16,7 +16,7 @@ CHUNK = 16  # columns of a thread: two 16-byte loads of 16-bit elements, one 16-
 # block: a descale per block of rows, computed and written.
 # given: factors 1 / descale per channel are read.
 # amax:  no bytes, only the largest magnitude of each channel in each block of rows is written.
-Scales = Literal["block", "given", "amax"]
+ScaleMode = Literal["block", "given", "amax"]
 
 
 def sign_of(column: int) -> int:
@@ -39,7 +39,7 @@ class QuantizeSignature:
     out: ByteName
     head_dim: int  # a multiple of CHUNK
     rows: Literal[64, 128]  # of a block, the rows of one scale
-    scales: Scales = "block"
+    scales: ScaleMode = "block"
     hadamard: bool = False  # rows are rotated: signs, then Walsh-Hadamard, by 1 / sqrt(d)
     subtract_mean: bool = False  # a row given per batch entry and head is subtracted first
     dot_with_mean: bool = False  # the product of each row, as it came, with that given row
@@ -84,6 +84,9 @@ class QuantizeConfig:
         return signature.rows * signature.lanes // self.rows_per_thread(signature)
 
     def ctas_per_sm(self, signature: QuantizeSignature) -> int:
-        """As many as registers allow without spills: one computes while others load."""
-        threads = 640 if signature.has_mean or signature.out == "int8" else 768
-        return max(1, threads // self.num_threads(signature))
+        """As many as registers allow without spills: one computes while others load.
+
+        A thread needs 80 to 96, and up to 112 while it holds a part of the mean.
+        """
+        threads = self.num_threads(signature)
+        return max(1, (768 if threads == 256 and not signature.has_mean else 640) // threads)

@@ -21,16 +21,12 @@ def head_dim_tile(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Quantised:
-    """What one-byte inputs add to a Signature.
-
-    Block sizes of q_descale and k_descale are run-time values; that of v_descale is not, because
-    each product P V runs over keys of one scale.
-    """
+    """What one-byte inputs add to a Signature."""
 
     k: ByteName  # dtype of k; q is e4m3, or int8 where k is
     v: ByteName  # dtype of v, e4m3 or e5m2
     out: Literal["bf16", "fp16", "fp32"]
-    k_blocks: bool = False  # k_descale holds a scale per block of keys; else one per head
+    k_block: Literal[0, 64, 128] = 0  # keys per scale of k; 0: a scale per head
     v_block: Literal[0, 64, 128] = 0  # keys per scale of v; 0: scales per head or channel
 
     def __post_init__(self):
@@ -38,6 +34,7 @@ class Quantised:
             ("k", ("e4m3", "e5m2", "int8")),
             ("v", ("e4m3", "e5m2")),
             ("out", ("bf16", "fp16", "fp32")),
+            ("k_block", (0, 64, 128)),
             ("v_block", (0, 64, 128)),
         ):
             if getattr(self, name) not in allowed:

@@ -17,27 +17,27 @@ NO_KEY, SOME_KEY = 0, -1  # bit patterns of OnlineSoftmax.seen; the sign bit say
 class OnlineSoftmax:
     """Softmax over blocks of scores, in base 2, normalised at the end.
 
-        y = S * scale_log2 + shift      P = exp2(y)      shift = -maximum * scale_log2 - headroom
+        y = S * scale + shift      P = exp2(y)      shift = limit - headroom - maximum * scale
 
     `maximum` is the row's largest score when the shift was last moved, so P is at most
-    2^-headroom then, and stays below 1 while no later score exceeds that maximum by more than
-    2^headroom.  Only then does the shift move again: moving it costs a multiplication of every
-    element of O (FlashAttention-4's conditional rescale).  P below 1 is y below 0, so the test for
-    a move is the AND of all sign bits: a three-input LOP3 for two scores, where a maximum would
-    need an FMNMX for each, and no exchange with the three threads that share the rows.
+    2^(limit - headroom) then, and stays below 2^limit while no later score exceeds that maximum by
+    more than 2^headroom.  Only then does the shift move again: moving it costs a multiplication of
+    every element of O (FlashAttention-4's conditional rescale).  The test for a move takes one
+    instruction for two scores, where a maximum would need one for each, and no exchange with the
+    three threads that share the rows (_reaches_limit).
     """
 
-    scale_log2: Float32
     headroom: float  # compile-time, in log2
+    limit: float  # compile-time, in log2
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
     seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
 
     @staticmethod
-    def of(scale_log2: Float32, headroom: float) -> "OnlineSoftmax":
+    def of(headroom: float, limit: float) -> "OnlineSoftmax":
         shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(scale_log2, headroom, shift, seen, row_sum)
+        return OnlineSoftmax(headroom, limit, shift, seen, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
@@ -45,36 +45,37 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def scale(self, acc_S: cute.Tensor) -> Boolean:
-        """S -> y in place; true (warp-uniform) if the shift must move before P is computed."""
+    def scale(self, acc_S: cute.Tensor, scales: tuple) -> Boolean:
+        """S -> y in place; true (warp-uniform) if the shift must move before P is computed.
+
+        scales: for each row, one positive factor (in log2) per equal part of the columns.
+        """
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
+        part = cute.size(rows, mode=[1]) // len(scales[0])
         for r in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * self.scale_log2 + self.shift[r]
-        all_below_zero = _sign_and(acc_S, self.seen[0] & self.seen[1]) < 0
-        return cute.arch.vote_any_sync(not all_below_zero)
+                rows[r, i] = rows[r, i] * scales[r][i // part] + self.shift[r]
+        have_seen = self.seen[0] & self.seen[1]
+        return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
 
     @cute.jit
     def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):
-        """Rows with a score beyond the headroom take it as maximum: correct y, the sum and O.
+        """Rows with a score beyond the limit take it as maximum: correct y, the sum and O.
 
         The warp's other rows stay as they are, to the bit: a row's result is its own.
         acc_O is None at a tile's first block, where there is no O yet.
         """
         rows_S = rows_and_columns(acc_S)
-        num_columns = cute.size(rows_S, mode=[1])
         for r in cutlass.range_constexpr(2):
-            top = cute.arch.warp_reduction_max(
-                maximum_of([rows_S[r, i] for i in range(num_columns)]), threads_in_group=4
-            )
+            top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
             has_seen = self.seen[r] != NO_KEY
             change, correction = Float32(0.0), Float32(1.0)
             if has_seen:
-                if top > 0.0:
-                    change = -top - self.headroom
+                if top > self.limit:
+                    change = self.limit - self.headroom - top
                     correction = cute.math.exp2(change, fastmath=True)
             elif top != -Float32.inf:
-                change = -top - self.headroom  # the sum and O are still 0: nothing to correct
+                change = self.limit - self.headroom - top  # the sum and O are 0 so far
                 self.seen[r] = Int32(SOME_KEY)
             self.shift[r] += change
             self.row_sum[r] *= correction
@@ -83,8 +84,14 @@ class OnlineSoftmax:
                 _multiply(rows_and_columns(acc_O)[r, None], correction)
 
     def exponentiate(self, acc_S: cute.Tensor):
-        """y -> P in place, and to the sum."""
-        exponentiate(acc_S, self.row_sum)
+        """y -> P in place, summed in two chains so that no addition waits for the one before."""
+        rows = rows_and_columns(acc_S)
+        for r in range(2):
+            sums = [self.row_sum[r], None]
+            for i in range(cute.size(rows, mode=[1])):
+                rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
+                sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
+            self.row_sum[r] = sums[0] + sums[1]
 
     @cute.jit
     def finish(self, acc_O: cute.Tensor, lse: cute.Tensor):
@@ -101,32 +108,35 @@ class OnlineSoftmax:
             _multiply(rows[r, None], cute.arch.rcp_approx(Float32(1.0) if is_empty else total))
 
 
-def exponentiate(acc: cute.Tensor, row_sum: cute.Tensor):
-    """y -> exp2(y) in place, summed in two chains so that no addition waits for the one before."""
-    rows = rows_and_columns(acc)
-    for r in range(2):
-        sums = [row_sum[r], None]
-        for i in range(cute.size(rows, mode=[1])):
-            rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
-            sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
-        row_sum[r] = sums[0] + sums[1]
+def _reaches_limit(y: cute.Tensor, have_seen: Int32, limit: float) -> Boolean:
+    """Whether an element of y reaches the limit, or a row has not seen a key.
+
+    Limit 0: every sign bit is set iff the AND of all bits has it (LOP3 takes three operands).
+    Another: bit patterns of floats order as integers do where one of them is positive, and a
+    maximum of three integers is one instruction (VIMNMX3); NaN with its sign clear reaches it.
+    """
+    bits = cute.recast_tensor(y, Int32)
+    values = [bits[i] for i in range(cute.size(bits))]
+    if limit == 0.0:
+        start = [have_seen, Int32(SOME_KEY), Int32(SOME_KEY), Int32(SOME_KEY)]
+        return _in_chains(lambda a, b: a & b, start, values) >= 0
+    top = _in_chains(cutlass.max, values[:4], values[4:])
+    return (top >= Float32(limit).bitcast(Int32)) | (have_seen == NO_KEY)
 
 
-def _sign_and(values: cute.Tensor, start: Int32) -> Int32:
-    """Negative iff every value and `start` have their sign bit set."""
-    bits = cute.recast_tensor(values, Int32)
-    chains = [start, Int32(SOME_KEY), Int32(SOME_KEY), Int32(SOME_KEY)]
-    for i in range(0, cute.size(bits), 2):
+def _in_chains(combine, chains: list, values: list):
+    """All values combined, in four chains that take two at a time."""
+    for i, value in enumerate(values):
         chain = i // 2 % 4
-        chains[chain] = chains[chain] & bits[i] & bits[i + 1]
-    return (chains[0] & chains[1]) & (chains[2] & chains[3])
+        chains[chain] = combine(chains[chain], value)
+    return combine(combine(chains[0], chains[1]), combine(chains[2], chains[3]))
 
 
-def maximum_of(values: list) -> Float32:
+def _maximum(row: cute.Tensor) -> Float32:
     """In four chains, so that no comparison waits for the one before."""
-    tops = values[:4]
-    for i, value in enumerate(values[4:]):
-        tops[i % 4] = cute.arch.fmax(tops[i % 4], value)
+    tops = [row[i] for i in range(4)]
+    for i in range(4, cute.size(row)):
+        tops[i % 4] = cute.arch.fmax(tops[i % 4], row[i])
     return cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
 
 

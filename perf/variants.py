@@ -9,9 +9,9 @@ SIXTEEN_BIT = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 # scales of one-byte inputs -> what they make of a kernel
 QUANTISED = {
-    "block scales": Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=128),
+    "block scales": Quantised("e4m3", "e4m3", "bf16", k_block=128, v_block=128),
     "one scale": Quantised("e4m3", "e4m3", "bf16"),
-    "int8 scores": Quantised("int8", "e4m3", "bf16", k_blocks=True, v_block=128),
+    "int8 scores": Quantised("int8", "e4m3", "bf16", k_block=128, v_block=128),
 }
 KIND_OF = {quantised: kind for kind, quantised in QUANTISED.items()}
 

@@ -220,13 +220,13 @@ def test_signature_of_out():
 
 
 def test_signature_of_scales():
-    """Only what the kernel is compiled for: the form of q's and the block of k's are not."""
+    """The kernel is compiled for the blocks of k and v, not for the form of q's."""
     plain = Quantised("e4m3", "e4m3", "bf16")
     for form in FORMS["q_descale"]:
         given = {} if form == "none" else {"q_descale": form}
         assert _problem(**given).signature.quantised == plain
-    for form, blocks in (("head", False), ("128", True), ("64", True)):
-        assert _problem(k_descale=form).signature.quantised.k_blocks is blocks
+    for form, block in (("head", 0), ("128", 128), ("64", 64)):
+        assert _problem(k_descale=form).signature.quantised.k_block == block
     for form, block in (("head", 0), ("channels", 0), ("128", 128), ("64", 64)):
         assert _problem(v_descale=form).signature.quantised.v_block == block
 

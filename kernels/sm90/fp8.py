@@ -25,14 +25,14 @@ from cutlass.memory import SmemAllocator
 
 from ..barriers import WARPGROUP, WarpgroupTurn
 from ..mask import Mask
-from ..scaled_softmax import ScaledSoftmax
-from ..scales import OutputUnit, Scales
+from ..scales import Scales
 from ..tensors import FwdScalars, FwdTensors, permute
 from .fp8_load import TRANSPOSING_WARPS, transpose
-from .fp8_mma import Fp8Fragments, attend
+from .fp8_mma import Fp8Fragments
 from .fp8_store import store_output
 from .fwd import ForwardSm90, Tiles, tma_load
 from .fwd_load import load
+from .fwd_mma import accumulate_last, attend
 from .fwd_store import store_lse
 from .rings import FwdRings, Ring, swizzled
 from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, vt_layout
@@ -149,28 +149,34 @@ class ForwardFp8Sm90(ForwardSm90):
         warp = cute.arch.make_warp_uniform(thread // 32)
         warpgroup = warp // 4
         mma = FwdMma.of(plan.signature, plan.config)
-        frag = Fp8Fragments.of(plan, mma, rings, warpgroup)
-        softmax, unit = ScaledSoftmax.of(), OutputUnit.of()
-        lse, factors = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+        fragments = Fp8Fragments.of(plan, mma, rings, warpgroup)
+        softmax = plan.softmax()
+        lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
 
         q, k, v = rings.q.consumer(), rings.k.consumer(), rings.vt.consumer()
+        tile = tiles[0]
         for wave in cutlass.range(tiles.count, unroll=1):
-            tile = tiles[wave]
-            first_row = tile.m_block * plan.tile_m
-            row = first_row + warp * 16 + lane // 4
-            mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
-            heads = tensors.lse.shape[1]
-            q_scale = tensors.scales.of_queries(first_row + 64 * warpgroup, tile, heads)
-            scales = tensors.scales.of_keys(tile, window.s_k, plan.tile_n, plan.signature.quantised)
-            query = q.wait_and_advance()
-            scale_log2 = scalars.scale_log2 * q_scale
             blocks = tiles.blocks_of(tile)
-            k, v = attend(frag, softmax, unit, scales, scale_log2, mask, turn, k, v, blocks, rings.vt)
+            first_row = tile.m_block * plan.tile_m + 64 * warpgroup
+            row = first_row + warp % 4 * 16 + lane // 4
+            mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
+            num_heads = tensors.lse.shape[1]
+            scales = tensors.scales.of_tile(tile, first_row, num_heads, scalars.scale_log2, plan)
+            frag = fragments.with_scales(scales)
+            query = q.wait_and_advance()
+            k, v = attend(frag, softmax, scales, mask, turn, k, v, blocks, False, _nothing)
             query.release()
-            softmax.finish(lse, factors)
+            look_up_next = partial(tiles.__getitem__, wave + 1)
+            v, next_tile = accumulate_last(frag, v, blocks.n_min, look_up_next, False)
+            frag.take_sum(softmax)
+            softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            mO = tensors.o[None, None, tile.head, tile.batch]
-            store_output(mO, frag.acc_O, factors, scales.of_output(unit), row, lane)
+            store_output(tensors, frag, lse, tile, row, lane)
+            tile = next_tile
+
+
+def _nothing():
+    pass

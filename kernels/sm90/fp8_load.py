@@ -1,7 +1,8 @@
 """The transposing warps of the producer warpgroup: V by keys -> V by channels.
 
 wgmma takes one-byte operands only with the contracted mode contiguous, which for P V is the keys,
-while memory and TMA bring V with its channels contiguous.  A unit of work is 32 keys by 16 channels:
+while memory and TMA bring V with its channels contiguous.  A unit of work is 32 keys by 16
+channels:
 
     ldmatrix.trans    pairs of bytes move as 16-bit elements: each lane gets channels 2c, 2c + 1
                       of the keys 2q, 2q + 1 (c = lane / 4, q = lane % 4), for four groups of 8 keys
@@ -24,9 +25,11 @@ from cutlass.cute.nvgpu import warp
 from cutlass.tensor_utils import LayoutEnum
 
 from .rings import FwdRings
+from .wgmma import vt_rows
 
 TRANSPOSING_WARPS = 3  # 1 .. 3 of the producer warpgroup
 UNIT = (32, 16)  # keys, channels
+TWO_ONES = {"e4m3": 0x3838, "e5m2": 0x3C3C}  # bit patterns of 1.0, twice
 FIRST_BYTES, SECOND_BYTES = 0x6420, 0x7531  # of each 16 bits of two registers (prmt selectors)
 
 
@@ -34,6 +37,7 @@ FIRST_BYTES, SECOND_BYTES = 0x6420, 0x7531  # of each 16 bits of two registers (
 def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
     """Fill the ring of transposed V, tile after tile, in the order of load()."""
     by_keys, by_channels = _pairs(plan, rings)
+    _write_ones(plan, by_channels, worker, lane)
     v, vt = rings.v.consumer(), rings.vt.producer()
     for wave in cutlass.range(tiles.count, unroll=1):
         blocks = tiles.blocks_of(tiles[wave])
@@ -50,13 +54,27 @@ def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
 def _pairs(plan, rings: FwdRings) -> tuple[cute.Tensor, cute.Tensor]:
     """Both rings as 16-bit elements: (tile_n, dv / 2, num_stages) and (dv, tile_n / 2, ..)."""
     stages, dv, tile_n = plan.config.num_stages, plan.head_dim_v, plan.tile_n
+    channels = vt_rows(plan.signature, plan.config)
     views = []
-    for ring, rows, columns in ((rings.v, tile_n, dv), (rings.vt, dv, tile_n)):
+    for ring, rows, columns in ((rings.v, tile_n, dv), (rings.vt, channels, tile_n)):
         shape = (rows, 0, columns // 2)
         layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, shape, Float16, stages)
         pointer = cute.recast_ptr(ring.buffer.iterator, layout.inner, dtype=Int16)
         views.append(cute.make_tensor(pointer, layout.outer))
     return tuple(views)
+
+
+@cute.jit
+def _write_ones(plan: cutlass.Constexpr, by_channels: cute.Tensor, worker, lane):
+    """The rows of transposed V that no V is written to (wgmma.vt_rows), in every stage."""
+    first = plan.head_dim_v
+    rows, pairs = cute.size(by_channels, mode=[0]) - first, cute.size(by_channels, mode=[1])
+    count = rows * pairs * plan.config.num_stages
+    for i in cutlass.range(32 * worker + lane, count, 32 * TRANSPOSING_WARPS):
+        row, pair = i // pairs % rows, i % pairs
+        by_channels[first + row, pair, i // (rows * pairs)] = Int16(
+            TWO_ONES[plan.signature.quantised.v]
+        )
 
 
 @cute.jit

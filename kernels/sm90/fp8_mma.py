@@ -1,24 +1,26 @@
-"""A consumer warpgroup of the forward kernel for one-byte inputs."""
+"""What a consumer warpgroup multiplies when its inputs have one byte; fwd_mma has the loop."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from ..barriers import WARPGROUP, WarpgroupTurn
-from ..mask import Mask
-from ..scaled_softmax import ScaledSoftmax
-from ..scales import KeyScales, OutputUnit
+from ..barriers import WARPGROUP
+from ..scales import OutputUnit, TileScales
+from ..softmax import OnlineSoftmax
 from .rings import FwdRings
-from .wgmma import FwdMma, issue_gemm
+from .wgmma import FwdMma, issue_gemm, v_slice, vt_rows
 
 
 @dataclass(frozen=True)
 class Fp8Fragments:
-    """What a thread of a consumer warpgroup multiplies: descriptors and registers."""
+    """What a thread of a consumer warpgroup multiplies: descriptors and registers.
+
+    The products P V of each block are accumulated on their own and added to O in fp32 afterwards.
+    Where O leaves no room for all of them beside S, they follow each other in slices of columns.
+    """
 
     mma: FwdMma
     q: cute.Tensor  # (MMA, 1, d / 32) descriptors
@@ -26,19 +28,16 @@ class Fp8Fragments:
     v: cute.Tensor  # (MMA, slices, tile_n / 32, num_stages) descriptors
     p: cute.Tensor  # ((4, 2, 2), 1, tile_n / 32) e4m3 registers
     acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
-    acc_O: cute.Tensor  # ((2, 2, slice / 8), 1, slices) fp32 registers
-    block_O: cute.Tensor  # ((2, 2, slice / 8), 1, 1 or 2) fp32 registers: P V of one block
-    factors: cute.Tensor  # (2,) by what to multiply O when block_O is added to it
+    acc_O: cute.Tensor  # ((2, 2, columns / 8), 1, 1) fp32 registers
+    block_O: cute.Tensor  # ((2, 2, slice / 8), 1, 1) fp32 registers: P V of one block
+    unit: OutputUnit
+    scales: TileScales | None
+    head_dim_v: cutlass.Constexpr[int]
 
     @staticmethod
     def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "Fp8Fragments":
         first_thread = warpgroup_index * WARPGROUP
         qk, pv = mma.qk.get_slice(first_thread), mma.pv.get_slice(first_thread)
-        width = plan.config.o_slice or plan.head_dim_v
-        buffers = 1 if width == plan.head_dim_v else 2
-        s_shape = qk.partition_shape_C((plan.tile_m, plan.tile_n))
-        o_shape = pv.partition_shape_C((plan.tile_m, plan.head_dim_v))
-        block_shape = pv.partition_shape_C((plan.tile_m, buffers * width))
         p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
         return Fp8Fragments(
             mma=mma,
@@ -46,43 +45,72 @@ class Fp8Fragments:
             k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
             v=pv.make_fragment_B(pv.partition_B(rings.vt.buffer)),
             p=pv.make_fragment_A(p_shape),
-            acc_S=cute.make_rmem_tensor(s_shape, Float32),
-            acc_O=cute.make_rmem_tensor(o_shape, Float32),
-            block_O=cute.make_rmem_tensor(block_shape, Float32),
-            factors=cute.make_rmem_tensor(2, Float32),
+            acc_S=_accumulator(plan.tile_n),
+            acc_O=_accumulator(vt_rows(plan.signature, plan.config)),
+            block_O=_accumulator(v_slice(plan.signature, plan.config)),
+            unit=OutputUnit.of(),
+            scales=None,
+            head_dim_v=plan.head_dim_v,
         )
 
-    @property
-    def num_slices(self) -> int:
-        return cute.size(self.acc_O, mode=[2])
+    def with_scales(self, scales: TileScales) -> "Fp8Fragments":
+        return replace(self, scales=scales)
 
     def issue_scores(self, stage):
         """S = Q K^T, asynchronously."""
         issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
 
-    def issue_output(self, stage, part: int = 0):
-        """P V of a slice of the columns into a buffer of its own, asynchronously."""
+    def issue_output(self, stage, n_block):
+        """P V of the first slice, asynchronously."""
+        self._issue(stage, 0)
+        self.unit.become(self.scales.of_values(n_block))
+
+    def add_output(self, stage):
+        """O += P V, slice by slice; the first one has been waited for."""
+        self._add(0)
+        for part in range(1, cute.size(self.acc_O) // cute.size(self.block_O)):
+            self._issue(stage, part)
+            warpgroup.wait_group(0)
+            self._add(part)
+
+    def start(self, n_block):
+        self.acc_O.fill(0.0)
+        self.unit.start(self.scales.of_values(n_block))
+
+    def take_sum(self, softmax: OnlineSoftmax):
+        """The sum of P from the rows of ones, which gave it to all four threads of a row."""
+        columns = cute.size(self.acc_O) - cute.size(self.o)
+        if columns > 0:
+            for r in range(2):
+                softmax.row_sum[r] = 0.25 * self.acc_O[cute.size(self.o) + 2 * r]
+
+    @property
+    def o(self) -> cute.Tensor:
+        """O without the sums."""
+        return cute.make_tensor(
+            self.acc_O.iterator, cute.make_layout(((2, 2, self.head_dim_v // 8), 1, 1))
+        )
+
+    def convert(self):
+        pack(self.acc_S, self.p)
+
+    def _issue(self, stage, part: int):
         v = cute.logical_divide(self.v, (None, 1))[None, (None, part), None, stage]
-        acc = _slice(self.block_O, self._buffer(part))
-        issue_gemm(self.mma.pv, acc, self.p, v, False)
+        issue_gemm(self.mma.pv, self.block_O, self.p, v, False)
 
-    def start(self):
-        for t in (self.acc_O, self.block_O, self.factors):
-            t.fill(0.0)
-
-    def add_output(self, part: int = 0):
-        """O = O * factors (by row) + P V, for a slice whose product has been waited for."""
-        total, block = _slice(self.acc_O, part), _slice(self.block_O, self._buffer(part))
-        for i in range(cute.size(total)):
-            total[i] = total[i] * self.factors[i // 2 % 2] + block[i]
-
-    def _buffer(self, part: int) -> int:
-        return part % cute.size(self.block_O, mode=[2])
+    def _add(self, part: int):
+        """O += P V, for a slice."""
+        first = part * cute.size(self.block_O)
+        for i in range(cute.size(self.block_O)):
+            before = self.acc_O[first + i]
+            is_sum = first + i >= cute.size(self.o)
+            if self.scales.quantised.v_block and not is_sum:
+                before = before * self.unit.change[0]
+            self.acc_O[first + i] = before + self.block_O[i]
 
 
-def _slice(acc: cute.Tensor, part: int) -> cute.Tensor:
-    """((2, 2, slice / 8), 1, slices) -> ((2, 2, slice / 8), 1, 1)"""
-    return cute.logical_divide(acc, (None, None, 1))[None, None, (None, part)]
+def _accumulator(columns: int) -> cute.Tensor:
+    return cute.make_rmem_tensor(((2, 2, columns // 8), 1, 1), Float32)
 
 
 def pack(acc_S: cute.Tensor, p: cute.Tensor):
@@ -108,69 +136,3 @@ def _to_e4m3(a, b, c, d) -> Int32:
         write_only_types=[Int32],
         read_only_args=[a, b, c, d],
     )
-
-
-@cute.jit
-def attend(
-    frag: Fp8Fragments,
-    softmax: ScaledSoftmax,
-    unit: OutputUnit,
-    scales: KeyScales,
-    scale_log2: Float32,
-    mask: Mask,
-    turn: WarpgroupTurn,
-    k: Any,
-    v: Any,
-    blocks: Any,
-    vt: Any,
-):
-    """One query tile: O (not normalised) and the state of its softmax."""
-    softmax.start()
-    frag.start()
-    unit.start(scales.of_values(blocks.n_max - 1))
-    key_scales = scales.of_scores(blocks.n_max - 1)
-    key = k.wait_and_advance()
-    frag.issue_scores(key.index)
-    warpgroup.wait_group(0)
-    key.release()
-    mask.apply(frag.acc_S, blocks.n_max - 1)
-    softmax.update(frag.acc_S, tuple(s * scale_log2 for s in key_scales))
-
-    for phase in blocks.phases():
-        for i in cutlass.range(phase.n_end - phase.n_begin, unroll=1):
-            n_block = phase.n_end - 1 - i
-            key_scales = scales.of_scores(n_block)
-            value_scale = scales.of_values(n_block + 1)
-            warpgroup.wait_group(0)
-            if n_block < blocks.n_max - 2:
-                vt.release(vt.slot_before(v))
-            frag.add_output()
-            softmax.exponentiate(frag.acc_S)
-            pack(frag.acc_S, frag.p)
-            key = k.wait_and_advance()
-            value = v.wait_and_advance()
-            turn.wait()
-            frag.issue_scores(key.index)
-            frag.issue_output(value.index)
-            turn.pass_on()
-            warpgroup.wait_group(1)
-            key.release()
-            softmax.factors(unit.change_to(value_scale), frag.factors)
-            if cutlass.const_expr(phase.is_masked):
-                mask.apply(frag.acc_S, n_block)
-            softmax.update(frag.acc_S, tuple(s * scale_log2 for s in key_scales))
-
-    value_scale = scales.of_values(blocks.n_min)
-    warpgroup.wait_group(0)
-    if blocks.count > 1:
-        vt.release(vt.slot_before(v))
-    frag.add_output()
-    softmax.exponentiate(frag.acc_S)
-    pack(frag.acc_S, frag.p)
-    value = v.wait_and_advance()
-    frag.issue_output(value.index)
-    softmax.factors(unit.change_to(value_scale), frag.factors)
-    warpgroup.wait_group(0)
-    value.release()
-    frag.add_output()
-    return k, v

@@ -6,15 +6,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
+from ..tensors import FwdTensors
+
 CHANNELS = 16  # that are transposed together; the four lanes of a row hold 4 of them each
 
 
 @cute.jit
 def store_output(
-    mO: cute.Tensor,  # (s_q, dv) of a head
-    acc_O: cute.Tensor,  # ((2, 2, slice / 8), 1, slices)
-    factors: cute.Tensor,  # (2,) by what to multiply a row
-    scales: cute.Tensor,  # (1,) or (dv,) by what to multiply a channel
+    tensors: FwdTensors,
+    frag: Any,  # holds O, normalised, in units of its `unit`
+    lse: cute.Tensor,  # (2,)
+    tile: Any,
     row: Any,  # of this thread's first row; the second one is 8 below
     lane: Any,
 ):
@@ -23,22 +25,24 @@ def store_output(
     Transposed V holds channels 0, 2, .. 14, 1, 3, .. 15 of every 16 (fp8_load), so that column c of
     a thread's pair in the first and second 8 columns are channels 4 (lane % 4) + 2 c and the next.
     """
+    mO = tensors.o[None, None, tile.head, tile.batch]  # (s_q, dv)
     num_rows, num_channels = mO.shape
-    for part in cutlass.range_constexpr(cute.size(acc_O) // 8):
+    for part in cutlass.range_constexpr(cute.size(frag.o) // 8):
         channel = CHANNELS * part + 4 * (lane % 4)
         if channel < num_channels:
-            four_scales = _scales(scales, channel)
+            factors = _factors(frag, channel)
             for r in cutlass.range_constexpr(2):
                 four = cute.make_rmem_tensor(4, mO.element_type)
                 for i in cutlass.range_constexpr(4):
-                    value = acc_O[8 * part + 4 * (i % 2) + 2 * r + i // 2]
-                    four[i] = (value * factors[r] * four_scales[i]).to(mO.element_type)
+                    value = frag.o[8 * part + 4 * (i % 2) + 2 * r + i // 2]
+                    four[i] = (value * factors[i]).to(mO.element_type)
                 if row + 8 * r < num_rows:
                     target = cute.local_tile(mO, (1, 4), (row + 8 * r, channel // 4))
                     cute.autovec_copy(four, cute.make_tensor(target.iterator, cute.make_layout(4)))
 
 
-def _scales(scales: cute.Tensor, channel) -> list[Float32]:
-    if cute.is_static(scales.shape) and cute.size(scales) == 1:
-        return 4 * [scales[0]]
-    return [scales[channel + i] for i in range(4)]
+def _factors(frag: Any, channel) -> list[Float32]:
+    """The scales of V that O still lacks, for four channels."""
+    if frag.scales.quantised.v_block:
+        return 4 * [frag.unit.scale[0]]
+    return [frag.scales.v[channel + i] for i in range(4)]

@@ -27,14 +27,14 @@ from cutlass.memory import SmemAllocator
 from ..barriers import WARPGROUP, WarpgroupTurn
 from ..blocks import BlockRange, Window
 from ..config import FwdConfig, OSpace
-from ..headroom import HEADROOM_LOG2
+from ..headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ..mask import Mask
 from ..scheduler import Deal, TileOrder, WorkTile
 from ..signature import Signature
 from ..softmax import OnlineSoftmax
 from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from .fwd_load import load
-from .fwd_mma import FwdFragments, accumulate_last, attend
+from .fwd_mma import FwdFragments, SoftmaxScale, accumulate_last, attend
 from .fwd_store import LastSlots, OutputSpace, store_lse, store_output
 from .rings import FwdRings, Ring, swizzled
 from .wgmma import ELEMENT, FwdMma, FwdSmem, o_layout
@@ -105,6 +105,10 @@ class FwdPlan:
     @property
     def o_tile(self):
         return (64, self.signature.head_dim_v)
+
+    def softmax(self) -> OnlineSoftmax:
+        dtype = self.signature.dtype
+        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype])
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,8 @@ class ForwardSm90:
 
         mma = FwdMma.of(plan.signature, plan.config)
         frag = FwdFragments.of(plan, mma, rings, warpgroup)
-        softmax = OnlineSoftmax.of(scalars.scale_log2, HEADROOM_LOG2[plan.signature.dtype])
+        softmax = plan.softmax()
+        scale = SoftmaxScale(scalars.scale_log2)
         lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
         o_smem = o_layout(plan.signature, plan.config)
@@ -309,10 +314,12 @@ class ForwardSm90:
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
             query = q.wait_and_advance()
             give_back = partial(space.give_back, rings, last, wave)
-            k, v = attend(frag, softmax, mask, turn, k, v, blocks, plan.keeps_last_k, give_back)
+            k, v = attend(
+                frag, softmax, scale, mask, turn, k, v, blocks, plan.keeps_last_k, give_back
+            )
             space.scores_done(query, wave)
             look_up_next = partial(tiles.__getitem__, wave + 1)
-            v, next_tile = accumulate_last(frag, v, look_up_next, plan.keeps_last_v)
+            v, next_tile = accumulate_last(frag, v, blocks.n_min, look_up_next, plan.keeps_last_v)
             space.output_done(wave)
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             softmax.finish(frag.acc_O, lse)

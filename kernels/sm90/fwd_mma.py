@@ -50,15 +50,38 @@ class FwdFragments:
         """S = Q K^T, asynchronously."""
         issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
 
-    def issue_output(self, stage):
+    def issue_output(self, stage, n_block):
         """O += P V, asynchronously."""
         issue_gemm(self.mma.pv, self.acc_O, self.p, self.v[None, None, None, stage], True)
+
+    def start(self, n_block):
+        """Before the first block of a tile."""
+        self.acc_O.fill(0.0)
+
+    def add_output(self, stage):
+        """What remains to be done when issue_output() has been waited for: nothing."""
+
+    def convert(self):
+        """P -> operand."""
+        convert(self.acc_S, self.p)
+
+
+@dataclass(frozen=True)
+class SoftmaxScale:
+    """The factor that every score gets, in log2."""
+
+    scale_log2: Float32
+
+    def of_scores(self, n_block) -> tuple:
+        """For each of a thread's two rows, a factor per equal part of a block's columns."""
+        return ((self.scale_log2,), (self.scale_log2,))
 
 
 @cute.jit
 def attend(
-    frag: FwdFragments,
+    frag: Any,
     softmax: OnlineSoftmax,
+    factors: Any,
     mask: Mask,
     turn: WarpgroupTurn,
     k: Any,
@@ -73,14 +96,15 @@ def attend(
     first product.
     """
     softmax.start()
-    frag.acc_O.fill(0.0)
+    frag.start(blocks.n_max - 1)
+    scales = factors.of_scores(blocks.n_max - 1)
     key = k.wait_and_advance()
     frag.issue_scores(key.index)
     meanwhile()
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
     mask.apply(frag.acc_S, blocks.n_max - 1)
-    softmax.scale(frag.acc_S)
+    softmax.scale(frag.acc_S, scales)
     softmax.move(frag.acc_S, None)
     moves = cutlass.Boolean(False)
 
@@ -92,27 +116,29 @@ def attend(
             moves = cutlass.Boolean(False)
             # Steps that move no maximum, which is nearly all of them, stay in this loop.
             while n_block >= phase.n_begin and not moves:
+                scales = factors.of_scores(n_block)
                 softmax.exponentiate(frag.acc_S)
-                convert(frag.acc_S, frag.p)
+                frag.convert()
                 key = k.wait_and_advance()
                 value = v.wait_and_advance()
                 turn.wait()
                 frag.issue_scores(key.index)
-                frag.issue_output(value.index)
+                frag.issue_output(value.index, n_block + 1)
                 turn.pass_on()
                 warpgroup.wait_group(1)
                 _release(key, keep_last_key, n_block == blocks.n_min)
                 if cutlass.const_expr(phase.is_masked):
                     mask.apply(frag.acc_S, n_block)
-                moves = softmax.scale(frag.acc_S)
+                moves = softmax.scale(frag.acc_S, scales)
                 warpgroup.wait_group(0)
+                frag.add_output(value.index)
                 value.release()
                 n_block -= 1
 
     if moves:
         softmax.move(frag.acc_S, frag.acc_O)
     softmax.exponentiate(frag.acc_S)
-    convert(frag.acc_S, frag.p)
+    frag.convert()
     return k, v
 
 
@@ -126,15 +152,18 @@ def _release(key: Any, keep_last: cutlass.Constexpr, is_last):
 
 
 @cute.jit
-def accumulate_last(frag: FwdFragments, v: Any, meanwhile: Callable, keep_value: cutlass.Constexpr):
+def accumulate_last(
+    frag: Any, v: Any, n_block: Any, meanwhile: Callable, keep_value: cutlass.Constexpr
+):
     """O += P V of the tile's last block; meanwhile() is computed beside it and returned.
 
     With keep_value the slot of that V block is not released.
     """
     value = v.wait_and_advance()
-    frag.issue_output(value.index)
+    frag.issue_output(value.index, n_block)
     result = meanwhile()
     warpgroup.wait_group(0)
+    frag.add_output(value.index)
     if cutlass.const_expr(not keep_value):
         value.release()
     return v, result

@@ -22,6 +22,9 @@ ELEMENT = {
 }
 
 
+ONES = 8  # rows of ones in transposed V
+
+
 @dataclass(frozen=True)
 class Elements:
     """Element types of the operands."""
@@ -47,7 +50,7 @@ class FwdMma:
     """S = Q K^T from shared memory; O += P V with P in registers."""
 
     qk: cute.TiledMma
-    pv: cute.TiledMma  # `config.o_slice` columns of O, if given
+    pv: cute.TiledMma
 
     @staticmethod
     def of(signature: Signature, config: FwdConfig) -> "FwdMma":
@@ -70,7 +73,7 @@ class FwdMma:
             mn_major if signature.quantised is None else k_major,
             Float32,
             warpgroups,
-            (64, config.o_slice or signature.head_dim_v),
+            (64, v_slice(signature, config)),
             warpgroup.OperandSource.RMEM,
         )
         return FwdMma(qk, pv)
@@ -107,9 +110,25 @@ def o_layout(signature: Signature, config: FwdConfig) -> cute.ComposedLayout:
     )
 
 
+def vt_rows(signature: Signature, config: FwdConfig) -> int:
+    """Rows of transposed V: the channels, and where O is not sliced 8 rows of ones.
+
+    With those, P V holds the sum of P as it is multiplied (rounded to one byte), for 8 / dv of a
+    product instead of an addition for each P.  8 is the unit of wgmma's N.
+    """
+    return signature.head_dim_v + (0 if config.o_slice else ONES)
+
+
+def v_slice(signature: Signature, config: FwdConfig) -> int:
+    """Columns of O that one product makes."""
+    if signature.quantised is None:
+        return signature.head_dim_v
+    return config.o_slice or vt_rows(signature, config)
+
+
 def vt_layout(signature: Signature, config: FwdConfig) -> cute.ComposedLayout:
-    """(dv, tile_n, num_stages) with the keys contiguous."""
-    shape = (0, signature.head_dim_v, config.tile_n)
+    """(vt_rows, tile_n, num_stages) with the keys contiguous."""
+    shape = (0, vt_rows(signature, config), config.tile_n)
     dtype = Elements.of(signature).v
     return hopper.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, dtype, config.num_stages)
 

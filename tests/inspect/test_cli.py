@@ -59,13 +59,13 @@ def test_json_and_dump_agree_with_each_other(call, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "quantised"),
     [
-        (("--dtype", "e4m3"), Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=128)),
+        (("--dtype", "e4m3"), Quantised("e4m3", "e4m3", "bf16", k_block=128, v_block=128)),
         (
             ("--dtype", "e4m3", "--scales", "block64"),
-            Quantised("e4m3", "e4m3", "bf16", k_blocks=True, v_block=64),
+            Quantised("e4m3", "e4m3", "bf16", k_block=128, v_block=64),
         ),
         (("--dtype", "e4m3", "--scales", "head"), Quantised("e4m3", "e4m3", "bf16")),
-        (("--dtype", "int8"), Quantised("int8", "e4m3", "bf16", k_blocks=True, v_block=128)),
+        (("--dtype", "int8"), Quantised("int8", "e4m3", "bf16", k_block=128, v_block=128)),
     ],
 )
 def test_one_byte_inputs_have_scales_of_a_kind(arguments, quantised):
