@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
@@ -24,7 +25,7 @@ class ForwardFp8(Forward):
     """A row of passes.PASSES."""
 
     name = FORWARD_FP8
-    tests = ("tests/test_fp8_interface.py", "tests/test_fp8_problem.py")
+    tests = ("tests/test_fp8_op.py", "tests/test_fp8_problem.py")
     sanitized = (
         Small("e4m3", 128, 128, 200, 333, causal=True, scales="block"),
         Small("e4m3", 64, 64, 257, 300, scales="head"),
@@ -75,3 +76,28 @@ class ForwardFp8(Forward):
             dtype, scales = ("e4m3" if i % 6 else "int8"), ("block", "head")[i % 2]
             cases.append(replace(case, dtype=dtype, scales=scales))
         return cases
+
+
+class OneCall(Forward):
+    """fa3.flash_attn_fp8_func: the kernels that quantise, and those of ForwardFp8."""
+
+    name = "quantise"
+    tests = ("tests/test_quantize.py",)
+    sanitized = (
+        Small("bf16", 128, 128, 200, 333, causal=True),
+        Small("fp16", 64, 64, 257, 300),
+    )
+    repeated = (Small("bf16", 128, 128, 2048, 2048, True, batch=4, h_q=16, h_k=4),)
+    first_calls = (Small("bf16", 128, 128, 128, 128, causal=True),)
+    smalls = ()
+
+    def signatures(self) -> list[Signature]:
+        """None of its own: a first call compiles what it needs."""
+        return []
+
+    def call(self, case: Small, inputs) -> dict[str, Tensor]:
+        import fa3
+
+        options = {"causal": case.causal, "window_size": case.window}
+        out, lse = fa3.flash_attn_fp8_func(*inputs, **options, return_attn_probs=True)
+        return {"out": out, "lse": lse}

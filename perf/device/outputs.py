@@ -79,7 +79,7 @@ def work(log: Log, folder: Path) -> None:
     made = asdict(this_machine())
     target = folder / "golden"
     target.mkdir(exist_ok=True)
-    for row in PASSES:
+    for row in (row for row in PASSES if row.smalls):
 
         def run(row=row) -> dict:
             stored = [keep(row, case, made, "cuda") for case in row.smalls]

@@ -5,6 +5,6 @@ know nothing else of it.
 """
 
 from .forward import Forward
-from .forward_fp8 import ForwardFp8
+from .forward_fp8 import ForwardFp8, OneCall
 
-PASSES = (Forward(), ForwardFp8())
+PASSES = (Forward(), ForwardFp8(), OneCall())

@@ -12,7 +12,7 @@ from perf.cases import flops
 from perf.device import compiling, environment, sanitize, speed, steady, tune
 from perf.device.passes import PASSES
 from perf.device.small import Small
-from perf.results import Machine, Row, read_csv, write_csv
+from perf.results import ROOT, Machine, Row, read_csv, write_csv
 from perf.variants import name_of
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
@@ -120,6 +120,11 @@ def test_a_candidate_of_one_byte_inputs_is_judged_by_what_its_codes_stand_for(de
     signature = next(s for s in row.tuned() if (s.head_dim, s.mask) == (64, "causal"))
     inputs = row.draw(signature, 1, 150, 1, device)
     assert 1e-3 < tune.try_out(row, signature, row.config(signature), inputs) < 0.1
+
+
+def test_every_pass_names_tests_that_there_are():
+    for row in PASSES:
+        assert row.tests and all((ROOT / test).exists() for test in row.tests)
 
 
 class Forgetful:
