@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..checks import ProxyClock
 from ..errors import Deadlock, EmulatorError, KernelError, Runaway
+from ..memory import mbarrier
 from ..memory.operations import Operation
 from ..races import Races
 from . import report
@@ -68,6 +71,9 @@ class Cluster:
             self._run_in_order()
         while self.in_flight:
             self.land(0)
+        if self.launch.checks.mbarrier:
+            for cta in self.ctas:
+                self.step(cta.warpgroups[0], partial(mbarrier.require_settled, cta.smem))
 
     def _run_in_order(self) -> None:
         running = self.warpgroups

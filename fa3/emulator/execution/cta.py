@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..memory.shared import SharedMemory
+from .register_file import RegisterFile
 from .sync import NamedBarriers
 from .warpgroup import LANES, Warpgroup
 
@@ -15,6 +16,7 @@ class CTA:
         self.smem = SharedMemory(launch.smem_bytes, launch.checks, cluster.proxy, cluster.races)
         self.barriers = NamedBarriers(cluster.races)
         self.live = launch.threads
+        self.registers = RegisterFile(launch.threads)
         self.warpgroups = [Warpgroup(self, i) for i in range(-(-launch.threads // LANES))]
 
     def lanes_left(self, count: int) -> None:

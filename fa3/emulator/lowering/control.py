@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import KernelError, Unsupported
-from ..execution import fragments, sync
+from ..execution import fragments, register_file, sync
 from ..memory import mbarrier
 from .registry import terminates
 
@@ -56,6 +56,13 @@ def call(e, i, after):
 def nanosleep(e, i, after):
     _guard(e, i, after)
     e.line(f"return {e.bind(fragments.pause)}(w,fr,{after})")
+
+
+@terminates("setmaxnreg")
+def setmaxnreg(e, i, after):
+    _guard(e, i, after)
+    grows, count = "inc" in i.parts, i.args[0][1]
+    e.line(f"return {e.bind(register_file.change)}(w,fr,{grows},{count},{e.pc},{after})")
 
 
 @terminates("mbarrier")

@@ -59,7 +59,7 @@ def terminator(instr: Instr) -> Callable | None:
 def converges(instr: Instr) -> str | None:
     """Which lanes must have arrived before an instruction: those of the "warp", "warpgroup"."""
     head = instr.parts[0]
-    if head == "wgmma":
+    if head in ("wgmma", "setmaxnreg"):
         return "warpgroup"
     if head not in _WARP_WIDE:
         return None

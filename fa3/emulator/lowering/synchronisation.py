@@ -46,7 +46,6 @@ def fence(e, i):
     "prefetch",
     "prefetchu",
     "griddepcontrol",
-    "setmaxnreg",
     "applypriority",
     "discard",
     "createpolicy",

@@ -17,13 +17,15 @@ MAX_COUNT = 1 << 20
 
 
 class MBarrier:
-    __slots__ = ("count", "pending", "tx", "phase", "clock", "arriving")
+    __slots__ = ("count", "pending", "tx", "phase", "clock", "arriving", "site", "waiting")
 
     def __init__(self, count: int):
         self.count = self.pending = count
         self.tx = self.phase = 0
         # what the last completed phase passes on, and the current one so far (check "race")
         self.clock = self.arriving = None
+        self.site: int | None = None  # pc of the last that expected bytes
+        self.waiting: dict = {}  # fragment -> phase it waits for the end of, warpgroup, pc
 
     def settle(self) -> bool:
         """Complete the phase if nothing is outstanding."""
@@ -31,8 +33,23 @@ class MBarrier:
             self.phase += 1
             self.pending = self.count
             self.clock, self.arriving = self.arriving, None
+            if self.waiting:
+                self._require_observed()
             return True
         return False
+
+    def _require_observed(self) -> None:
+        """Whoever waited for the last phase but one must have gone on by now."""
+        for fragment, (phase, w, pc) in list(self.waiting.items()):
+            if fragment.pc != pc or fragment not in w.fragments:
+                del self.waiting[fragment]
+            elif phase < self.phase - 1:
+                error = BarrierMisuse(
+                    f"mbarrier completes phase {self.phase - 1} while a warp still waits for the "
+                    f"end of phase {phase}, which it now takes for running: a phase was overrun"
+                )
+                error.site = pc
+                raise error
 
     def passed(self, value: int, parity: bool) -> bool:
         """Whether a wait for a parity (or for the phase of a token) succeeds."""
@@ -74,6 +91,11 @@ def init(w, m, address, offset, count):
             raise Misaligned(f"mbarrier at {at:#x} is not 8-byte aligned")
         if not 1 <= n < MAX_COUNT:
             raise BarrierMisuse(f"mbarrier.init at {at:#x} with count {n}")
+        if w.checks.mbarrier and at in memory.barriers:
+            raise BarrierMisuse(
+                f"mbarrier at {at:#x} is initialised again without mbarrier.inval "
+                f"({memory.barriers[at]})"
+            )
         memory.barriers[at] = MBarrier(n)
         if w.races is not None:
             threads = w.threads[w.lane_list(m)[:1]]
@@ -92,6 +114,8 @@ def transaction(w, m, address, offset, nbytes, sign):
     if sign > 0:
         pass_on(w, m, address, offset)
     for at, n in zip(_addresses(w, m, address, offset), w.active(nbytes, m).tolist(), strict=True):
+        if sign < 0:
+            find(w, at).site = w.current.pc
         complete(w, at, sign * n)
 
 
@@ -107,6 +131,7 @@ def arrive(w, m, row, address, offset, x, expect):
         arrivals = 1 if expect else value
         if expect:
             barrier.tx += value
+            barrier.site = w.launch.lowered.pc_here() if w.checks.mbarrier else None
         if arrivals > barrier.pending:
             raise BarrierMisuse(
                 f"mbarrier at {at & OFFSET:#x}: more arrivals than its count of "
@@ -139,6 +164,8 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
         done = np.full(len(a), find(w, int(a[0])).passed(int(x[0]), parity))
     everyone = bool(done.all())
     if everyone or not blocking or fr.timed_out:
+        if w.checks.mbarrier:
+            find(w, int(a[0])).waiting.pop(fr, None)
         row[fr.mask] = done
         if w.races is not None:
             _observe(w, fr.mask, a, done)
@@ -152,11 +179,26 @@ def wait(w, fr, row, address, offset, x, how, pc, after):
     at, value = int(a[first]), int(np.broadcast_to(x, a.shape)[first])
     barrier = find(w, at)
     fr.pc = pc
+    if w.checks.mbarrier and parity:
+        barrier.waiting.setdefault(fr, (barrier.phase, w, pc))
     fr.wait_until(
         lambda: barrier.passed(value, parity),
         lambda: f"mbarrier {at & OFFSET:#x} {'parity' if parity else 'token'} {value} ({barrier})",
     )
     return -1
+
+
+def require_settled(memory) -> None:
+    """At the end of a CTA: as many bytes arrived as were expected."""
+    for at, barrier in memory.barriers.items():
+        if barrier.tx:
+            fewer = barrier.tx > 0
+            error = BarrierMisuse(
+                f"mbarrier at {at:#x} ends with {abs(barrier.tx)} bytes "
+                f"{'fewer' if fewer else 'more'} than expected (expect-tx and the copies differ)"
+            )
+            error.site = barrier.site
+            raise error
 
 
 def pass_on(w, m, address, offset) -> None:

@@ -1,0 +1,156 @@
+"""One bug per check, in a few lines of PTX, that must be found; and the twin that must pass.
+
+As in test_races.py, a body holds the cure between {{ }} and a bug to add between [[ ]].
+"""
+
+import numpy as np
+import pytest
+
+from fa3.emulator import errors
+
+from .ptx_runner import launch
+from .test_races import LOAD, SETUP, WAIT_FOR_LOAD, broken, cured
+
+# A (64 x 16, in registers %r20..%r23 or shared memory) times B (16 x 8, shared memory)
+OPERANDS = """
+    cvt.u64.u32 %rd1, %r3;
+    shr.u64 %rd1, %rd1, 4;
+    or.b64 %rd1, %rd1, 0x0000000800080000;
+    mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+    mov.b32 %r20, 0; mov.b32 %r21, 0; mov.b32 %r22, 0; mov.b32 %r23, 0;
+"""
+FENCE = "wgmma.fence.sync.aligned;"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1,%f2,%f3,%f4},"
+SHARED = PRODUCT + "%rd1, %rd1, 1, 1, 1, 0, 0;"
+REGISTERS = PRODUCT + "{%r20,%r21,%r22,%r23}, %rd1, 1, 1, 1, 0;"
+SMALLER = "wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {%f1,%f2}, %rd1, %rd1, 1, 1, 1, 0, 0;"
+DONE = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+READ = "add.f32 %f5, %f3, %f3;"
+CHAINED = (
+    PRODUCT.replace("%f1,%f2,%f3,%f4", "%f5,%f6,%f7,%f8") + "{%f1,%f2,%f3,%f4}, %rd1, 1, 1, 1, 0;"
+)
+MORE = LOAD[LOAD.index("@%p1 cp") :].replace("[%r3]", "[%r3+512]")
+WAIT = WAIT_FOR_LOAD
+EXPECT = "@%p1 mbarrier.expect_tx.relaxed.cta.shared::cta.b64"
+ARRIVE = "mbarrier.arrive.shared.b64 _,"
+OTHERS = "setp.lt.u32 %p4, %r0, 96; @%p4 bra OTHERS;"
+
+# of each: checks, body, error, message
+BUGS = {
+    "no fence before the first wgmma": (
+        "fence",
+        OPERANDS + "{{" + FENCE + "}}" + SHARED + DONE,
+        errors.MissingWgmmaFence,
+        "the first wgmma of a warpgroup has no wgmma.fence before it",
+    ),
+    "accumulator read between wgmmas": (
+        "fence",
+        OPERANDS + FENCE + SHARED + DONE + READ + "{{" + FENCE + "}}" + SHARED + DONE,
+        errors.MissingWgmmaFence,
+        r"register %f3 of this wgmma was last used at PTX line \d+: add.f32 %f5",
+    ),
+    "A fragment written after the fence": (
+        "fence",
+        OPERANDS + FENCE + SHARED + "mov.b32 %r21, %r0; {{" + FENCE + "}}" + REGISTERS + DONE,
+        errors.MissingWgmmaFence,
+        r"register %r21 of this wgmma was last used at PTX line \d+: mov.b32 %r21",
+    ),
+    "accumulator of another shape": (
+        "fence",
+        OPERANDS + FENCE + SHARED + "{{" + FENCE + "}}" + SMALLER + DONE,
+        errors.MissingWgmmaFence,
+        r"accumulator register %f1 \(and 1 more\) of a wgmma of another shape",
+    ),
+    "A fragment that is still an accumulator": (
+        "wgmma",
+        OPERANDS + FENCE + SHARED + "{{" + DONE + "}}" + CHAINED + DONE,
+        errors.RegisterInFlight,
+        "is the accumulator of a wgmma in flight and an A operand of this one",
+    ),
+    "fewer bytes expected than are loaded": (
+        "mbarrier",
+        "{{" + EXPECT + " [%r4], 512;}}" + LOAD + MORE + WAIT,
+        errors.BarrierMisuse,
+        "ends with 512 bytes more than expected",
+    ),
+    "more bytes expected than are loaded": (
+        "mbarrier",
+        "[[" + EXPECT + " [%r5], 512;]]" + LOAD + WAIT,
+        errors.BarrierMisuse,
+        r"(?s)ends with 512 bytes fewer than expected.*mbarrier.expect_tx",
+    ),
+    "bytes waited for that nobody loads": (
+        "",
+        "[[" + EXPECT + " [%r4], 512;]]" + LOAD + WAIT,
+        errors.Deadlock,
+        "mbarrier 0x800 parity 0 .* and 512 bytes outstanding",
+    ),
+    "a second initialisation": (
+        "mbarrier",
+        "{{@%p1 mbarrier.inval.shared.b64 [%r4];}} @%p1 mbarrier.init.shared.b64 [%r4], 2;",
+        errors.BarrierMisuse,
+        "mbarrier at 0x800 is initialised again without mbarrier.inval",
+    ),
+    "more arrivals than the count": (
+        "",
+        "@!%p1 bra END; mbarrier.init.shared.b64 [%r3+2064], 2; "
+        + ARRIVE
+        + "[%r3+2064]; [["
+        + ARRIVE
+        + "[%r3+2064], 2;]] END:",
+        errors.BarrierMisuse,
+        "more arrivals than its count of 2 in one phase",
+    ),
+    "fewer arrivals than the count": (
+        "",
+        "{{@%p1 " + ARRIVE + "[%r4];}}" + WAIT,
+        errors.Deadlock,
+        r"mbarrier 0x800 parity 0 \(phase 0, 1 of 1 arrivals and 0 bytes outstanding\)",
+    ),
+    "a phase that completes before the last one was seen": (
+        "mbarrier",
+        # warp 3 waits for phase 0; thread 0 goes on without hearing from it
+        OTHERS
+        + WAIT
+        + "bra END; OTHERS: @!%p1 bra END;"
+        + ARRIVE
+        + "[%r4];"
+        + "[["
+        + ARRIVE
+        + "[%r4];]] END:",
+        errors.BarrierMisuse,
+        "completes phase 1 while a warp still waits for the end of phase 0",
+    ),  # fmt: skip
+    "more registers than the file has": (
+        "",
+        "setp.lt.u32 %p4, %r0, 128; @%p4 bra LESS; setmaxnreg.inc.sync.aligned.u32 240; bra END;"
+        "LESS: {{setmaxnreg.dec.sync.aligned.u32 24;}} [[setmaxnreg.dec.sync.aligned.u32 40;]]"
+        "END:",
+        errors.Deadlock,
+        "setmaxnreg to 240: needs 9216 registers more, 8192 are free",
+    ),
+    "setmaxnreg in the wrong direction": (
+        "",
+        "{{setmaxnreg.dec.sync.aligned.u32 24;}} [[setmaxnreg.dec.sync.aligned.u32 240;]]",
+        errors.KernelError,
+        "setmaxnreg.dec to 240 of warps that have 168 registers a thread",
+    ),
+}
+
+
+def run(name: str, version) -> None:
+    checks, body, *_ = BUGS[name]
+    threads = 384 if "setmaxnreg" in body else 128
+    launch(SETUP + version(body), np.zeros(1024, np.uint8), threads, checks=checks.split())
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_found(name):
+    *_, error, message = BUGS[name]
+    with pytest.raises(error, match=message):
+        run(name, broken)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_kernel_without_the_bug_passes(name):
+    run(name, cured)
