@@ -50,6 +50,7 @@ class Races:
         self._times = np.zeros(count + _ASYNCHRONOUS, np.int64)  # of asynchronous agents
         self._agents: dict[tuple, list[int]] = {}  # (kind, warps) -> asynchronous agents
         self._names: dict[int, tuple[str, str]] = {}  # asynchronous agent -> kind, name
+        self._apart: dict[int, dict[int, np.ndarray]] = {}  # warp -> what single threads know more
 
     # agents
 
@@ -70,9 +71,15 @@ class Races:
 
     # order
 
-    def release(self, agents: list[int]) -> np.ndarray:
-        """What these warps know; what they do from now on is not part of it."""
+    def release(self, agents: list[int], threads=None) -> np.ndarray:
+        """What these warps know; what they do from now on is not part of it.
+
+        threads: those of one warp that pass it on, default all.
+        """
         clock = self.clocks[agents].max(0)
+        if threads is not None and self._apart.get(agents[0]):
+            for thread in threads.tolist():
+                clock = joined(clock, self._apart[agents[0]].get(thread))
         self.clocks[agents, agents] += 1
         return clock
 
@@ -81,10 +88,45 @@ class Races:
             for agent in agents:
                 np.maximum(self.clocks[agent], clock, out=self.clocks[agent])
 
+    def learn(self, w, lanes, clock: np.ndarray | None) -> None:
+        """These lanes have waited for something; the others of a warp know it once they meet."""
+        if clock is None:
+            return
+        for warp in set((lanes // 32).tolist()):
+            own = lanes[lanes // 32 == warp]
+            agent = self._warps * w.cta.rank + 4 * w.index + warp
+            live = int(w.live[32 * warp : 32 * warp + 32].sum())
+            if len(own) == live:
+                self.acquire([agent], clock)
+                continue
+            apart = self._apart.setdefault(agent, {})
+            for thread in w.threads[own].tolist():
+                apart[thread] = joined(apart.get(thread), clock)
+            if len(apart) == live:
+                self.acquire([agent], np.min(list(apart.values()), axis=0))
+
+    def meet(self, agents: list[int]) -> None:
+        """The lanes of these warps tell each other what they know."""
+        for agent in agents:
+            for clock in self._apart.pop(agent, {}).values():
+                self.acquire([agent], clock)
+
+    def _known(self, agent: int, threads) -> np.ndarray:
+        """The clock of some lanes of a warp."""
+        clock = self.clocks[agent]
+        apart = self._apart.get(agent)
+        if apart is None:
+            return clock
+        own = [joined(clock, apart.get(thread)) for thread in set(threads.tolist())]
+        return np.min(own, axis=0)
+
     def begin(self, w, m, kind: str, what: str, site: int | None = None) -> Access:
         """Start an asynchronous operation of the warps in m: it knows what all of them know."""
         warps = self.agents(w, m)
         clock = self.clocks[warps].min(0)
+        if len(warps) == 1 and warps[0] in self._apart:
+            clock = self._known(warps[0], w.threads if m is None else w.threads[m])
+            clock = clock.copy()
         self.clocks[warps, warps] += 1
         own = self._agents.setdefault((kind, *warps), [])
         # One agent for operations of which each is known to be over when the next is issued.
@@ -117,7 +159,7 @@ class Races:
         agents = self._of_threads(threads)
         for agent in np.unique(agents).tolist():
             words = self._words(addresses[agents == agent], nbytes)
-            access = self._of_warp(agent)
+            access = self._of_warp(agent, threads[agents == agent])
             (self.write if writes else self.read)(memory, words, access)
 
     def atomic(self, memory, addresses, nbytes: int, threads) -> None:
@@ -129,8 +171,8 @@ class Races:
             self.write(memory, words, self._of_warp(agent))
             memory.shadow.atomics = self.release([agent])
 
-    def _of_warp(self, agent: int) -> Access:
-        clock = self.clocks[agent]
+    def _of_warp(self, agent: int, threads=None) -> Access:
+        clock = self.clocks[agent] if threads is None else self._known(agent, threads)
         return Access(clock, self._epoch(agent, clock, None), self._name(agent))
 
     @staticmethod
@@ -160,7 +202,7 @@ class Races:
         shadow.writes[words] = access.epoch
 
     def use_mbarrier(self, memory, address: int, agent: int) -> None:
-        """An arrival: the barrier must have been initialised before it."""
+        """An arrival or a wait: the barrier must have been initialised before it."""
         words = np.array([address >> 2])
         access = self._of_warp(agent)
         self._require(memory.shadow.writes[words], words, access, "uses the mbarrier in", "write")

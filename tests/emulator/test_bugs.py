@@ -85,6 +85,14 @@ BUGS = {
         errors.Deadlock,
         "mbarrier 0x800 parity 0 .* and 512 bytes outstanding",
     ),
+    "an mbarrier that the async proxy may not see": (
+        "proxy",
+        "bar.sync 0; @%p1 mbarrier.init.shared.b64 [%r3+2064], 1;"
+        "{{@%p1 fence.mbarrier_init.release.cluster;}} bar.sync 0;"
+        + LOAD.replace("[%r4]", "[%r3+2064]"),
+        errors.MissingProxyFence,
+        "the mbarrier at 0x810, which thread 0 initialised without a fence.mbarrier_init since",
+    ),
     "a second initialisation": (
         "mbarrier",
         "{{@%p1 mbarrier.inval.shared.b64 [%r4];}} @%p1 mbarrier.init.shared.b64 [%r4], 2;",

@@ -110,8 +110,28 @@ BUGS = {
         "thread 0 exits while its bulk store may still read shared memory",
     ),
     "only the storing warp has waited": (
-        STORE + "@%p1 cp.async.bulk.wait_group.read 0; {{bar.sync 0;}}" + WRITE,
+        STORE + DRAIN + "bar.warp.sync -1; {{bar.sync 0;}}" + WRITE,
         r"warp 1 writes .* unordered with the read by bulk store of warp 0",
+    ),
+    "only the storing lane has waited": (
+        STORE + DRAIN + "{{bar.warp.sync -1;}} @%p2 " + WRITE,
+        r"warp 0 writes .* unordered with the read by bulk store of warp 0",
+    ),
+    "only the storing lane has waited, and another one says so": (
+        STORE
+        + DRAIN
+        + "{{bar.warp.sync -1;}} setp.eq.u32 %p4, %r0, 1; @%p4 mbarrier.arrive.shared.b64 _, [%r4];"
+        + "@%p2 bra END;"
+        + WAIT_FOR_LOAD
+        + WRITE
+        + "END:",
+        r"warp 1 writes .* unordered with the read by bulk store of warp 0",
+    ),
+    "wait at an mbarrier that may not be there yet": (
+        "@%p1 mbarrier.init.shared.b64 [%r3+2064], 1;"
+        "@%p1 mbarrier.arrive.shared.b64 _, [%r3+2064];"
+        "{{bar.sync 0;}}" + WAIT_FOR_LOAD.replace("[%r4]", "[%r3+2064]"),
+        "warp 1 uses the mbarrier .* unordered with the write by warp 0 .*mbarrier.init",
     ),
     "store of what another warp writes": (
         WRITE + "fence.proxy.async.shared::cta; {{bar.sync 0;}}" + STORE + DRAIN,

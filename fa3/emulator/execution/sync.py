@@ -80,6 +80,7 @@ def barrier(w, fr, number, count, arrive, pc, after):
     w.cluster.events += 1
     agents = w.races.agents(w, fr.mask) if w.races is not None else []
     if agents:
+        w.races.meet(agents)
         b.clock = joined(b.clock, w.races.release(agents))
     if not arrive:
         fr.hold_at_barrier(
@@ -92,10 +93,18 @@ def barrier(w, fr, number, count, arrive, pc, after):
     return -1 if parted or fr.state == AT_BARRIER else after
 
 
+def warp_sync(w, fr, after):
+    """bar.warp.sync"""
+    if w.races is not None:
+        w.races.meet(w.races.agents(w, fr.mask))
+    return after
+
+
 def cluster_arrive(w, fr, pc, after):
     cluster = w.cluster
     w.cluster_generation[fr.mask] = cluster.generation
     if w.races is not None:
+        w.races.meet(w.races.agents(w, fr.mask))
         cluster.arriving = joined(cluster.arriving, w.races.release(w.races.agents(w, fr.mask)))
     cluster.arrived += int(fr.mask.sum())
     cluster.events += 1

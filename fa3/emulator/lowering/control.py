@@ -79,7 +79,7 @@ def mbarrier_wait(e, i, after):
 def barrier(e, i, after):
     _guard(e, i, after)
     if "warp" in i.parts:
-        return e.line(f"return {after}")
+        return e.line(f"return {e.bind(sync.warp_sync)}(w,fr,{after})")
     if "cluster" in i.parts:
         f = sync.cluster_arrive if "arrive" in i.parts else sync.cluster_wait
         return e.line(f"return {e.bind(f)}(w,fr,{e.pc},{after})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Unsupported
-from ..memory import mbarrier, shared
+from ..memory import mbarrier
 from .registry import lowers
 
 
@@ -37,9 +37,11 @@ def mbarrier_(e, i):
 
 @lowers("fence", "membar")
 def fence(e, i):
-    """Memory is sequentially consistent here; only the proxy fence is followed, for its check."""
+    """Memory is sequentially consistent here; proxy fences are followed, for their checks."""
     if "proxy" in i.parts and any(x.startswith("async") for x in i.parts):
-        e.call(shared.fence_async)
+        e.call(mbarrier.fence_async)
+    elif "mbarrier_init" in i.parts:
+        e.call(mbarrier.publish)
 
 
 @lowers(

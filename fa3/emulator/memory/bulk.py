@@ -225,9 +225,8 @@ def wait(w, m, keep):
     for lane in w.lane_list(m) if w.groups_kept else ():
         operations = w.bulk.drain(lane, keep)
         if operations and w.races is not None:
-            agents = w.races.agents(w, np.arange(w.lanes) == lane)
             for operation in operations:
-                w.races.acquire(agents, operation.clock)
+                w.races.learn(w, np.array([lane]), operation.clock)
 
 
 def store_async(w, m, dtype, rows, address, offset, barrier, barrier_offset):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import BarrierMisuse, Misaligned
+from ..errors import BarrierMisuse, Misaligned, MissingProxyFence
 from ..races import joined
 from .shared import OFFSET, shared_at
 
@@ -17,13 +17,24 @@ MAX_COUNT = 1 << 20
 
 
 class MBarrier:
-    __slots__ = ("count", "pending", "tx", "phase", "clock", "arriving", "site", "waiting")
+    __slots__ = (
+        "count",
+        "pending",
+        "tx",
+        "phase",
+        "clock",
+        "arriving",
+        "site",
+        "waiting",
+        "unfenced",
+    )
 
     def __init__(self, count: int):
         self.count = self.pending = count
         self.tx = self.phase = 0
         # what the last completed phase passes on, and the current one so far (check "race")
         self.clock = self.arriving = None
+        self.unfenced: int | None = None  # thread whose initialisation no fence has published
         self.site: int | None = None  # pc of the last that expected bytes
         self.waiting: dict = {}  # fragment -> phase it waits for the end of, warpgroup, pc
 
@@ -75,6 +86,11 @@ def find(w, address: int) -> MBarrier:
 def complete(w, address: int, nbytes: int, clock=None) -> None:
     """nbytes of a transaction have arrived (negative: are expected), which passes a clock on."""
     barrier = find(w, address)
+    if barrier.unfenced is not None and nbytes > 0:
+        raise MissingProxyFence(
+            f"the async proxy completes bytes at the mbarrier at {address & OFFSET:#x}, which "
+            f"thread {barrier.unfenced % 1024} initialised without a fence.mbarrier_init since"
+        )
     barrier.arriving = joined(barrier.arriving, clock)
     barrier.tx -= nbytes
     if abs(barrier.tx) >= MAX_COUNT:
@@ -96,12 +112,29 @@ def init(w, m, address, offset, count):
                 f"mbarrier at {at:#x} is initialised again without mbarrier.inval "
                 f"({memory.barriers[at]})"
             )
-        memory.barriers[at] = MBarrier(n)
+        memory.barriers[at] = barrier = MBarrier(n)
+        threads = w.threads[w.lane_list(m)[:1]]
+        if w.checks.proxy:
+            barrier.unfenced = int(threads[0])
         if w.races is not None:
-            threads = w.threads[w.lane_list(m)[:1]]
             w.races.generic(memory, np.array([at]), 8, threads, writes=True)
         if memory.written is not None:
             memory.written.words[[at >> 2, (at >> 2) + 1]] = True
+
+
+def publish(w, m):
+    """fence.mbarrier_init and fence.proxy.async: the async proxy sees what a thread initialised."""
+    threads = w.threads[w.lane_list(m)]
+    for barrier in w.cta.smem.barriers.values():
+        if barrier.unfenced is not None and barrier.unfenced in threads:
+            barrier.unfenced = None
+
+
+def fence_async(w, m):
+    """fence.proxy.async by the active threads."""
+    if w.checks.proxy:
+        w.cluster.proxy.fence(w.threads if m is None else w.threads[m])
+        publish(w, m)
 
 
 def invalidate(w, m, address, offset):
@@ -212,17 +245,19 @@ def pass_on(w, m, address, offset) -> None:
         barrier, agents = find(w, at), w.races.agents(w, np.arange(w.lanes) // 32 == warp)
         w.races.use_mbarrier(*shared_at(w, at), agents[0])
         if warp not in clocks:
-            clocks[warp] = w.races.release(agents)
+            clocks[warp] = w.races.release(agents, w.threads[lanes[lanes // 32 == warp]])
         barrier.arriving = joined(barrier.arriving, clocks[warp])
 
 
 def _observe(w, mask, addresses, done) -> None:
-    """The warps whose wait succeeded learn what the phase passes on (check "race")."""
+    """The lanes whose wait succeeded learn what the phase passes on (check "race")."""
     lanes = np.flatnonzero(mask)
     addresses = np.broadcast_to(addresses, lanes.shape)
-    for at, warp in set(zip(addresses[done].tolist(), (lanes[done] // 32).tolist(), strict=True)):
-        agents = w.races.agents(w, np.arange(w.lanes) // 32 == warp)
-        w.races.acquire(agents, find(w, at).clock)
+    for at in set(addresses[done].tolist()):
+        mine = lanes[done & (addresses == at)]
+        for agent in w.races.agents(w, np.isin(np.arange(w.lanes), mine)):
+            w.races.use_mbarrier(*shared_at(w, at), agent)
+        w.races.learn(w, mine, find(w, at).clock)
 
 
 def _addresses(w, m, address, offset) -> list[int]:

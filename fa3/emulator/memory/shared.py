@@ -144,9 +144,3 @@ def store(w, m, dtype, rows, address, offset):
     index, array = a // es, memory.view[dtype]
     for i, row in enumerate(rows):
         array[index + i] = w.active(row, m)
-
-
-def fence_async(w, m):
-    """fence.proxy.async by the active threads."""
-    if w.checks.proxy:
-        w.cluster.proxy.fence(w.threads if m is None else w.threads[m])
