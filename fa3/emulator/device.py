@@ -167,6 +167,14 @@ class Device:
             self._modules[digest] = parse(text)
         return self._modules[digest].kernels[name]
 
+    def executed(self, ptx: str) -> set[int]:
+        """Lines, from 1, of the instructions of a PTX text that were ever run (unedited)."""
+        module, lines = self._modules.get(hashlib.sha256(ptx.encode()).digest()), set()
+        for kernel in module.kernels.values() if module else ():
+            for pc in set().union(*(x.executed() for x in kernel.lowered.values())):
+                lines.add(kernel.code[pc].line)
+        return lines
+
     def _run(self, info: Launch) -> None:
         from .execution.launch import Launch as Grid
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import _installed_device as installed_device
 from . import settings
 from .errors import KernelError, Unsupported
 from .ptx import parse
@@ -47,18 +48,20 @@ class Mutant:
         return "\n".join(lines)
 
     @property
-    def source(self) -> str:
-        """The line of Python."""
+    def function(self) -> str:
+        """ "file.py:function" of the Python source."""
         path, line = self.place
         try:
-            return Path(path).read_text(encoding="utf-8").split("\n")[line - 1].strip()
-        except (OSError, IndexError):
+            lines = Path(path).read_text(encoding="utf-8").split("\n")[:line]
+        except OSError:
             return ""
+        names = (m[1] for text in reversed(lines) if (m := re.match(r"\s*def (\w+)", text)))
+        return f"{Path(path).name}:{next(names, '')}"
 
     def __str__(self):
         path, line = self.place
         where = f"{Path(path).name}:{line}" if path else f"PTX line {self.line + 1}"
-        return f"{self.kind:8} {where:24} {self.instruction[:60]}"
+        return f"{self.kind:8}{where:20} {self.instruction[:50]}"
 
 
 def _without(line: str) -> str:
@@ -96,6 +99,12 @@ class Judge:
         texts: dict[str, None] = {}
         self._expected = self._outputs("eager", 0, lambda ptx: texts.setdefault(ptx) or ptx)
         self.mutants = [m for ptx in texts for m in mutants(ptx)]
+        device = installed_device()
+        self._executed = {ptx: device.executed(ptx) for ptx in texts}
+
+    def reaches(self, mutant: Mutant) -> bool:
+        """Whether the call runs what was taken out."""
+        return mutant.line + 1 in self._executed[mutant.ptx]
 
     def _outputs(self, schedule: str, seed: int, edit, **options) -> list[bytes]:
         with settings.options(

@@ -70,6 +70,13 @@ class Lowered:
     def place(self, pc: int) -> str:
         return report.place(self.kernel.code[pc])
 
+    def executed(self) -> set[int]:
+        """The instructions in segments that were run."""
+        segments = [*self.whole.items(), *self.masked.items()]
+        return {
+            i for pc, s in segments for i in range(pc, min(pc + s.length, len(self._converges)))
+        }
+
     def converges(self, pc: int) -> str | None:
         return self._converges[pc]
 

@@ -1,0 +1,120 @@
+"""python -m fa3.emulator mutants: how many of the project's kernels' bugs the emulator notices.
+
+Each mutant is a kernel without one of its fences, arrivals, waits, commits or barriers.  It runs on
+a small case with all checks: eagerly, late, and under a few random schedules.  Ends with the line
+"caught N of M"; what was not caught is listed with the reason, where it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from .mutation import Judge, Mutant
+
+Run = Callable[[], Sequence]
+
+# case (a pattern), "kind file.py:function", why nothing can notice that this is missing
+EQUIVALENT = [
+    (".*", "barrier barriers.py:wait", "turns at the tensor cores: order of issue, not of data"),
+    (
+        "forward-(full|causal|local)",
+        "barrier fwd_store.py:_wait_for_store",
+        "a barrier of the whole warpgroup follows, or the end of the kernel",
+    ),
+]
+_REDUNDANT_FENCE = (
+    "redundant: no instruction used the registers of the wgmmas after it since the last fence"
+)
+
+
+def _forward(dtype="bfloat16", d=128, s_q=300, s_k=330, **options) -> Callable[[], Run]:
+    def case() -> Run:
+        import torch
+
+        import fa3
+
+        torch.manual_seed(0)
+        q = torch.randn(1, s_q, 2, d)
+        k, v = torch.randn(2, 1, s_k, 1, d)
+        if dtype == "fp8":
+            inputs = fa3.quantize_fp8(q.bfloat16(), k.bfloat16(), v.bfloat16())
+            q, k, v = inputs.q, inputs.k, inputs.v
+            options.update(
+                q_descale=inputs.q_descale, k_descale=inputs.k_descale, v_descale=inputs.v_descale
+            )
+        else:
+            q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
+        # one CTA works off all tiles, so that its rings go round
+        return lambda: fa3.flash_attn_func(
+            q, k, v, sm_margin=131, return_attn_probs=True, **options
+        )
+
+    return case
+
+
+# Lengths at which each loop runs, and some tile has as many key blocks as a ring has stages.
+CASES: dict[str, Callable[[], Run]] = {
+    "forward-full": _forward(d=64, s_k=512),
+    "forward-causal": _forward(causal=True),
+    "forward-local": _forward(s_q=500, s_k=530, window_size=(200, 50)),
+    "forward-256": _forward("float16", d=256, s_k=160),
+    "fp8-full": _forward("fp8", s_k=256),
+    "fp8-causal": _forward("fp8", d=64, causal=True),
+}
+
+
+def reason(case: str, judge: Judge, mutant: Mutant) -> str:
+    """Why a survivor was not caught; "" if that is not known."""
+    if not judge.reaches(mutant):
+        return "never run in this case"
+    if mutant.instruction.startswith("wgmma.fence"):
+        return _REDUNDANT_FENCE
+    what = f"{mutant.kind} {mutant.function}"
+    return next((why for cases, w, why in EQUIVALENT if w == what and re.match(cases, case)), "")
+
+
+def run_mutants(names: Sequence[str], sample: int | None, seed: int, report=print) -> int:
+    """Judge mutants of these cases; returns the number of survivors without a known reason."""
+    from . import install
+
+    install()
+    judges = {name: Judge(CASES[name]()) for name in names}
+    todo = [(name, mutant) for name, judge in judges.items() for mutant in judge.mutants]
+    if sample is not None and sample < len(todo):
+        todo = sorted(random.Random(seed).sample(todo, sample), key=todo.index)
+    caught, unexplained, current = 0, 0, None
+    for name, mutant in todo:
+        if name != current:
+            report(f"{name}: {sum(n == name for n, _ in todo)} mutants")
+            current = name
+        verdict = judges[name].verdict(mutant)
+        caught += verdict is not None
+        if verdict is None:
+            why = reason(name, judges[name], mutant)
+            unexplained += not why
+            verdict = f"SURVIVES ({why or 'no reason known'})"
+        report(f"  {mutant!s:80}  {verdict}")
+    report(f"caught {caught} of {len(todo)}")
+    return unexplained
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a mutant survives without a known reason."""
+    parser = argparse.ArgumentParser(prog="python -m fa3.emulator", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    mutants = commands.add_parser("mutants", help="break the kernels and count who notices")
+    mutants.add_argument("--kernel", choices=CASES, action="append", help="default: all")
+    mutants.add_argument("--sample", type=int, metavar="N", help="only N mutants, drawn at random")
+    mutants.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw")
+    given = parser.parse_args(arguments)
+    os.environ["FA3_CPU"] = "emulate"
+    return int(run_mutants(given.kernel or list(CASES), given.sample, given.seed) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
