@@ -32,39 +32,48 @@ _REDUNDANT_FENCE = (
 )
 
 
-def _forward(dtype="bfloat16", d=128, s_q=300, s_k=330, **options) -> Callable[[], Run]:
+def _forward(*lengths, dtype="bfloat16", d=128, **options) -> Callable[[], Run]:
+    """The forward kernel on each of these (s_q, s_k)."""
+
+    def inputs(s_q: int, s_k: int) -> dict:
+        import torch
+
+        import fa3
+
+        q, k, v = (torch.randn(1, s, h, d).bfloat16() for s, h in ((s_q, 2), (s_k, 1), (s_k, 1)))
+        if dtype != "fp8":
+            return {
+                name: x.to(getattr(torch, dtype)) for name, x in zip("qkv", (q, k, v), strict=True)
+            }
+        made = fa3.quantize_fp8(q, k, v)._asdict()
+        return {name: made[name] for name in ("q", "k", "v", "q_descale", "k_descale", "v_descale")}
+
     def case() -> Run:
         import torch
 
         import fa3
 
         torch.manual_seed(0)
-        q = torch.randn(1, s_q, 2, d)
-        k, v = torch.randn(2, 1, s_k, 1, d)
-        if dtype == "fp8":
-            inputs = fa3.quantize_fp8(q.bfloat16(), k.bfloat16(), v.bfloat16())
-            q, k, v = inputs.q, inputs.k, inputs.v
-            options.update(
-                q_descale=inputs.q_descale, k_descale=inputs.k_descale, v_descale=inputs.v_descale
-            )
-        else:
-            q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
+        given = [inputs(*pair) for pair in lengths]
         # one CTA works off all tiles, so that its rings go round
-        return lambda: fa3.flash_attn_func(
-            q, k, v, sm_margin=131, return_attn_probs=True, **options
-        )
+        settings = {"sm_margin": 131, "return_attn_probs": True, **options}
+
+        def run():
+            return [x for tensors in given for x in fa3.flash_attn_func(**tensors, **settings)]
+
+        return run
 
     return case
 
 
-# Lengths at which each loop runs, and some tile has as many key blocks as a ring has stages.
+# At these lengths each loop runs, and some tile has as many key blocks as a ring has stages.
 CASES: dict[str, Callable[[], Run]] = {
-    "forward-full": _forward(d=64, s_k=512),
-    "forward-causal": _forward(causal=True),
-    "forward-local": _forward(s_q=500, s_k=530, window_size=(200, 50)),
-    "forward-256": _forward("float16", d=256, s_k=160),
-    "fp8-full": _forward("fp8", s_k=256),
-    "fp8-causal": _forward("fp8", d=64, causal=True),
+    "forward-full": _forward((200, 512), (200, 700), d=64),
+    "forward-causal": _forward((300, 330), (150, 600), causal=True),
+    "forward-local": _forward((500, 530), (150, 900), window_size=(330, 50)),
+    "forward-256": _forward((150, 160), (150, 400), dtype="float16", d=256),
+    "fp8-full": _forward((200, 256), (200, 500), dtype="fp8"),
+    "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
 }
 
 

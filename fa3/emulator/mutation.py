@@ -29,7 +29,7 @@ KINDS = {
     "commit": r"wgmma\.commit_group|cp\.async\.bulk\.commit_group|cp\.async\.commit_group",
     "barrier": r"bar\.sync|bar\.warp\.sync|barrier\.sync",
 }
-_INSTRUCTION = re.compile(r"^\s*(?:(@!?%\w+)\s+)?([a-z][\w.:]+)\s*(.*)$")
+_INSTRUCTION = re.compile(r"^(\s*(?:[\w$]+:\s*)?)(@!?%\w+\s+)?([a-z][\w.:]+)\s*(.*)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Mutant:
 
 def _without(line: str) -> str:
     """A line of PTX without its instruction; a wait for an mbarrier succeeds at once."""
-    guard, op, operands = _INSTRUCTION.match(line).groups(default="")
+    label, guard, op, operands = _INSTRUCTION.match(line).groups(default="")
     if op.startswith(("mbarrier.try_wait", "mbarrier.test_wait")):
-        return f"{guard} setp.eq.u32 {operands.split(',')[0]}, 0, 0;"
-    return ""
+        return f"{label}{guard}setp.eq.u32 {operands.split(',')[0]}, 0, 0;"
+    return label
 
 
 def mutants(ptx: str) -> list[Mutant]:

@@ -101,7 +101,9 @@ def bfind(e, i):
     if instr_type(i) != "u32":
         raise Unsupported("bfind type")
     zeros = f"integers.leading_zeros({e.src(i.args[1], 'u32')})"
-    e.put(e.dst(i.args[0], "u32"), zeros if "shiftamt" in i.parts else f"u4(31)-{zeros}")
+    x = e.src(i.args[1], "u32")
+    shift = f"where({x}==0,u4(0xffffffff),{zeros})"
+    e.put(e.dst(i.args[0], "u32"), shift if "shiftamt" in i.parts else f"u4(31)-{zeros}")
 
 
 @lowers("brev")

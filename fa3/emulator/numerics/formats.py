@@ -24,7 +24,9 @@ def f32_to_bf16(x, toward_zero: bool = False):
 
 
 def f32_to_f16(x, toward_zero: bool = False):
+    """Round to nearest even (or toward zero); every NaN becomes 0x7FFF."""
     h = x.astype(f2)
+    h.view(u2)[np.isnan(h)] = 0x7FFF
     if toward_zero:
         over = np.abs(h.astype(f4)) > np.abs(x)
         h = np.where(over, (h.view(u2) - u2(1)).view(f2), h)
