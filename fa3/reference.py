@@ -6,7 +6,7 @@ import math
 import torch
 
 from .kernels.signature import Signature
-from .scales import Q_BLOCK, block_of
+from .scales import Q_BLOCK
 
 SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 
@@ -14,24 +14,8 @@ SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 def bind(signature: Signature):
     """A function that is called as the kernel compiled for `signature` is."""
     if signature.quantised is not None:
-        return functools.partial(_forward_fp8, signature.mask, signature.quantised.v_block)
+        return functools.partial(_forward_fp8, signature.mask, signature.quantised)
     return functools.partial(_forward, signature.mask)
-
-
-def _forward_fp8(mask, v_block, q, k, v, out, lse, q_descale, k_descale, v_descale, *scalars):  # noqa: PLR0913
-    """The same for one-byte q, k and v, with descales as `Scales.views` makes them."""
-    q_scales = per_row(q_descale, q.shape[1], Q_BLOCK)
-    q = q.float() * q_scales.repeat_interleave(q.shape[2] // q_scales.shape[2], dim=2)
-    k = k.float() * per_row(k_descale, k.shape[1], block_of(k_descale.shape[2], k.shape[1]))
-    channels = v_descale[:, None]  # (b, 1, h_k, dv)
-    v = v.float() * (per_row(v_descale, v.shape[1], v_block) if v_block else channels)
-    _forward(mask, q, k, v, out, lse, *scalars)
-
-
-def per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
-    """(b, h, n), a scale per `block` rows or one for all -> (b, length, h, 1)."""
-    index = (torch.arange(length, device=descale.device) // block).clamp(max=descale.shape[2] - 1)
-    return descale[:, :, index].transpose(1, 2)[..., None]
 
 
 def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num_ctas):
@@ -61,6 +45,25 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         p = scores.sub_(shift[..., None]).exp_().view(b, h_k, group * (stop - start), s_k)
         o = (p @ values).view(b, h_q, stop - start, -1)
         out[:, start:stop] = o.transpose(1, 2)
+
+
+def _forward_fp8(mask, quantised, q, k, v, out, lse, q_descale, k_descale, v_descale, *scalars):  # noqa: PLR0913
+    """The same for one-byte q, k and v, with descales as `Scales.views` makes them."""
+    q_scales = _per_row(q_descale, q.shape[1], Q_BLOCK)
+    q = q.float() * q_scales.repeat_interleave(q.shape[2] // q_scales.shape[2], dim=2)
+    k = k.float() * _per_row(k_descale, k.shape[1], quantised.k_block)
+    if quantised.v_block:
+        v = v.float() * _per_row(v_descale, v.shape[1], quantised.v_block)
+    else:
+        v = v.float() * v_descale[:, None]  # (b, 1, h_k, dv)
+    _forward(mask, q, k, v, out, lse, *scalars)
+
+
+def _per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """(b, h, n), a scale per `block` rows or a single one -> (b, length, h, 1) or (b, 1, h, 1)."""
+    if descale.shape[2] > 1:
+        descale = descale.repeat_interleave(block, dim=2)[:, :, :length]
+    return descale.transpose(1, 2)[..., None]
 
 
 def _hidden(mask, start, stop, s_q, s_k, window_left, window_right):

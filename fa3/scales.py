@@ -126,11 +126,6 @@ def num_blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def block_of(count: int, length: int) -> int:
-    """Keys per scale where `length` keys have `count` scales, as the kernel infers it."""
-    return next((block for block in K_BLOCKS if num_blocks(length, block) == count), K_BLOCKS[0])
-
-
 def check_values(**descales: torch.Tensor) -> None:
     """Wait for the device and see that all scales are finite and above zero."""
     given = {name: x for name, x in descales.items() if not x.is_meta}

@@ -120,9 +120,9 @@ DIMS_AND_MASKS = list(
 )
 SIXTEEN_BIT = [Signature(dtype, *row) for dtype in ("bf16", "fp16") for row in DIMS_AND_MASKS]
 ONE_BYTE = [
-    Signature("e4m3", *row, Quantised("e4m3", "e4m3", "bf16", v_block=v_block))
+    Signature("e4m3", *row, Quantised("e4m3", "e4m3", "bf16", *blocks))
     for row in DIMS_AND_MASKS
-    for v_block in (0, 64, 128)
+    for blocks in itertools.product((0, 64, 128), repeat=2)
 ]
 
 

@@ -235,7 +235,8 @@ def test_one_block_of_keys_is_one_of_128():
     """Up to 64 keys both sizes have one block; the larger one allows larger tiles."""
     q, k, v = (Layout.of(x) for x in tensors(k=(2, 64, 2, 64), v=(2, 64, 2, 48)).values())
     scale = Layout.of(torch.ones(2, 2, 1))
-    assert Problem.of(q, k, v, Options(), Descales(v=scale)).signature.quantised.v_block == 128
+    quantised = Problem.of(q, k, v, Options(), Descales(k=scale, v=scale)).signature.quantised
+    assert (quantised.k_block, quantised.v_block) == (128, 128)
 
 
 def test_16_bit_signature_is_as_ever():

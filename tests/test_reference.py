@@ -99,4 +99,4 @@ def test_cpu_path_takes_any_strides():
 def test_signature_is_all_that_the_cpu_path_is_bound_to():
     assert cpu.bind(Signature("bf16", 64, 64, "causal")).args == ("causal",)
     quantised = Quantised("e4m3", "e4m3", "bf16", v_block=64)
-    assert cpu.bind(Signature("e4m3", 64, 64, "local", quantised)).args == ("local", 64)
+    assert cpu.bind(Signature("e4m3", 64, 64, "local", quantised)).args == ("local", quantised)
