@@ -117,6 +117,15 @@ def test_8_bit_matrix_products_are_twice_as_fast():
     assert quarter.flops == 2 * half.flops
 
 
+def test_columns_of_ones_take_time_and_are_no_attention():
+    text = "QGMMA.64x{}x32.F32.E4M3.E4M3 R88, R56, gdesc[UR8], R88"
+    plain, summing = (decode(program(text.format(n)).code[0], CALM) for n in (128, 136))
+    assert summing.flops == plain.flops
+    assert summing.busy == plain.busy * 136 / 128
+    steps = straight(text.format(136))
+    assert kv_bytes(steps) == v_bytes(steps) == 128 * 32
+
+
 def test_exponentials_take_the_pipe_for_8_cycles():
     steps = straight(repeat(16, "MUFU.EX2 R{0}, R{0}"), stall=8)
     assert simulate([steps], Machine(), 40).cycles == pytest.approx(16 * 8, rel=1e-2)

@@ -35,7 +35,7 @@ class Op:
     wait: int
     latency: int
     busy: float = 0  # pipe cycles
-    flops: int = 0  # of the whole warpgroup
+    flops: int = 0  # of the whole warpgroup, of attention
     last: bool = False  # ends a group of MMAs
     keep: int = 0  # groups that WARPGROUP.DEPBAR may leave pending
     reads: int = 0  # registers read, beyond those that the reuse cache holds
@@ -89,6 +89,17 @@ def operand_bytes(x: Instruction) -> int:
     return n * k * _element_bytes(x)
 
 
+def loaded_bytes(x: Instruction) -> int:
+    """Bytes of B that come from K or V."""
+    return _columns(x) * x.mma_shape[2] * _element_bytes(x)
+
+
+def _columns(x: Instruction) -> int:
+    """Columns of scores or output: what P V has beyond a multiple of 16 are sums of P, by ones."""
+    n = x.mma_shape[1]
+    return n - n % 16 if registers_hold_a(x) else n
+
+
 def a_bytes(x: Instruction) -> int:
     """Bytes of A that an MMA reads from shared memory."""
     m, _, k = x.mma_shape
@@ -117,8 +128,8 @@ def _decode_mma(op: Op, x: Instruction, machine: Machine) -> None:
     m, n, k = x.mma_shape
     smem = a_bytes(x) + operand_bytes(x)
     rate = machine.tensor_flops * 2 // _element_bytes(x) * machine.mma_eff
-    op.flops = 2 * m * n * k
-    op.busy = max(op.flops / 4 / rate, smem / machine.smem_bytes)
+    op.flops = 2 * m * _columns(x) * k
+    op.busy = max(2 * m * n * k / 4 / rate, smem / machine.smem_bytes)
     op.smem = smem / machine.smem_bytes / op.busy
     op.last = "gsb" in x.operands
 

@@ -11,7 +11,7 @@ from ..flow import Flow, NaturalLoop
 from ..loops import cheapest_way
 from ..sass import Instruction, Program
 from .machine import Machine
-from .ops import Op, decode_all, operand_bytes, registers_hold_a
+from .ops import Op, decode_all, loaded_bytes, registers_hold_a
 from .trace import TAKEN, Trace
 
 SUB_PARTITIONS = 4
@@ -73,7 +73,7 @@ def transpose(program: Program) -> Transpose | None:
 
 def v_bytes(trace: Trace) -> int:
     """Bytes of V in one iteration: the B operands of products whose A, which is P, is registers."""
-    return sum(operand_bytes(x) for x in trace if x.is_mma and registers_hold_a(x))
+    return sum(loaded_bytes(x) for x in trace if x.is_mma and registers_hold_a(x))
 
 
 def _code(flow: Flow, blocks) -> list[Instruction]:

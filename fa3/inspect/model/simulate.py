@@ -7,7 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from .machine import Machine
-from .ops import VECTOR, Op, decode_all, operand_bytes
+from .ops import VECTOR, Op, decode_all, loaded_bytes
 from .producer import Beside
 from .trace import Trace
 
@@ -84,7 +84,7 @@ def simulate(
 
 def kv_bytes(trace: Trace) -> int:
     """Bytes of K and V in one iteration, which TMA brings once: what the MMAs read as B."""
-    return sum(operand_bytes(x) for x in trace if x.is_mma)
+    return sum(loaded_bytes(x) for x in trace if x.is_mma)
 
 
 @dataclass
