@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, jit, quantize_reference
-from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, Scales
+from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -73,7 +73,7 @@ class _Recipe(NamedTuple):
             return b, h, num_blocks(s, self.rows)
         return (b, self.h_k) if self.form == "head" else (b, h, 1, d)
 
-    def signature(self, layout: Layout, scales: Scales, **mean: bool) -> QuantizeSignature:
+    def signature(self, layout: Layout, scales: ScaleMode, **mean: bool) -> QuantizeSignature:
         names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
         d = layout.shape[-1]
         return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **mean)

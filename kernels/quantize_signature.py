@@ -84,9 +84,7 @@ class QuantizeConfig:
         return signature.rows * signature.lanes // self.rows_per_thread(signature)
 
     def ctas_per_sm(self, signature: QuantizeSignature) -> int:
-        """As many as registers allow without spills: one computes while others load.
-
-        A thread needs 80 to 96, and up to 112 while it holds a part of the mean.
-        """
+        """As many as registers allow without spills: one computes while others load."""
         threads = self.num_threads(signature)
-        return max(1, (768 if threads == 256 and not signature.has_mean else 640) // threads)
+        is_lean = not signature.has_mean and signature.out != "int8"  # needs 80 registers, not 96
+        return max(1, (768 if is_lean and threads == 256 else 640) // threads)
