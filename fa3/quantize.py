@@ -137,7 +137,8 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     int8 127), at least 2^-126, and 1 where all is zero. Codes are rounded to nearest even and
     saturate. inf and NaN become NaN and change nothing else, except that hadamard spreads them over
     their row and smooth_k does not smooth the channels of k whose mean is not finite. int8 has no
-    NaN: there they become 0.
+    NaN: there they become 0. Magnitudes over 1e36 may overflow in hadamard and smooth_k, and then
+    count as NaN or as the largest code.
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched.
