@@ -33,7 +33,7 @@ def write_chart(path: Path, rows: list[Row], machine: Machine) -> None:
         axis.set_visible(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
-        f"Attention {rows[0].of_pass}, TFLOPs/s: {machine.device}, driver {machine.driver}, "
+        f"Attention, TFLOPs/s: {machine.device}, driver {machine.driver}, "
         f"{machine.date}, commit {machine.commit}",
         fontsize=10,
     )
