@@ -29,15 +29,16 @@ class OnlineSoftmax:
 
     headroom: float  # compile-time, in log2
     limit: float  # compile-time, in log2
+    bias: float  # compile-time: what every S holds too much
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
     seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
 
     @staticmethod
-    def of(headroom: float, limit: float) -> "OnlineSoftmax":
+    def of(headroom: float, limit: float, bias: float) -> "OnlineSoftmax":
         shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(headroom, limit, shift, seen, row_sum)
+        return OnlineSoftmax(headroom, limit, bias, shift, seen, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
@@ -53,8 +54,9 @@ class OnlineSoftmax:
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         part = cute.size(rows, mode=[1]) // len(scales[0])
         for r in cutlass.range_constexpr(2):
+            shifts = [self.shift[r] - self.bias * factor for factor in scales[r]]
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * scales[r][i // part] + self.shift[r]
+                rows[r, i] = rows[r, i] * scales[r][i // part] + shifts[i // part]
         have_seen = self.seen[0] & self.seen[1]
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
 

@@ -1,5 +1,6 @@
 """What a consumer warpgroup multiplies when its inputs have one byte; fwd_mma has the loop."""
 
+import struct
 from dataclasses import dataclass, replace
 
 import cutlass
@@ -11,7 +12,7 @@ from ..barriers import WARPGROUP
 from ..scales import OutputUnit, TileScales
 from ..softmax import OnlineSoftmax
 from .rings import FwdRings
-from .wgmma import FwdMma, issue_gemm, v_slice, vt_rows
+from .wgmma import INTEGER_BIAS, FwdMma, issue_gemm, v_slice, vt_rows
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Fp8Fragments:
     unit: OutputUnit
     scales: TileScales | None
     head_dim_v: cutlass.Constexpr[int]
+    is_integer: cutlass.Constexpr[bool]  # Q and K
 
     @staticmethod
     def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "Fp8Fragments":
@@ -51,14 +53,21 @@ class Fp8Fragments:
             unit=OutputUnit.of(),
             scales=None,
             head_dim_v=plan.head_dim_v,
+            is_integer=plan.signature.dtype == "int8",
         )
 
     def with_scales(self, scales: TileScales) -> "Fp8Fragments":
         return replace(self, scales=scales)
 
     def issue_scores(self, stage):
-        """S = Q K^T, asynchronously."""
-        issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
+        """S = Q K^T, asynchronously; of integers, INTEGER_BIAS + S."""
+        k = self.k[None, None, None, stage]
+        if self.is_integer:
+            acc = cute.recast_tensor(self.acc_S, Int32)
+            _fill(acc, INTEGER_BIAS)
+            issue_gemm(self.mma.qk, acc, self.q, k, True)
+        else:
+            issue_gemm(self.mma.qk, self.acc_S, self.q, k, False)
 
     def issue_output(self, stage, n_block):
         """P V of the first slice, asynchronously."""
@@ -107,6 +116,14 @@ class Fp8Fragments:
             if self.scales.quantised.v_block and not is_sum:
                 before = before * self.unit.change[0]
             self.acc_O[first + i] = before + self.block_O[i]
+
+
+def _fill(acc: cute.Tensor, value: float):
+    """Registers hold the bits of `value`; by PTX, as the compiler would move constants past the
+    wgmma.fence that has to follow."""
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    for i in range(cute.size(acc)):
+        acc[i] = cute.arch.inline_ptx(f"mov.b32 {{$w0}}, {bits:#x};", write_only_types=[Int32])
 
 
 def _accumulator(columns: int) -> cute.Tensor:
