@@ -7,6 +7,8 @@ import torch
 
 from fa3 import dispatch, jit
 
+from .fp8_model import Numerics, attention
+
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
@@ -36,3 +38,18 @@ def test_ends(device):
     assert result[:4].tolist() == [0.0] * 4
     assert result[4].isnan()
     assert result[5:].to(torch.float8_e4m3fn).tolist() == [1.0, 256.0]
+
+
+def test_attention_does_not_notice(device):
+    """The rounding of P to e4m3 is fifteen times coarser."""
+    q, k, v = (torch.randn(1, s, 1, 64).to(torch.float8_e4m3fn) for s in (64, 256, 256))
+    ones = [torch.ones(1, 1)] * 3
+    S = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1)) / 8
+    exact = (S.softmax(-1) @ v.double().transpose(1, 2)).transpose(1, 2)
+
+    def error(exp2) -> float:
+        out, _ = attention((q, k, v, *ones), numerics=Numerics(exp2=exp2))
+        return (out.double() - exact).square().mean().sqrt().item()
+
+    fast = error(lambda y: computed(device, y.flatten()).view_as(y))
+    assert fast < 1.01 * error(torch.exp2)
