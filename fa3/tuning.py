@@ -26,8 +26,22 @@ FORWARD = {
     (256, 256): {"any": FwdConfig(tile_n=80)},  # 781
 }
 
-# The same for one-byte inputs.
-FORWARD_FP8 = {dims: {"any": FwdConfig(tile_n=128)} for dims in FORWARD}
+# The same for one-byte inputs (figures: e4m3, one scale per head).  A row that serves the blocks of
+# v of a call must have a tile_n that divides them; else "blocks" does.
+FORWARD_FP8 = {
+    (64, 64): {
+        "any": FwdConfig(tile_n=96, num_mma_warpgroups=3, num_stages=3),  # 629
+        "blocks": FwdConfig(tile_n=128, num_stages=3),  # 594
+    },
+    (96, 96): {"any": FwdConfig(tile_n=128)},  # 897
+    (128, 128): {"any": FwdConfig(tile_n=128)},  # 983
+    (192, 128): {"any": FwdConfig(tile_n=128)},  # 1143
+    (192, 192): {"any": FwdConfig(tile_n=128, o_slice=64)},  # 989
+    (256, 256): {
+        "any": FwdConfig(tile_n=96, o_slice=64),  # 1077
+        "blocks": FwdConfig(tile_n=64, o_slice=64),  # 950
+    },
+}
 
 
 def forward(signature: Signature) -> FwdConfig:
@@ -38,5 +52,5 @@ def forward(signature: Signature) -> FwdConfig:
     config = row.get(signature.mask) or row["any"]
     v_block = 0 if signature.quantised is None else signature.quantised.v_block
     if v_block % config.tile_n:  # a tile would reach over two scales of v
-        return replace(config, tile_n=v_block)
-    return config
+        config = row.get("blocks", config)
+    return config if v_block % config.tile_n == 0 else replace(config, tile_n=v_block)

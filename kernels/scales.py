@@ -6,6 +6,7 @@ A scale of Q belongs to 128 queries of a head, one of K or V to 64 or 128 keys; 
 one scale per head has a single block.  Scales of V may also belong to its channels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class TileScales:
             parts = (self.q_log2,)
         else:
             first = n_block * tile_n
-            starts = range(0, tile_n, min(block, tile_n))
+            starts = range(0, tile_n, math.gcd(block, tile_n))
             parts = tuple(self.q_log2 * self._at(self.k, (first + i) // block) for i in starts)
         return parts, parts
 

@@ -157,8 +157,8 @@ class ForwardFp8Sm90(ForwardSm90):
         turn.start()
 
         q, k, v = rings.q.consumer(), rings.k.consumer(), rings.vt.consumer()
-        tile = tiles[0]
         for wave in cutlass.range(tiles.count, unroll=1):
+            tile = tiles[wave]
             blocks = tiles.blocks_of(tile)
             first_row = tile.m_block * plan.tile_m + 64 * warpgroup
             row = first_row + warp % 4 * 16 + lane // 4
@@ -169,13 +169,11 @@ class ForwardFp8Sm90(ForwardSm90):
             query = q.wait_and_advance()
             k, v = attend(frag, softmax, scales, mask, turn, k, v, blocks, False, _nothing)
             query.release()
-            look_up_next = partial(tiles.__getitem__, wave + 1)
-            v, next_tile = accumulate_last(frag, v, blocks.n_min, look_up_next, False)
+            v, _ = accumulate_last(frag, v, blocks.n_min, _nothing, False)
             frag.take_sum(softmax)
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
             store_output(tensors, frag, lse, tile, row, lane)
-            tile = next_tile
 
 
 def _nothing():
