@@ -27,6 +27,7 @@ class FwdConfig:
     num_mma_warpgroups: int = 2
     num_stages: int = 2  # depth of the K ring and of the V ring
     o_slice: int = 0  # one-byte inputs: columns of O per product, where not all fit beside S; or 0
+    polynomial_exp2: int = 0  # one of this many exponentials on the FMA pipe (exp2.py); 0: none
 
     @property
     def tile_m(self) -> int:

@@ -7,6 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from .exp2 import exp2 as exp2_polynomial
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
@@ -30,15 +31,16 @@ class OnlineSoftmax:
     headroom: float  # compile-time, in log2
     limit: float  # compile-time, in log2
     bias: float  # compile-time: what every S holds too much
+    polynomial: int  # compile-time: one of this many exponentials without the MUFU; 0: none
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
     seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
 
     @staticmethod
-    def of(headroom: float, limit: float, bias: float) -> "OnlineSoftmax":
+    def of(headroom: float, limit: float, bias: float, polynomial: int) -> "OnlineSoftmax":
         shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(headroom, limit, bias, shift, seen, row_sum)
+        return OnlineSoftmax(headroom, limit, bias, polynomial, shift, seen, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
@@ -91,9 +93,14 @@ class OnlineSoftmax:
         for r in range(2):
             sums = [self.row_sum[r], None]
             for i in range(cute.size(rows, mode=[1])):
-                rows[r, i] = cute.math.exp2(rows[r, i], fastmath=True)
+                rows[r, i] = self._exp2(rows[r, i], i)
                 sums[i % 2] = rows[r, i] if sums[i % 2] is None else sums[i % 2] + rows[r, i]
             self.row_sum[r] = sums[0] + sums[1]
+
+    def _exp2(self, y: Float32, i: int) -> Float32:
+        if self.polynomial and i % self.polynomial == 0:
+            return exp2_polynomial(y)
+        return cute.math.exp2(y, fastmath=True)
 
     @cute.jit
     def finish(self, acc_O: cute.Tensor, lse: cute.Tensor):

@@ -24,8 +24,10 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ..barriers import WARPGROUP, WarpgroupTurn
+from ..config import FwdConfig
 from ..mask import Mask
 from ..scales import Scales
+from ..signature import Signature
 from ..tensors import FwdScalars, FwdTensors, permute
 from .fp8_load import TRANSPOSING_WARPS, transpose
 from .fp8_mma import Fp8Fragments
@@ -40,6 +42,15 @@ from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, vt_layout
 
 class ForwardFp8Sm90(ForwardSm90):
     """The forward kernel of one Signature with `quantised`, laid out by one FwdConfig."""
+
+    def __init__(self, signature: Signature, config: FwdConfig):
+        v_block = signature.quantised.v_block
+        if v_block % config.tile_n:
+            raise ValueError(
+                f"tile_n={config.tile_n} does not divide v_block={v_block}: "
+                "each product P V runs over keys that share a scale of v"
+            )
+        super().__init__(signature, config)
 
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""

@@ -87,7 +87,10 @@ class Fp8Fragments:
         self.unit.start(self.scales.of_values(n_block))
 
     def take_sum(self, softmax: OnlineSoftmax):
-        """The sum of P from the rows of ones, which gave it to all four threads of a row."""
+        """The sum of P from the rows of ones, which gave it to all four threads of a row.
+
+        The sum that the softmax kept is unused then, and the compiler drops its additions.
+        """
         columns = cute.size(self.acc_O) - cute.size(self.o)
         if columns > 0:
             for r in range(2):

@@ -109,7 +109,8 @@ class FwdPlan:
     def softmax(self) -> OnlineSoftmax:
         dtype = self.signature.dtype
         bias = INTEGER_BIAS if dtype == "int8" else 0.0
-        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], bias)
+        polynomial = self.config.polynomial_exp2
+        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], bias, polynomial)
 
 
 @dataclass(frozen=True)
