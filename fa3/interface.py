@@ -46,6 +46,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     return_attn_probs=False,
     *,
     out=None,
+    v_shift=None,
     check_scales=False,
 ):
     """softmax(softmax_scale * q k^T) v in fp16, bf16 or FP8.
@@ -77,7 +78,12 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         v_descale   as k_descale, each with a B of its own, or
                     (batch, h_k, 1, dv)             [b, h, 0, c] for channel c
 
-    check_scales: wait for the device and refuse scales that are not finite and above 0.
+    v_shift: (batch, h_k, dv) in fp32, with one-byte inputs: what all values of a channel lack,
+        value = byte * v_descale + v_shift. None is 0. Softmax weights add up to 1, so it is added
+        to the result, but not where a query sees no key: that stays 0. Any strides; it is copied
+        first if the last is not 1, or others or its address are no multiples of 16 bytes.
+    check_scales: wait for the device and refuse scales that are not finite and above 0, and a
+        v_shift that is not finite.
 
     Returns out, or with return_attn_probs=True the pair out and lse (batch, h_q, s_q), fp32, the
     natural logarithm of each row's sum of exponentials.
@@ -111,9 +117,10 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         q_descale is not None
         or k_descale is not None
         or v_descale is not None
+        or v_shift is not None
         or q.dtype in BYTE_DTYPES
     ):
-        descales = q_descale, k_descale, v_descale
+        descales = q_descale, k_descale, v_descale, v_shift
         options = softmax_scale, causal, left, right, sm_margin
         out, lse = _fp8(q, k, v, out, descales, options, check_scales)
     elif plain and not _is_watched():

@@ -31,7 +31,8 @@ LOG2_E = math.log2(math.e)
 class Plan(NamedTuple):
     """Everything about a call that does not depend on where its tensors lie."""
 
-    run: Callable  # run(q, k, v, out, lse, *scalars); with one-byte inputs, descales before scalars
+    # run(q, k, v, out, lse, *scalars); with one-byte inputs, descales and v_shift before scalars
+    run: Callable
     scalars: tuple[float, int, int, int]  # softmax_scale_log2, window_left, window_right, num_ctas
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
@@ -57,7 +58,7 @@ def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_m
 def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
     """The same for one-byte inputs.
 
-    tensors: the fields of the `Layout`s of q, k, v and out; descales: those of q, k and v.
+    tensors: the fields of the `Layout`s of q, k, v and out; descales: those of `Descales`.
     """
     q, k, v, out = _layouts(tensors)
     descales = Descales(*_layouts(descales))
@@ -168,7 +169,7 @@ def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margi
 
 
 def run_fp8(q, k, v, out, descales, *options, check_scales):
-    """The same for one-byte q, k and v; descales: (q_descale, k_descale, v_descale)."""
+    """The same for one-byte q, k and v; descales: (q_descale, k_descale, v_descale, v_shift)."""
     tensors = _fields(q), _fields(k), _fields(v), _fields(out)
     plan, forms = plan_fp8_of(tensors, tuple(map(_fields, descales)), *options)
     _check_addresses(q, k, v, descales)
@@ -273,6 +274,7 @@ def forward_fp8(  # noqa: PLR0913
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    v_shift: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_left: int = -1,
@@ -280,14 +282,14 @@ def forward_fp8(  # noqa: PLR0913
     sm_margin: int = 0,
     check_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    descales = q_descale, k_descale, v_descale
+    descales = q_descale, k_descale, v_descale, v_shift
     options = softmax_scale, causal, window_left, window_right, sm_margin
     return run_fp8(q, k, v, None, descales, *options, check_scales=check_scales)
 
 
 @forward_fp8.register_fake
-def _(q, k, v, q_descale=None, k_descale=None, v_descale=None, *options):
-    problem = _fake_fp8(q, k, v, None, q_descale, k_descale, v_descale)
+def _(q, k, v, q_descale=None, k_descale=None, v_descale=None, v_shift=None, *options):  # noqa: PLR0913
+    problem = _fake_fp8(q, k, v, None, q_descale, k_descale, v_descale, v_shift)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
 
@@ -301,6 +303,7 @@ def forward_fp8_out(  # noqa: PLR0913
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    v_shift: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_left: int = -1,
@@ -308,14 +311,14 @@ def forward_fp8_out(  # noqa: PLR0913
     sm_margin: int = 0,
     check_scales: bool = False,
 ) -> Tensor:
-    descales = q_descale, k_descale, v_descale
+    descales = q_descale, k_descale, v_descale, v_shift
     options = softmax_scale, causal, window_left, window_right, sm_margin
     return run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)[1]
 
 
 @forward_fp8_out.register_fake
-def _(q, k, v, out, q_descale=None, k_descale=None, v_descale=None, *options):
-    problem = _fake_fp8(q, k, v, out, q_descale, k_descale, v_descale)
+def _(q, k, v, out, q_descale=None, k_descale=None, v_descale=None, v_shift=None, *options):  # noqa: PLR0913
+    problem = _fake_fp8(q, k, v, out, q_descale, k_descale, v_descale, v_shift)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)
 

@@ -47,8 +47,10 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         out[:, start:stop] = o.transpose(1, 2)
 
 
-def _forward_fp8(mask, quantised, q, k, v, out, lse, q_descale, k_descale, v_descale, *scalars):  # noqa: PLR0913
-    """The same for one-byte q, k and v, with descales as `Scales.views` makes them."""
+def _forward_fp8(  # noqa: PLR0913
+    mask, quantised, q, k, v, out, lse, q_descale, k_descale, v_descale, v_shift, *scalars
+):
+    """The same for one-byte q, k and v, with descales and shift as `Scales.views` makes them."""
     q_scales = _per_row(q_descale, q.shape[1], Q_BLOCK)
     q = q.float() * q_scales.repeat_interleave(q.shape[2] // q_scales.shape[2], dim=2)
     k = k.float() * _per_row(k_descale, k.shape[1], quantised.k_block)
@@ -56,6 +58,7 @@ def _forward_fp8(mask, quantised, q, k, v, out, lse, q_descale, k_descale, v_des
         v = v.float() * _per_row(v_descale, v.shape[1], quantised.v_block)
     else:
         v = v.float() * v_descale[:, None]  # (b, 1, h_k, dv)
+    v = v + v_shift[:, None]
     _forward(mask, q, k, v, out, lse, *scalars)
 
 

@@ -1,12 +1,16 @@
-"""Scales: what the descales of one-byte inputs are. value = byte * descale.
+"""Scales: what the descales of one-byte inputs are, and the shift of v.
+
+    value = byte * descale        v: value = byte * descale + shift
 
     q_descale   (b, h_k) per batch and key head   (b, h_q, ceil(s_q / 128)) per 128 queries
     k_descale   (b, h_k)                          (b, h_k, ceil(s_k / B))   per B keys, 64 or 128
     v_descale   (b, h_k)                          (b, h_k, ceil(s_k / B))   per B keys, 64 or 128
                                                   (b, h_k, 1, dv)           per channel
+    v_shift     (b, h_k, dv)
 
-The kernel takes each as (b, heads, n) in fp32 with any strides: a dimension that a form lacks has
-stride 0, and None is a one that is read for all of them. Rank and length tell the forms apart.
+The kernel takes each descale as (b, heads, n) in fp32 with any strides: a dimension that a form
+lacks has stride 0, and None is a one that is read for all of them. Rank and length tell the forms
+apart. It reads v_shift by 16 bytes, which may cost a copy; None is a row of zeros.
 """
 
 from collections.abc import Sequence
@@ -15,21 +19,24 @@ from typing import NamedTuple
 
 import torch
 
-from .layout import Layout
+from .kernels.signature import HEAD_DIM_TILES
+from .layout import ALIGNMENT, Layout
 
 Q_BLOCK = 128  # queries per scale
 K_BLOCKS = (128, 64)  # keys per scale; the first where both make one block
 BYTES = 4  # of a descale, which may start at any multiple of them
+NAMES = "q_descale", "k_descale", "v_descale", "v_shift"  # of the arguments
 
-_ones: dict[torch.device, torch.Tensor] = {}
+_constants: dict[tuple[torch.device, float], torch.Tensor] = {}
 
 
 class Descales(NamedTuple):
-    """Layouts of the descales, as the caller gave them."""
+    """Layouts of the descales and of the shift, as the caller gave them."""
 
     q: Layout | None = None
     k: Layout | None = None
     v: Layout | None = None
+    v_shift: Layout | None = None
 
 
 NO_DESCALES = Descales()
@@ -64,40 +71,72 @@ class ScaleView:
     def __call__(self, descale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         if self.as_given:
             return descale
-        return (_one(device) if descale is None else descale).as_strided(self.shape, self.stride)
+        descale = _constant(1.0, device) if descale is None else descale
+        return descale.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class ShiftView:
+    """How the kernel is given v_shift: channels side by side, every row aligned to 16 bytes."""
+
+    shape: tuple[int, int, int]  # (b, h_k, dv)
+    as_given: bool  # if it starts at a multiple of 16 bytes
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], layout: Layout | None) -> "ShiftView":
+        if layout is None:
+            return cls(shape, False)
+        *steps, last = layout.stride
+        return cls(shape, last == 1 and not any(step * BYTES % ALIGNMENT for step in steps))
+
+    def __call__(self, shift: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        if shift is None:
+            return _constant(0.0, device).as_strided(self.shape, (0, 0, 1))
+        if self.as_given and not shift.data_ptr() % ALIGNMENT:
+            return shift
+        return shift.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The three descales of one call."""
+    """The three descales of one call, and the shift."""
 
     q: ScaleView
     k: ScaleView
     v: ScaleView
+    v_shift: ShiftView
 
     @classmethod
     def of(cls, q: Layout, v: Layout, descales: Descales) -> "Scales":
-        """Check the descales against q (b, s_q, h_q, d) and v (b, s_k, h_k, dv).
+        """Check them against q (b, s_q, h_q, d) and v (b, s_k, h_k, dv).
 
         Raises:
             TypeError: a dtype is not float32.
             ValueError: a shape has none of the forms, or a device is not that of q.
         """
         forms = forms_of(q.shape, v.shape)
+        found = {
+            name: _form_of(name, layout, forms[name], q.device)
+            for name, layout in zip(NAMES, descales, strict=True)
+        }
+        *scales, shift = found.values()
         return cls(
-            *(
-                ScaleView.of(_form_of(name, layout, forms[name], q.device), layout)
-                for name, layout in zip("qkv", descales, strict=True)
-            )
+            *(ScaleView.of(*pair) for pair in zip(scales, descales[:3], strict=True)),
+            ShiftView.of(shift.shape, descales.v_shift),
         )
 
-    def views(self, device, q_descale, k_descale, v_descale) -> tuple[torch.Tensor, ...]:
-        """(b, h_q or h_k, n), (b, h_k, n), and (b, h_k, n) per block, else (b, h_k, dv)."""
-        return self.q(q_descale, device), self.k(k_descale, device), self.v(v_descale, device)
+    def views(self, device, q_descale, k_descale, v_descale, v_shift=None) -> tuple:
+        """(b, h_q or h_k, n), (b, h_k, n), (b, h_k, n) per block, else (b, h_k, dv); shift."""
+        return (
+            self.q(q_descale, device),
+            self.k(k_descale, device),
+            self.v(v_descale, device),
+            self.v_shift(v_shift, device),
+        )
 
 
 def forms_of(q_shape: Sequence[int], v_shape: Sequence[int]) -> dict[str, list[Form]]:
-    """The forms that each descale may have; the first also stands for None."""
+    """The forms that each argument may have; the first also stands for None."""
     batch, s_q, h_q, _ = q_shape
     _, s_k, h_k, head_dim_v = v_shape
 
@@ -110,16 +149,18 @@ def forms_of(q_shape: Sequence[int], v_shape: Sequence[int]) -> dict[str, list[F
 
     keys = [per_block("keys", s_k, h_k, block) for block in K_BLOCKS]
     channels = Form("per channel", (batch, h_k, 1, head_dim_v), head_dim_v)
+    shift = Form("(batch, h_k, dv)", (batch, h_k, head_dim_v), head_dim_v)
     return {
-        "q": [per_head(1), per_block("queries", s_q, h_q, Q_BLOCK)],
-        "k": [per_head(1), *keys],
-        "v": [per_head(head_dim_v), *keys, channels],
+        "q_descale": [per_head(1), per_block("queries", s_q, h_q, Q_BLOCK)],
+        "k_descale": [per_head(1), *keys],
+        "v_descale": [per_head(head_dim_v), *keys, channels],
+        "v_shift": [shift],
     }
 
 
 def named(descales: Sequence) -> dict:
-    """Those of q, k and v that were given, by the name of the argument."""
-    return {f"{name}_descale": x for name, x in zip("qkv", descales, strict=True) if x is not None}
+    """Those of the descales and the shift that were given, by the name of the argument."""
+    return {name: x for name, x in zip(NAMES, descales, strict=True) if x is not None}
 
 
 def num_blocks(length: int, block: int) -> int:
@@ -127,9 +168,12 @@ def num_blocks(length: int, block: int) -> int:
 
 
 def check_values(**descales: torch.Tensor) -> None:
-    """Wait for the device and see that all scales are finite and above zero."""
+    """Wait for the device and see that all are finite, and descales above zero."""
     given = {name: x for name, x in descales.items() if not x.is_meta}
-    wrong = {name: ~(x > 0) | x.isinf() for name, x in given.items()}
+    wrong = {
+        name: ~x.isfinite() if name == "v_shift" else ~(x > 0) | x.isinf()
+        for name, x in given.items()
+    }
     if not wrong or not torch.stack([x.any() for x in wrong.values()]).any():
         return
     for name, x in wrong.items():
@@ -137,27 +181,32 @@ def check_values(**descales: torch.Tensor) -> None:
         if len(places):
             index = tuple(places[0].tolist())
             value = given[name][index].item()
-            raise ValueError(f"{name} is {value} at {index}, expected a finite number above 0")
+            above = "" if name == "v_shift" else " above 0"
+            raise ValueError(f"{name} is {value} at {index}, expected a finite number{above}")
 
 
 def _form_of(name: str, layout: Layout | None, forms: list[Form], device: torch.device) -> Form:
     if layout is None:
         return forms[0]
     if layout.dtype != torch.float32:
-        raise TypeError(f"{name}_descale has dtype {layout.dtype}, expected torch.float32")
+        raise TypeError(f"{name} has dtype {layout.dtype}, expected torch.float32")
     if layout.device != device:
-        raise ValueError(f"{name}_descale is on device {layout.device} but q is on {device}")
+        raise ValueError(f"{name} is on device {layout.device} but q is on {device}")
     for form in forms:
         if tuple(layout.shape) == form.shape:
             return form
     wanted = " or ".join(f"{form.shape} ({form.what})" for form in forms)
-    raise ValueError(f"{name}_descale has shape {tuple(layout.shape)}, expected {wanted}")
+    raise ValueError(f"{name} has shape {tuple(layout.shape)}, expected {wanted}")
 
 
-def _one(device: torch.device) -> torch.Tensor:
-    """A single 1, kept per device; the copy from the host is over before any stream reads it."""
-    if device in _ones:
-        return _ones[device]
+def _constant(value: float, device: torch.device) -> torch.Tensor:
+    """As many as any head has channels, kept per device.
+
+    The copy from the host is over before any stream reads it.
+    """
+    if (device, value) in _constants:
+        return _constants[device, value]
+    shape = HEAD_DIM_TILES[-1:]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.ones((), device=device)  # belongs to the graph, whose replay writes it
-    return _ones.setdefault(device, torch.ones(()).to(device))
+        return torch.full(shape, value, device=device)  # of the graph, whose replay writes it
+    return _constants.setdefault((device, value), torch.full(shape, value).to(device))

@@ -1,9 +1,10 @@
 """Scales: the factors of one-byte inputs, and where a tile finds its own.
 
-    value = byte * scale
+    value = byte * scale        V: value = byte * scale + shift
 
 A scale of Q belongs to 128 queries of a head, one of K or V to 64 or 128 keys; a tensor that holds
-one scale per head has a single block.  Scales of V may also belong to its channels.
+one scale per head has a single block.  Scales of V may also belong to its channels, as its shifts
+do: the weights of a row add up to 1, so that its O is what the bytes give, plus the shift.
 """
 
 import math
@@ -28,6 +29,7 @@ class Scales:
     q: cute.Tensor  # (blocks, h_q or h_k, b) fp32
     k: cute.Tensor  # (blocks, h_k, b) fp32
     v: cute.Tensor  # (blocks, h_k, b) fp32, or by channel (dv, h_k, b)
+    v_shift: cute.Tensor  # (dv, h_k, b) fp32, channels side by side and aligned to 16 bytes
 
     def of_tile(self, tile: Any, row, num_heads, scale_log2, plan) -> "TileScales":
         """Those of a tile and of the 128 queries that `row` is one of."""

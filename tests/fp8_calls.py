@@ -19,6 +19,7 @@ FORMS = {  # argument -> form -> shape
         "channels": (B, H_K, 1, DV),
     },
 }
+SHIFT_SHAPE = (B, H_K, DV)  # of v_shift
 
 
 def numbers(*shape, dtype):
@@ -58,6 +59,11 @@ def values(x, descale=None, form="none"):
     else:
         scale = scale.transpose(0, 2, 1, 3)
     return x * scale
+
+
+def shifted(v, v_shift):
+    """Values (b, s, h, dv) in fp64, plus the shift of each channel."""
+    return v + v_shift.double().numpy()[:, None]
 
 
 def textbook_attention(q, k, v, scale, causal=False, window=(-1, -1)):

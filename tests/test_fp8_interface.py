@@ -19,12 +19,14 @@ from .fp8_calls import (
     INT8,
     OUT_SHAPE,
     S_Q,
+    SHIFT_SHAPE,
     B,
     D,
     descales,
     exact,
     inputs,
     real,
+    shifted,
     textbook_attention,
     values,
 )
@@ -41,6 +43,7 @@ MASKS = (False, (-1, -1)), (True, (-1, -1)), (False, (30, 20)), (True, (50, -1))
             "q": tuple(FORMS["q_descale"]),
             "k": tuple(FORMS["k_descale"]),
             "v": tuple(FORMS["v_descale"]),
+            "shift": (False, True),
             "mask": MASKS,
             "softmax_scale": (None, 0.3),
         },
@@ -59,6 +62,9 @@ def test_scales(case):
         values(x, given.get(f"{name}_descale"), form)
         for x, (name, form) in zip(tensors, forms.items(), strict=True)
     ]
+    if case["shift"]:
+        given["v_shift"] = 3 * torch.randn(SHIFT_SHAPE)
+        arrays[2] = shifted(arrays[2], given["v_shift"])
     wanted, wanted_lse = textbook_attention(*arrays, scale, causal, window)
     out, lse = fa3.flash_attn_func(
         *tensors,
@@ -103,15 +109,16 @@ def test_short(s_q, s_k):
         "k_descale": torch.ones(B, H_K, min(s_k, 1)),
         "v_descale": torch.full((B, H_K, 1, DV), 2.0),
     }
-    out, lse = fa3.flash_attn_func(*tensors, **given, return_attn_probs=True)
+    shift = torch.rand(SHIFT_SHAPE)
+    out, lse = fa3.flash_attn_func(*tensors, **given, v_shift=shift, return_attn_probs=True)
     assert out.shape == (B, s_q, H_Q, DV)
     assert lse.shape == (B, H_Q, s_q)
     if s_k == 0:
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(lse, torch.full_like(lse, -torch.inf))
     elif s_k == 1:
-        group = H_Q // H_K
-        assert torch.equal(out, 2 * tensors[2].bfloat16().repeat_interleave(group, dim=2))
+        values = 2 * tensors[2].float() + shift[:, None]
+        assert torch.equal(out, values.bfloat16().repeat_interleave(H_Q // H_K, dim=2))
 
 
 def _rms(x) -> float:

@@ -14,6 +14,7 @@ from .fp8_calls import (
     H_Q,
     OUT_SHAPE,
     S_Q,
+    SHIFT_SHAPE,
     B,
     descales,
     inputs,
@@ -22,14 +23,15 @@ from .fp8_calls import (
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
 GIVEN = ("128", "64", "128")
+NAMES = (*FORMS, "v_shift")
 
 
 def arguments():
     given = descales(*GIVEN)
-    return *inputs(), *given.values()
+    return *inputs(), *given.values(), torch.randn(SHIFT_SHAPE)
 
 
-def _model(q, k, v, q_descale, k_descale, v_descale):
+def _model(q, k, v, q_descale, k_descale, v_descale, v_shift):
     out, lse = fa3.flash_attn_func(
         q,
         k,
@@ -38,6 +40,7 @@ def _model(q, k, v, q_descale, k_descale, v_descale):
         q_descale=q_descale * 2,
         k_descale=k_descale,
         v_descale=v_descale,
+        v_shift=v_shift,
         return_attn_probs=True,
         check_scales=True,
     )
@@ -47,7 +50,10 @@ def _model(q, k, v, q_descale, k_descale, v_descale):
 def test_operator_agrees_with_eager():
     q, k, v, *scales = arguments()
     wanted = fa3.flash_attn_func(
-        q, k, v, None, True, None, *scales, window_size=(50, 0), return_attn_probs=True
+        *(q, k, v, None, True),
+        **dict(zip(NAMES, scales, strict=True)),
+        window_size=(50, 0),
+        return_attn_probs=True,
     )
     given = torch.ops.fa3.forward_fp8(q, k, v, *scales, None, True, 50, 0)
     for a, b in zip(given, wanted, strict=True):
@@ -61,7 +67,7 @@ OPCHECKS = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_d
 def test_opcheck():
     q, k, v, *scales = arguments()
     operators = torch.ops.fa3.forward_fp8.default, torch.ops.fa3.forward_fp8_out.default
-    for rest in ((*scales, None, True, -1, -1, 0, True), (None, None, None, 0.3, False, 20, 5, 0)):
+    for rest in ((*scales, None, True, -1, -1, 0, True), (*4 * [None], 0.3, False, 20, 5, 0)):
         out = torch.empty(OUT_SHAPE, dtype=torch.float16)
         for operator, tensors in zip(operators, ((q, k, v), (q, k, v, out)), strict=True):
             torch.library.opcheck(operator, (*tensors, *rest), test_utils=OPCHECKS)
@@ -120,7 +126,8 @@ def test_compile_with_dynamic_lengths():
     compiled = torch.compile(_model, fullgraph=True, backend=_recorder(graphs), dynamic=True)
     for s_q, s_k in ((700, 600), (300, 500), (140, 1100)):  # first: no two of the counts are equal
         shapes = (B, H_Q, -(-s_q // 128)), (B, H_K, -(-s_k // 64)), (B, H_K, -(-s_k // 128))
-        given = *inputs(s_q=s_q, s_k=s_k), *(torch.rand(shape) + 0.5 for shape in shapes)
+        scales = (torch.rand(shape) + 0.5 for shape in (*shapes, SHIFT_SHAPE))
+        given = *inputs(s_q=s_q, s_k=s_k), *scales
         for a, b in zip(compiled(*given), _model(*given), strict=True):
             assert torch.equal(a, b)
     assert len(graphs) == 1
@@ -129,12 +136,15 @@ def test_compile_with_dynamic_lengths():
 def test_fake_tensors():
     with FakeTensorMode() as mode:
         q, k, v, *scales = (mode.from_tensor(x) for x in arguments())
-        given = dict(zip(FORMS, scales, strict=True))
+        given = dict(zip(NAMES, scales, strict=True))
         out, lse = fa3.flash_attn_func(q, k, v, **given, return_attn_probs=True)
         assert (out.shape, out.dtype) == ((B, S_Q, H_Q, DV), torch.bfloat16)
         assert (lse.shape, lse.dtype) == ((B, H_Q, S_Q), torch.float32)
         given["k_descale"] = given["k_descale"][..., :3]
         with pytest.raises(ValueError, match=r"k_descale has shape \(2, 2, 3\)"):
+            fa3.flash_attn_func(q, k, v, **given)
+        given |= {"k_descale": None, "v_shift": given["v_shift"][..., :16]}
+        with pytest.raises(ValueError, match=r"v_shift has shape \(2, 2, 16\)"):
             fa3.flash_attn_func(q, k, v, **given)
 
 
@@ -148,7 +158,7 @@ def test_operator_without_scales():
 
 def test_meta_tensors():
     q, k, v, *scales = (x.to("meta") for x in arguments())
-    out = fa3.flash_attn_func(q, k, v, **dict(zip(FORMS, scales, strict=True)), check_scales=True)
+    out = fa3.flash_attn_func(q, k, v, **dict(zip(NAMES, scales, strict=True)), check_scales=True)
     assert (out.device.type, out.shape, out.dtype) == ("meta", (B, S_Q, H_Q, DV), torch.bfloat16)
 
 

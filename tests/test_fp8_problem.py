@@ -12,9 +12,10 @@ from fa3.kernels.signature import Quantised
 from fa3.problem import Layout, Options, Problem
 from fa3.scales import Descales
 
-from .fp8_calls import DV, E4M3, E5M2, FORMS, H_K, H_Q, OUT_SHAPE, S_K, S_Q, B, D
+from .fp8_calls import DV, E4M3, E5M2, FORMS, H_K, H_Q, OUT_SHAPE, S_K, S_Q, SHIFT_SHAPE, B, D
 
 SHAPES = {"q": (B, S_Q, H_Q, D), "k": (B, S_K, H_K, D), "v": (B, S_K, H_K, DV)}
+ARGUMENTS = {**FORMS, "v_shift": {"channels": SHIFT_SHAPE}}
 ALL_FORMS = [(name, form) for name, forms in FORMS.items() for form in forms if form != "none"]
 
 
@@ -90,9 +91,9 @@ def test_strides_and_addresses(refused, name):
     refused(ValueError, [name, 1, 16, 0], **{name: shifted})
 
 
-@pytest.mark.parametrize(("name", "form"), ALL_FORMS)
+@pytest.mark.parametrize(("name", "form"), [*ALL_FORMS, ("v_shift", "channels")])
 def test_descale_of_wrong_kind(refused, name, form):
-    right = torch.ones(FORMS[name][form])
+    right = torch.ones(ARGUMENTS[name][form])
     for dtype in (torch.float16, torch.float64, torch.int32):
         refused(TypeError, [name, dtype, torch.float32], **{name: right.to(dtype)})
     refused(ValueError, [name, "meta", "cpu"], **{name: right.to("meta")})
@@ -104,7 +105,7 @@ def test_descale_of_wrong_kind(refused, name, form):
     refused(ValueError, [name, 1, 4, 0], **{name: odd.view(right.shape)})
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -123,11 +124,11 @@ def test_descale_of_wrong_kind(refused, name, form):
 )
 def test_descale_of_wrong_shape(refused, name, shape):
     """The message lists the shapes that would do."""
-    right = [x for x in FORMS[name].values() if x is not None]
+    right = [x for x in ARGUMENTS[name].values() if x is not None]
     refused(ValueError, [name, shape, *right], **{name: torch.ones(shape)})
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_descales_of_16_bit_inputs(refused, name, dtype):
     refused(
@@ -156,6 +157,18 @@ def test_values_of_descales_that_are_right(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_values_of_the_shift(refused, calls, value):
+    """Any finite ones will do."""
+    shift = torch.tensor([-1.5, 0.0, -0.0] * (DV // 3)).expand(SHIFT_SHAPE).clone()
+    fa3.flash_attn_func(**tensors(), v_shift=shift, check_scales=True)
+    shift[1, 0, 5], shift[1, 1, 3] = value, math.nan
+    fa3.flash_attn_func(**tensors(), v_shift=shift)
+    assert len(calls) == 2
+    calls.clear()
+    refused(ValueError, ["v_shift", value, (1, 0, 5)], v_shift=shift, check_scales=True)
+
+
 def test_check_scales_is_a_bool(refused):
     refused(TypeError, ["check_scales", 1, True, False], check_scales=1)
 
@@ -179,6 +192,7 @@ def test_out(refused, out, words):
 def test_out_over_a_descale(refused, name):
     out = torch.zeros(OUT_SHAPE)
     refused(ValueError, ["out", name, hex(out.data_ptr())], out=out, **{name: out[:, 0, :2, 0]})
+    refused(ValueError, ["out", "v_shift", hex(out.data_ptr())], out=out, v_shift=out[:, 0, :2])
 
 
 def test_options_are_checked(refused):
@@ -267,6 +281,8 @@ def test_what_the_kernel_is_called_with(calls, name, form, strided):
     assert (lse.shape, lse.dtype) == ((2, 4, 140), torch.float32)
     assert scale_log2 == pytest.approx(64**-0.5 * math.log2(math.e))
     assert num_ctas == 7
+    *views, shift = views
+    assert torch.equal(shift, torch.zeros(SHIFT_SHAPE))
     views = dict(zip(FORMS, views, strict=True))
     for other, width in (("q_descale", 1), ("k_descale", 1), ("v_descale", 48)):
         wanted = torch.ones(2, 2, width)
@@ -281,9 +297,38 @@ def test_what_the_kernel_is_called_with(calls, name, form, strided):
 def test_ones_are_kept(calls):
     for _ in range(2):
         fa3.flash_attn_func(**tensors())
-    first, second = ([x.data_ptr() for x in call[5:8]] for call in calls)
+    first, second = ([x.data_ptr() for x in call[5:9]] for call in calls)
     assert first == second
-    assert len(set(first)) == 1
+    assert len(set(first[:3])) == 1
+
+
+def _spread(shape, strides, offset=0):
+    """Random numbers in a tensor with these strides."""
+    return torch.rand(1000).as_strided(shape, strides, offset)
+
+
+@pytest.mark.parametrize(
+    ("shift", "is_copied"),
+    [
+        (torch.rand(SHIFT_SHAPE), False),
+        (torch.rand(DV).expand(SHIFT_SHAPE), False),
+        (_spread(SHIFT_SHAPE, (2 * 64, 64, 1), 8), False),
+        (_spread(SHIFT_SHAPE, (2 * 64, 64, 1), 3), True),
+        (_spread(SHIFT_SHAPE, (2 * 50, 50, 1)), True),
+        (_spread(SHIFT_SHAPE, (96, 1, 2)), True),
+        (torch.rand(2, 2, 1).expand(SHIFT_SHAPE), True),
+    ],
+    ids=["as it is", "one for all", "gaps", "odd address", "odd gaps", "heads inside", "expanded"],
+)
+def test_shift_as_the_kernel_wants_it(calls, shift, is_copied):
+    """Channels side by side, in units of 16 bytes."""
+    fa3.flash_attn_func(**tensors(), v_shift=shift)
+    given = calls[0][8]
+    assert torch.equal(given, shift)
+    assert given.data_ptr() % 16 == 0
+    assert given.stride()[2] == 1
+    assert not any(step % 4 for step in given.stride()[:2])
+    assert (given is not shift) == is_copied
 
 
 def test_odd_strides_are_copied(calls):

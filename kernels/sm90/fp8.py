@@ -70,6 +70,7 @@ class ForwardFp8Sm90(ForwardSm90):
             shape = (batch, heads, cute.sym_int32())
             return make_fake_tensor(Float32, shape, strides, assumed_align=4)
 
+        shift_strides = tuple(cute.sym_int64(divisibility=4) for _ in range(2))
         lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
         return (
             tensor(element.q, s_q, heads_q, d),
@@ -80,6 +81,7 @@ class ForwardFp8Sm90(ForwardSm90):
             scales(cute.sym_int32()),
             scales(heads_k),
             scales(heads_k),
+            make_fake_tensor(Float32, (batch, heads_k, dv), (*shift_strides, 1), assumed_align=16),
             Float32(1.0),
             Int32(0),
             Int32(0),
@@ -88,7 +90,7 @@ class ForwardFp8Sm90(ForwardSm90):
         )
 
     @cute.jit
-    def __call__(
+    def __call__(  # noqa: PLR0913
         self,
         mQ: cute.Tensor,  # (b, s_q, h_q, d)
         mK: cute.Tensor,  # (b, s_k, h_k, d)
@@ -98,6 +100,7 @@ class ForwardFp8Sm90(ForwardSm90):
         q_scales: cute.Tensor,  # (b, h_q or h_k, blocks) fp32
         k_scales: cute.Tensor,  # (b, h_k, blocks) fp32
         v_scales: cute.Tensor,  # (b, h_k, blocks or dv) fp32
+        v_shift: cute.Tensor,  # (b, h_k, dv) fp32
         softmax_scale_log2: Float32,
         window_left: Int32,
         window_right: Int32,
@@ -113,7 +116,9 @@ class ForwardFp8Sm90(ForwardSm90):
             v=tma_load(permute(mV, [3, 1, 2, 0]), smem.v, plan.v_tile),
             o=o,
             lse=permute(mLSE, [2, 1, 0]),
-            scales=Scales(*(permute(t, [2, 1, 0]) for t in (q_scales, k_scales, v_scales))),
+            scales=Scales(
+                *(permute(t, [2, 1, 0]) for t in (q_scales, k_scales, v_scales, v_shift))
+            ),
         )
         scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
         self._launch(tensors, scalars, self._order(mQ, mK, mV, num_ctas), num_ctas, stream)

@@ -15,7 +15,7 @@ CHANNELS = 16  # that are transposed together; the four lanes of a row hold 4 of
 def store_output(
     tensors: FwdTensors,
     frag: Any,  # holds O, normalised, in units of its `unit`
-    lse: cute.Tensor,  # (2,)
+    lse: cute.Tensor,  # (2,) -inf for a row that sees no key: O is 0 there, without the shift
     tile: Any,
     row: Any,  # of this thread's first row; the second one is 8 below
     lane: Any,
@@ -26,16 +26,22 @@ def store_output(
     a thread's pair in the first and second 8 columns are channels 4 (lane % 4) + 2 c and the next.
     """
     mO = tensors.o[None, None, tile.head, tile.batch]  # (s_q, dv)
+    mShift = tensors.scales.v_shift[None, tile.head_kv, tile.batch]  # (dv,)
     num_rows, num_channels = mO.shape
     for part in cutlass.range_constexpr(cute.size(frag.o) // 8):
         channel = CHANNELS * part + 4 * (lane % 4)
         if channel < num_channels:
             factors = _factors(frag, channel)
+            shift = cute.make_rmem_tensor(4, Float32)
+            cute.autovec_copy(cute.local_tile(mShift, (4,), (channel // 4,)), shift)
             for r in cutlass.range_constexpr(2):
                 four = cute.make_rmem_tensor(4, mO.element_type)
                 for i in cutlass.range_constexpr(4):
                     value = frag.o[8 * part + 4 * (i % 2) + 2 * r + i // 2]
-                    four[i] = (value * factors[i]).to(mO.element_type)
+                    value = value * factors[i] + shift[i]
+                    if lse[r] == -Float32.inf:
+                        value = Float32(0.0)
+                    four[i] = value.to(mO.element_type)
                 if row + 8 * r < num_rows:
                     target = cute.local_tile(mO, (1, 4), (row + 8 * r, channel // 4))
                     cute.autovec_copy(four, cute.make_tensor(target.iterator, cute.make_layout(4)))
