@@ -5,5 +5,7 @@
 LIMIT_LOG2 = {"bf16": 0.0, "fp16": 0.0, "e4m3": 8.75, "int8": 8.75}
 
 # A maximum that moves becomes 2^(limit - headroom).  P keeps all its bits in bf16 at any size; in
-# fp16 it starts to lose some below 2^-14, in e4m3 below 2^-6, so it must not start far below 1.
-HEADROOM_LOG2 = {"bf16": 8.0, "fp16": 4.0, "e4m3": 4.75, "int8": 4.75}
+# fp16 it starts to lose some below 2^-14, so it must not start far below 1.  In e4m3 it loses some
+# below 2^-6 and is gone below 2^-10: a small headroom keeps small weights beside a leading key, at
+# the price of more moves (docs/accuracy.md); and a maximum at a power of two is not rounded.
+HEADROOM_LOG2 = {"bf16": 8.0, "fp16": 4.0, "e4m3": 2.75, "int8": 2.75}

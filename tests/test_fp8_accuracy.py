@@ -35,7 +35,7 @@ GOALS = {
     ("key and value offset", E4M3_SMOOTH_V): 0.30,
     ("key and value offset", INT8_SMOOTH_V): 0.22,
 }
-# What a maximum costs that moves only when a score exceeds it 27-fold: the largest P of a row is
+# What a maximum costs that moves only when a score exceeds it 7-fold: the largest P of a row is
 # exact in e4m3 where it is a power of two.
 MOVING = 0.025
 
