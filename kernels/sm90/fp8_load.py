@@ -46,6 +46,7 @@ def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
             target = vt.acquire_and_advance()
             rows, columns = by_keys[None, None, source.index], by_channels[None, None, target.index]
             _transpose_stage(plan, rows, columns, worker, lane)
+            cute.arch.sync_warp()  # one lane releases for all
             source.release()
             cute.arch.fence_view_async_shared()
             target.commit()
