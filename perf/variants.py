@@ -1,5 +1,6 @@
 """The kernels that this project ships, by Signature: what is compiled, inspected and listed."""
 
+from dataclasses import MISSING, fields
 from itertools import product
 
 from fa3 import tuning
@@ -39,3 +40,13 @@ def name_of(signature: Signature) -> str:
     dims = "/".join(map(str, dict.fromkeys((signature.head_dim, signature.head_dim_v))))
     scales = f", {KIND_OF[signature.quantised]}" if signature.quantised else ""
     return f"{dims} {signature.dtype} {signature.mask}{scales}"
+
+
+def as_code(config) -> str:
+    """The expression that makes it, without what is the default."""
+    named = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.default is MISSING or value != field.default:
+            named.append(f"{field.name}={value!r}")
+    return f"{type(config).__name__}({', '.join(named)})"

@@ -8,14 +8,13 @@ in which all that are left are timed in interleaved rounds.
 import math
 import statistics
 from concurrent.futures import Future
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
 from .. import check, results, timing
 from ..cases import HIDDEN, TOKENS
-from ..variants import name_of
+from ..variants import as_code, name_of
 from .compiling import compile_one, pool
 from .log import Log, of_failed
 from .passes import PASSES
@@ -26,16 +25,6 @@ LENGTHS = (1024, 4096, 16_384)
 ROUNDS = 3
 TRIAL = (1, 900, 4)  # b, s, h of the check
 WINNER = "times"  # the last word of the item that holds the times of all
-
-
-def as_code(config) -> str:
-    """The expression that makes it, without what is the default."""
-    named = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.default is MISSING or value != field.default:
-            named.append(f"{field.name}={value!r}")
-    return f"{type(config).__name__}({', '.join(named)})"
 
 
 def by_need(signatures: list, csv_file: Path) -> list:
