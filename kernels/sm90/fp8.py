@@ -66,7 +66,7 @@ class ForwardFp8Sm90(ForwardSm90):
             return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
 
         def scales(heads):
-            strides = tuple(cute.sym_int64() for _ in range(3))
+            strides = (cute.sym_int64(), cute.sym_int64(), cute.sym_int32())
             shape = (batch, heads, cute.sym_int32())
             return make_fake_tensor(Float32, shape, strides, assumed_align=4)
 
