@@ -1,6 +1,7 @@
 """What can be read of every shipped kernel without a GPU, kept beside what it was.
 
     python -m perf.static            compile all of them, rewrite tests/golden/static.json
+    python -m perf.static e4m3       only those with this word in their names, the others stay
     python -m perf.static --check    compile all of them, name what became worse
 
 tests/test_static.py compares every kernel with its line there, so that a change that makes a main
@@ -9,6 +10,7 @@ loop worse is seen, and what it costs stands in the change's diff.
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ class Line:
         steady, resources = found.report.steady, found.report.resources
         everything = (steady.around or steady).all
         return cls(
-            config=str(found.config),
+            config=variants.as_code(found.config),
             registers=resources.registers,
             local_bytes=resources.frame,
             smem_bytes=resources.static_smem + found.smem_bytes,
@@ -82,20 +84,23 @@ def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names: only these")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is worse")
     options = parser.parse_args(argv)
     committed = read(path) if path.is_file() else {}
-    lines, losses = {}, 0
-    for signature in track(shipped(), "kernel"):
-        name = variants.name_of(signature)
-        lines[name] = Line.of(inspect(signature))
-        for loss in worse(committed[name], lines[name]) if name in committed else ():
+    kernels = {variants.name_of(signature): signature for signature in shipped()}
+    chosen = [name for name in kernels if set(options.words) <= set(re.split(r"[ ,]+", name))]
+    found, losses = {}, 0
+    for name in track(chosen, "kernel"):
+        found[name] = Line.of(inspect(kernels[name]))
+        for loss in worse(committed[name], found[name]) if name in committed else ():
             losses += 1
             print(f"{name}: {loss}")
     if options.check:
         return 1 if losses else 0
-    write(lines, path)
-    print(f"{len(lines)} kernels, {losses} losses; written: {path}")
+    lines = committed | found
+    write({name: lines[name] for name in kernels if name in lines}, path)
+    print(f"{len(found)} kernels, {losses} losses; written: {path}")
     return 0
 
 

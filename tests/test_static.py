@@ -1,6 +1,7 @@
 """What can be said of the speed of every shipped kernel without a GPU: from its SASS."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,21 +9,20 @@ import torch
 import fa3
 from fa3 import tuning
 from fa3.inspect import cli
-from fa3.inspect.model import predict
 from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
+from perf import static
+from perf.variants import QUANTISED, as_code, name_of
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
-VARIANTS = [
-    Signature(dtype, *dims, mask)
-    for dims in sorted(tuning.FORWARD)
-    for dtype, mask in (("bf16", "full"), ("bf16", "causal"), ("bf16", "local"), ("fp16", "full"))
-]
+VARIANTS = static.shipped()
 
 # head dim: at most so many issue slots per exponential in the steady loop's straight way (the C++
 # FA3 has 7.18 at 128 and 5.86 at 64, the floor is about 4.5), at least so many predicted TFLOPs/s
 # (the best FA4 and FA3 tiles: 518 at 64, 668 at 128, 721 at 256). bf16, without a mask.
 GOALS = {64: (5.4, 535), 128: (5.6, 685), 256: (None, 755)}
+# The same of e4m3 with scales per block, at most so many slots (the C++ FA3 has 8.13 at 128).
+GOALS_FP8 = {128: 6.5}
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def inspected(signature: Signature) -> cli.Inspection:
     return cli.inspect(signature)
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda s: f"{s.dtype}-{s.head_dim}-{s.head_dim_v}-{s.mask}")
+@pytest.fixture(params=VARIANTS, ids=name_of)
 def inspection(request, device) -> cli.Inspection:
     """`device` installs the emulator first, so that the accuracy tests share what is compiled."""
     return inspected(request.param)
@@ -47,9 +47,12 @@ def test_each_product_stands_in_the_code_once(inspection):
     """The warps of a warpgroup may leave the steady loop at different steps, and must come back to
     the same wgmma instructions (docs/algorithm.md): the compiler may not copy the loop.
     """
-    d, phases = inspection.signature.head_dim, {"full": 1, "causal": 2, "local": 3}
-    scores, output = d // 16, inspection.config.tile_n // 16
-    loops = phases[inspection.signature.mask] * (scores + output)
+    signature, config = inspection.signature, inspection.config
+    phases = {"full": 1, "causal": 2, "local": 3}
+    contracted = 16 if signature.quantised is None else 32  # by one instruction
+    slices = signature.head_dim_v // config.o_slice if config.o_slice else 1
+    scores, output = signature.head_dim // contracted, config.tile_n // contracted * slices
+    loops = phases[signature.mask] * (scores + output)
     assert inspection.report.mmas == scores + loops + output
 
 
@@ -101,4 +104,63 @@ def test_the_steady_loop_reaches_its_goals(head_dim, device):
     found = inspected(signature)
     if slots is not None:
         assert found.report.steady.straight.per_exponential <= slots
-    assert predict(found.artifacts.cubin).tflops >= tflops
+    assert found.prediction.tflops >= tflops
+
+
+@pytest.mark.parametrize("head_dim", sorted(GOALS_FP8))
+def test_the_steady_loop_of_one_byte_inputs_reaches_its_goals(head_dim, device):
+    signature = Signature("e4m3", head_dim, head_dim, "full", QUANTISED["block scales"])
+    steady = inspected(signature).report.steady
+    assert steady.straight.per_exponential <= GOALS_FP8[head_dim]
+
+
+def test_no_kernel_is_worse_than_its_committed_line(inspection):
+    committed = static.read()[name_of(inspection.signature)]
+    assert static.worse(committed, static.Line.of(inspection)) == []
+
+
+def test_the_committed_lines_are_those_of_the_shipped_kernels():
+    lines = static.read()
+    assert list(lines) == [name_of(signature) for signature in VARIANTS]
+    for signature in VARIANTS:
+        assert lines[name_of(signature)].config == as_code(tuning.forward(signature))
+
+
+LINE = static.Line("FwdConfig(tile_n=128)", 168, 0, 200_000, 5.2, 8.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "losses"),
+    [
+        ({}, []),
+        ({"slots_per_exp": 5.1, "registers": 160}, []),
+        ({"slots_per_exp": 5.205}, []),
+        ({"slots_per_exp": 5.25}, ["slots_per_exp: 5.25, committed 5.2"]),
+        ({"local_bytes": 8}, ["local_bytes: 8, committed 0"]),
+        ({"smem_bytes": 200_016}, ["smem_bytes: 200016, committed 200000"]),
+        ({"config": "FwdConfig(tile_n=64)", "slots_per_exp": 9.0},
+         ["config: FwdConfig(tile_n=64), committed FwdConfig(tile_n=128)"]),
+    ],
+)  # fmt: skip
+def test_what_became_worse_is_named(change, losses):
+    assert static.worse(LINE, replace(LINE, **change)) == losses
+
+
+def test_the_table_is_written_and_checked(tmp_path, monkeypatch, capsys):
+    path, (signature, other, *_) = tmp_path / "static.json", VARIANTS
+    found = [LINE, replace(LINE, slots_per_exp=6.0)]
+    monkeypatch.setattr(static, "shipped", lambda: [signature])
+    monkeypatch.setattr(static, "inspect", lambda signature: None)
+    monkeypatch.setattr(static.Line, "of", lambda inspection: found[0])
+    assert static.main([], path) == 0
+    assert static.read(path) == {name_of(signature): LINE}
+    assert static.main(["--check"], path) == 0
+    monkeypatch.setattr(static, "shipped", lambda: [signature, other])
+    assert static.main([other.mask], path) == 0  # the two differ in their masks
+    assert static.read(path) == {name_of(signature): LINE, name_of(other): LINE}
+    found.pop(0)
+    capsys.readouterr()
+    assert static.main(["--check"], path) == 1
+    losses = [f"{name_of(x)}: slots_per_exp: 6.0, committed 5.2" for x in (signature, other)]
+    assert capsys.readouterr().out.splitlines() == losses
+    assert set(static.read(path).values()) == {LINE}
