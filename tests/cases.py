@@ -45,6 +45,7 @@ class Bordered:
     """A tensor in the layout of a case, with NaN in all the memory around and between its rows.
 
     values: (b, s, h, d). tensor: the same values, with the strides of the layout.
+    Integers have no NaN: all their bits are set, too.
     """
 
     # layout -> order of the dimensions in memory, gaps between rows
@@ -56,6 +57,8 @@ class Bordered:
         "expanded": ((0, 1, 2, 3), False),  # one batch entry for all
     }
     BORDER = 64  # elements before and after; a multiple of 16 bytes
+    BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by element size
+    POISON = -1  # as bits
 
     def __init__(self, values: torch.Tensor, layout: str):
         order, gaps = self.LAYOUTS[layout]
@@ -65,11 +68,12 @@ class Bordered:
         stored = values[:1] if layout == "expanded" else values
         sizes = [stored.shape[i] for i in order]
         if gaps:
-            sizes[2:] = [sizes[2] + 2, sizes[3] + 8]
+            sizes[2:] = [sizes[2] + 2, sizes[3] + 16]
         count = math.prod(sizes)
-        self.memory = torch.full(
-            (count + 2 * self.BORDER,), math.nan, dtype=values.dtype, device=values.device
+        bits = torch.full(
+            (count + 2 * self.BORDER,), self.POISON, dtype=self._bits_of(values.dtype)
         )
+        self.memory = bits.to(values.device).view(values.dtype)
         view = self.memory[self.BORDER : self.BORDER + count].view(sizes)
         if gaps:
             view = view[:, :, 1:-1, : stored.shape[3]]
@@ -78,11 +82,14 @@ class Bordered:
         self.tensor = view.expand_as(values)
 
     def assert_border_untouched(self, name: str):
-        memory = self.memory.clone()
+        bits = self.memory.view(self._bits_of(self.memory.dtype)).clone()
         offset = self.tensor.storage_offset()
-        memory.as_strided(self.tensor.shape, self.tensor.stride(), offset).fill_(math.nan)
-        written = (~memory.isnan()).sum().item()
+        bits.as_strided(self.tensor.shape, self.tensor.stride(), offset).fill_(self.POISON)
+        written = (bits != self.POISON).sum().item()
         assert written == 0, f"{name}: {written} elements outside of the tensor were written"
+
+    def _bits_of(self, dtype: torch.dtype) -> torch.dtype:
+        return self.BITS[dtype.itemsize]
 
 
 def make_inputs(case: Case, device: torch.device) -> tuple[Bordered, Bordered, Bordered]:

@@ -1,0 +1,213 @@
+"""Which calls with one-byte inputs the accuracy tests make: few kernels, each with several calls."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from fa3.kernels.signature import MaskKind, Quantised, Signature, head_dim_tile
+
+from .cases import Bordered, pairwise
+from .fp8_calls import E4M3, E5M2, INT8
+
+DTYPES = {
+    "e4m3": E4M3,
+    "e5m2": E5M2,
+    "int8": INT8,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Fp8Case:
+    """One call of flash_attn_func; its repr is an expression that makes it again.
+
+    Forms of scales: "none", "head", "64", "128"; "128" of q, "channels" of v.
+    """
+
+    dtypes: tuple[str, str, str] = ("e4m3", "e4m3", "e4m3")  # of q, k, v
+    out: str = "bf16"
+    head_dim: int = 64
+    head_dim_v: int = 64
+    batch: int = 1
+    h_q: int = 2
+    h_k: int = 2
+    s_q: int = 128
+    s_k: int = 128
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    scales: tuple[str, str, str] = ("128", "128", "128")  # of q, k, v
+    layout: str = "bshd"
+    strided_scales: bool = False
+    softmax_scale: float | None = None
+    num_ctas: int | None = None  # None: one per SM
+
+    def __str__(self):
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
+        return f"Fp8Case({', '.join(changed)})"
+
+    @property
+    def mask(self) -> dict:
+        return {"causal": self.causal, "window": self.window}
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def signature(self) -> Signature:
+        """That of the kernel it needs."""
+        (left, right), (q, k, v) = self.window, self.dtypes
+        right = 0 if self.causal else right
+        kind = "local" if left >= 0 or right > 0 else "causal" if right == 0 else "full"
+        k_block, v_block = (self._block(form) for form in self.scales[1:])
+        quantised = Quantised(k, v, self.out, k_block, v_block)
+        tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
+        return Signature(q, *tiles, kind, quantised)
+
+    def _block(self, form: str) -> int:
+        """Up to 64 keys are one block, of either size."""
+        return {"64": 64 if self.s_k > 64 else 128, "128": 128}.get(form, 0)
+
+    def inputs(self, device) -> list[Bordered]:
+        """q, k and v; integers are such that their scores are moderate with and without scales."""
+        widths = self.head_dim, self.head_dim, self.head_dim_v
+        shapes = zip(
+            (self.s_q, *2 * (self.s_k,)), (self.h_q, *2 * (self.h_k,)), widths, strict=True
+        )
+        tensors = []
+        for (length, heads, width), name, form in zip(
+            shapes, self.dtypes, self.scales, strict=True
+        ):
+            x = torch.randn(self.batch, length, heads, width)
+            if name == "int8":
+                x = (x if form == "none" else 40 * x).round().clamp(-127, 127)
+            tensors.append(Bordered(x.to(DTYPES[name]).to(device), self.layout))
+        return tensors
+
+    def descales(self, device) -> dict[str, torch.Tensor]:
+        """Between 2/3 and 3/2, those of large integers 1/40 of it."""
+        given = {}
+        for name, dtype, form in zip("qkv", self.dtypes, self.scales, strict=True):
+            if form == "none":
+                continue
+            blocks = (
+                -(-(self.s_q if name == "q" else self.s_k) // int(form)) if form.isdigit() else 0
+            )
+            shape = {"head": (self.h_k,), "channels": (self.h_k, 1, self.head_dim_v)}.get(
+                form, (self.h_q if name == "q" else self.h_k, blocks)
+            )
+            x = 1.5 ** (2 * torch.rand(self.batch, *shape) - 1) / (40 if dtype == "int8" else 1)
+            x = x.to(device)
+            if self.strided_scales:
+                x = torch.stack([torch.full_like(x, torch.nan), x], dim=-1)[..., 1]
+            given[f"{name}_descale"] = x
+        return given
+
+
+# Tiles -> head dims of q and k, of v.
+HEAD_DIMS = {
+    (64, 64): ((64, 64), (48, 16), (16, 48)),
+    (96, 96): ((96, 96), (80, 80), (80, 96)),
+    (128, 128): ((128, 128), (112, 128), (128, 112)),
+    (192, 192): ((192, 192), (160, 160), (144, 176)),
+    (256, 256): ((256, 256), (208, 240), (240, 224)),
+    (192, 128): ((192, 128), (192, 128), (160, 112)),
+    (64, 128): ((64, 128), (64, 128), (32, 112)),
+}
+WINDOWS: dict[MaskKind, tuple] = {  # causal, window
+    "full": ((False, (-1, -1)),),
+    "causal": ((True, (-1, -1)), (False, (-1, 0))),
+    "local": ((False, (30, 20)), (True, (100, -1)), (False, (-1, 40))),
+}
+KERNEL_FACTORS = {
+    "qk": (("e4m3", "e4m3"), ("e4m3", "e5m2"), ("int8", "int8")),
+    "v": ("e4m3", "e5m2"),
+    "out": ("bf16", "fp16", "fp32"),
+    "mask": tuple(WINDOWS),
+    "k_block": (0, 64, 128),
+    "v_block": (0, 64, 128),
+}
+LENGTHS = (  # s_q, s_k
+    (1, 1),
+    (2, 300),
+    (64, 63),
+    (65, 64),
+    (127, 128),
+    (128, 65),
+    (129, 127),
+    (63, 200),
+    (200, 129),
+    (300, 300),
+    (300, 200),
+)
+CALL_FACTORS = {
+    "lengths": LENGTHS,
+    "heads": ((2, 2), (4, 2), (4, 1), (3, 3)),  # h_q, h_k
+    "layout": ("bshd", "bhsd", "packed", "expanded"),
+    "q": ("none", "head", "128"),
+    "k": ("none", "head"),  # where the kernel takes no blocks
+    "v": ("none", "head", "channels"),
+    "dims": (0, 1, 2),
+    "batch": (1, 2),
+    "strided_scales": (False, True),
+    "softmax_scale": (None, 0.3),
+    "num_ctas": (None, 3),
+}
+
+
+def kernels(seed: int) -> list[dict]:
+    """Any two values of any two KERNEL_FACTORS meet; the tiles take turns."""
+    tiles = list(HEAD_DIMS)
+    rows = pairwise(KERNEL_FACTORS, seed)
+    return [row | {"tiles": tiles[i % len(tiles)]} for i, row in enumerate(rows)]
+
+
+def covering(kernel_seed: int = 3, call_seed: int = 1) -> list[Fp8Case]:
+    """Any two values of CALL_FACTORS meet; each call gets the kernel that meets most anew."""
+    rows, met, loads = kernels(kernel_seed), set(), {}
+    cases = []
+    for call in pairwise(CALL_FACTORS, call_seed):
+
+        def new(i, call=call):
+            pairs = {(a, b) for a in rows[i].items() for b in call.items()}
+            return pairs - met
+
+        fitting = [i for i in range(len(rows)) if _fits(rows[i], call)]
+        chosen = max(fitting, key=lambda i: (-loads.get(i, 0), len(new(i))))
+        met |= new(chosen)
+        loads[chosen] = loads.get(chosen, 0) + 1
+        cases.append(_case(rows[chosen], call, len(cases)))
+    return sorted(cases, key=lambda case: repr(case.signature))
+
+
+def _fits(kernel: dict, call: dict) -> bool:
+    """Up to 64 keys are one block of 128, too: they make no kernel of their own."""
+    return call["lengths"][1] > 64 or 64 not in (kernel["k_block"], kernel["v_block"])
+
+
+def _case(kernel: dict, call: dict, number: int) -> Fp8Case:
+    masks = WINDOWS[kernel["mask"]]
+    causal, window = masks[number % len(masks)]
+    head_dim, head_dim_v = HEAD_DIMS[kernel["tiles"]][call["dims"]]
+    forms = (str(kernel[f"{x}_block"]) if kernel[f"{x}_block"] else call[x] for x in "kv")
+    return Fp8Case(
+        dtypes=(*kernel["qk"], kernel["v"]),
+        out=kernel["out"],
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        batch=2 if call["layout"] == "expanded" else call["batch"],
+        h_q=call["heads"][0],
+        h_k=call["heads"][1],
+        s_q=call["lengths"][0],
+        s_k=call["lengths"][1],
+        causal=causal,
+        window=window,
+        scales=(call["q"], *forms),
+        layout=call["layout"],
+        strided_scales=call["strided_scales"],
+        softmax_scale=call["softmax_scale"],
+        num_ctas=call["num_ctas"],
+    )

@@ -1,0 +1,83 @@
+"""What attention of one-byte inputs is measured against: exact, with P in e4m3, bounds of its LSE.
+
+q (b, s_q, h_q, d), k (b, s_k, h_k, d), v (b, s_k, h_k, dv), times their scales, in fp64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fa3.kernels.headroom import HEADROOM_LOG2, LIMIT_LOG2
+
+from .reference import visible
+
+LIMIT, HEADROOM = LIMIT_LOG2["e4m3"], HEADROOM_LOG2["e4m3"]  # of P, the same for int8
+E4M3_ERROR = 2.0**-4  # largest relative error of rounding
+E4M3_RMS = E4M3_ERROR / 3**0.5  # its root mean square, at most: uniform, just above a power of two
+E4M3_STEP = 2.0**-10  # largest absolute error below the smallest normal number
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights and values of all heads, before anything is rounded."""
+
+    y: Tensor  # (b, h_q, s_q, s_k) scores in log2, relative to the row's largest
+    lse: Tensor  # (b, h_q, s_q) fp64
+    v: Tensor  # (b, h_q, s_k, dv)
+
+    @staticmethod
+    def of(q, k, v, scale: float, causal=False, window=(-1, -1)) -> "Attention":
+        q, k, v = (torch.as_tensor(x).transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        seen = visible(q.shape[2], k.shape[2], causal, window, q.device)
+        scores = (scale * q @ k.mT).masked_fill(~seen, -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        y = (scores - top.masked_fill(top == -math.inf, 0.0)) / math.log(2.0)
+        return Attention(y, torch.logsumexp(scores, dim=-1), v)
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        """(b, s_q, h_q, dv)"""
+        p = self.y.exp2()
+        return self._normalised(p @ self.v, p.sum(-1, keepdim=True), dtype)
+
+    def baseline(self, dtype: torch.dtype, tile_n: int, sums_rounded: bool) -> Tensor:
+        """P in e4m3, each block of keys in fp32, blocks added in fp32, from the last one to the first.
+
+        P is relative to a maximum that moves as the kernel's does (kernels/softmax.py): the largest
+        P of a row is not always a power of two, which e4m3 holds as it is.
+        sums_rounded: P is divided by the sum of the rounded P.
+        """
+        shape = self.y.shape[:-1]
+        maximum = torch.full((*shape, 1), -math.inf, dtype=self.y.dtype)
+        out, total = torch.zeros(*shape, self.v.shape[-1]), torch.zeros(*shape, 1)
+        for start in reversed(range(0, self.y.shape[-1], tile_n)):
+            y, v = self.y[..., start : start + tile_n], self.v[:, :, start : start + tile_n]
+            top, before = y.amax(-1, keepdim=True), maximum
+            maximum = torch.where(top > before + HEADROOM, top, before)
+            change = (before - maximum).exp2().nan_to_num(0.0).float()  # no key so far: -inf + inf
+            p = (y - maximum + LIMIT - HEADROOM).exp2().nan_to_num(0.0)
+            rounded = p.to(torch.float8_e4m3fn).float()
+            out = change * out + rounded @ v.float()
+            total = change * total + (rounded if sums_rounded else p.float()).sum(-1, keepdim=True)
+        return self._normalised(out, total, dtype)
+
+    def lse_bounds(self) -> tuple[Tensor, Tensor]:
+        """(b, h_q, s_q): what rounding P may do to the LSE at most, and its standard deviation.
+
+        The kernel's row sum is sum(P (1 + e)), |e| <= 2^-4, and an absolute error of 2^-10 at most
+        for P below e4m3's normal numbers; a row's largest P is at least 2^(limit - headroom). So
+            |LSE - exact| <= -log(1 - 2^-4 - n 2^-10 / 2^(limit - headroom) / sum(p))
+        for p = P relative to the largest, and as errors are independent of each other its deviation
+        is rms(e) sqrt(sum(p^2)) / sum(p) = rms(e) / sqrt(effective keys).
+        """
+        p = self.y.exp2()
+        total, keys = p.sum(-1), (p > 0).sum(-1)
+        step = E4M3_STEP / 2.0 ** (LIMIT - HEADROOM)
+        worst = -torch.log1p(-(E4M3_ERROR + keys * step / total).clamp(max=0.5))
+        deviation = (E4M3_RMS**2 * p.square().sum(-1) + keys * step**2 / 3).sqrt() / total
+        return worst, deviation
+
+    def _normalised(self, out, total, dtype) -> Tensor:
+        return (out / total.masked_fill(total == 0.0, 1.0)).to(dtype).transpose(1, 2)
