@@ -63,7 +63,7 @@ def worse(committed: Line, found: Line) -> list[str]:
     ]
 
 
-def shipped() -> list[Signature]:
+def compared() -> list[Signature]:
     """Of kernels that differ in little, one of each: every config is among them."""
     every = [*variants.sixteen_bit(), *variants.one_byte()]
     return [s for s in every if s.mask == "full" or variants.is_main(s)]
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is worse")
     options = parser.parse_args(argv)
     committed = read(path) if path.is_file() else {}
-    kernels = {variants.name_of(signature): signature for signature in shipped()}
+    kernels = {variants.name_of(signature): signature for signature in compared()}
     chosen = [name for name in kernels if set(options.words) <= set(re.split(r"[ ,]+", name))]
     found, losses = {}, 0
     for name in track(chosen, "kernel"):

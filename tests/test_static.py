@@ -15,7 +15,7 @@ from perf import static
 from perf.variants import QUANTISED, as_code, name_of
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
-VARIANTS = static.shipped()
+VARIANTS = static.compared()
 
 # head dim: at most so many issue slots per exponential in the steady loop's straight way (the C++
 # FA3 has 7.18 at 128 and 5.86 at 64, the floor is about 4.5), at least so many predicted TFLOPs/s
@@ -149,13 +149,13 @@ def test_what_became_worse_is_named(change, losses):
 def test_the_table_is_written_and_checked(tmp_path, monkeypatch, capsys):
     path, (signature, other, *_) = tmp_path / "static.json", VARIANTS
     found = [LINE, replace(LINE, slots_per_exp=6.0)]
-    monkeypatch.setattr(static, "shipped", lambda: [signature])
+    monkeypatch.setattr(static, "compared", lambda: [signature])
     monkeypatch.setattr(static, "inspect", lambda signature: None)
     monkeypatch.setattr(static.Line, "of", lambda inspection: found[0])
     assert static.main([], path) == 0
     assert static.read(path) == {name_of(signature): LINE}
     assert static.main(["--check"], path) == 0
-    monkeypatch.setattr(static, "shipped", lambda: [signature, other])
+    monkeypatch.setattr(static, "compared", lambda: [signature, other])
     assert static.main([other.mask], path) == 0  # the two differ in their masks
     assert static.read(path) == {name_of(signature): LINE, name_of(other): LINE}
     found.pop(0)
