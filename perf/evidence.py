@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from fa3 import tuning
 from fa3.kernels.signature import Signature
+from fa3.scales import Q_BLOCK
 
 from .backends import OURS
 from .cases import DTYPES
@@ -25,11 +27,12 @@ from .check import attention, visible_keys
 from .progress import track
 from .results import RESULTS, ROOT, Row, read_all
 from .sweep import commit
-from .variants import name_of, sixteen_bit
+from .variants import QUANTISED, name_of, shipped
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- begin: python -m perf.evidence -->", "<!-- end -->"
 WINDOW = (100, 30)  # of the variants with a local mask
+S_Q, S_K = 250, 333
 NOT_MEASURED = "not measured"
 COLUMNS = (
     "variant",
@@ -68,26 +71,63 @@ def emulated(signature: Signature) -> tuple[float, float]:
     import fa3
 
     torch.manual_seed(0)
-    left, right = {"full": (-1, -1), "causal": (-1, 0), "local": WINDOW}[signature.mask]
-    s_q, s_k, heads = 250, 333, 2
-    q = torch.randn(1, s_q, heads, signature.head_dim)
-    k = torch.randn(1, s_k, heads, signature.head_dim)
-    v = torch.randn(1, s_k, heads, signature.head_dim_v)
-    q, k, v = (x.to(DTYPES[signature.dtype]) for x in (q, k, v))
+    heads, widths = 2, (signature.head_dim, signature.head_dim, signature.head_dim_v)
+    shapes = zip((S_Q, S_K, S_K), widths, strict=True)
+    q, k, v = (torch.randn(1, length, heads, width) for length, width in shapes)
+    attend = _attend_16_bit if signature.quantised is None else _attend_one_byte
     with fa3.emulator.options(checks=fa3.emulator.ALL_CHECKS):
-        out = fa3.flash_attn_func(
-            q, k, v, causal=signature.mask == "causal", window_size=(left, right)
-        )
-    seen = visible_keys(s_q, s_k, left, right)
-    heads_first = [x[0].transpose(0, 1) for x in (q, k, v)]
-    exact = attention(*(x.float() for x in heads_first), seen)
-    plain = attention(*heads_first, seen)
-    ours = (out[0].transpose(0, 1).float() - exact).abs().max().item()
-    torchs = (plain.float() - exact).abs().max().item()
+        out, exact, plain = attend(signature, q, k, v)
+    ours, torchs = ((x.float() - exact).abs().max().item() for x in (out, plain))
     if not ours <= 2 * torchs:
         name = name_of(signature)
         raise RuntimeError(f"{name}: largest error {ours:.2g}, torch's own is {torchs:.2g}")
     return ours, torchs
+
+
+def _attend_16_bit(signature: Signature, *inputs) -> tuple:
+    """(b, s_q, h, dv): the kernel's output, that of fp32, that of torch."""
+    import fa3
+
+    causal, window = _mask(signature)
+    inputs = [x.to(DTYPES[signature.dtype]) for x in inputs]
+    out = fa3.flash_attn_func(*inputs, causal=causal, window_size=window)
+    seen = visible_keys(S_Q, S_K, window[0], 0 if causal else window[1])
+    heads_first = [x[0].transpose(0, 1) for x in inputs]
+    exact = attention(*(x.float() for x in heads_first), seen)
+    return out[0].transpose(0, 1), exact, attention(*heads_first, seen)
+
+
+def _attend_one_byte(signature: Signature, *inputs) -> tuple:
+    """The same, of the bytes times their scales; torch rounds only P, to e4m3, and the output."""
+    import fa3
+    from tests.fp8_reference import Attention
+
+    causal, window = _mask(signature)
+    made = fa3.quantize_fp8(
+        *(x.bfloat16() for x in inputs),
+        block_scales=signature.quantised.k_block > 0,
+        qk_dtype=torch.int8 if signature.dtype == "int8" else DTYPES[signature.dtype],
+    )
+    descales = made.q_descale, made.k_descale, made.v_descale
+    names = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True))
+    out = fa3.flash_attn_func(*made[:3], **names, causal=causal, window_size=window)
+    values = [x.double() * _per_element(d, x) for x, d in zip(made[:3], descales, strict=True)]
+    attended = Attention.of(*values, signature.head_dim**-0.5, causal, window)
+    config = tuning.forward(signature)
+    plain = attended.baseline(out.dtype, config.tile_n, sums_rounded=not config.o_slice)
+    return out, attended.exact(torch.float32), plain
+
+
+def _mask(signature: Signature) -> tuple[bool, tuple[int, int]]:
+    return signature.mask == "causal", WINDOW if signature.mask == "local" else (-1, -1)
+
+
+def _per_element(descale, x):
+    """(b, h) or (b, h, blocks) -> (b, s, h, 1)"""
+    if descale.dim() == 2:
+        return descale[:, None, :, None]
+    block = Q_BLOCK  # of q; that of k and v is the same here
+    return descale.repeat_interleave(block, 2)[:, :, : x.shape[1]].transpose(1, 2)[..., None]
 
 
 def measured(signature: Signature, folder: Path = RESULTS) -> tuple[str, str]:
@@ -103,12 +143,14 @@ def _is_of(row: Row, signature: Signature) -> bool:
     mask = "causal" if row.causal else "full"
     wanted = signature.dtype, signature.head_dim, signature.head_dim_v, signature.mask
     is_timed = row.backend == OURS and row.tflops is not None
+    if signature.quantised not in (None, QUANTISED["block scales"]):
+        return False  # the sweep times what calls get by default
     return is_timed and (row.dtype, row.head_dim, row.head_dim, mask) == wanted
 
 
 def rows():
     """A table row per variant; whatever fails ends the run."""
-    for signature in track(sixteen_bit(), "variant"):
+    for signature in track(shipped(), "variant"):
         ours, torchs = emulated(signature)
         read = compiled(signature)
         errors = f"{ours:.1e}", f"{torchs:.1e}"

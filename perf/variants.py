@@ -29,6 +29,10 @@ def one_byte() -> list[Signature]:
     return [Signature(quantised.k, *dims, mask, quantised) for dims, quantised, mask in kinds]
 
 
+def shipped() -> list[Signature]:
+    return sixteen_bit() + one_byte()
+
+
 def is_main(signature: Signature) -> bool:
     """What most calls get: bf16, or e4m3 with scales per block."""
     quantised = signature.quantised

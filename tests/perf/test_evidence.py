@@ -11,7 +11,7 @@ from perf import evidence
 from perf.cases import Case
 from perf.evidence import NOT_MEASURED
 from perf.results import Machine, Row, write_csv
-from perf.variants import name_of, sixteen_bit
+from perf.variants import name_of, shipped
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
 
@@ -26,18 +26,18 @@ def lines():
 
 
 def test_every_variant_has_its_line(lines):
-    assert list(lines) == [name_of(signature) for signature in sixteen_bit()]
+    assert list(lines) == [name_of(signature) for signature in shipped()]
 
 
 def test_every_tile_is_the_one_that_a_call_gets(lines):
-    for signature in sixteen_bit():
+    for signature in shipped():
         config, line = tuning.forward(signature), lines[name_of(signature)]
         assert line["tile"] == f"{config.tile_m} x {config.tile_n}", signature
         assert line["stages"] == str(config.num_stages), signature
 
 
 def test_speeds_come_from_committed_sweeps(lines):
-    for signature in sixteen_bit():
+    for signature in shipped():
         line = lines[name_of(signature)]
         assert (line["Hopper GPU"], line["TFLOPs/s"]) == evidence.measured(signature), signature
 
