@@ -25,7 +25,12 @@ class ForwardFp8(Forward):
     """A row of passes.PASSES."""
 
     name = FORWARD_FP8
-    tests = ("tests/test_fp8_accuracy.py", "tests/test_fp8_op.py", "tests/test_fp8_problem.py")
+    tests = (
+        "tests/test_fp8.py",
+        "tests/test_fp8_accuracy.py",
+        "tests/test_fp8_op.py",
+        "tests/test_fp8_problem.py",
+    )
     sanitized = (
         Small("e4m3", 128, 128, 200, 333, causal=True, scales="block"),
         Small("e4m3", 64, 64, 257, 300, scales="head"),

@@ -62,7 +62,7 @@ def test_json_and_dump_agree_with_each_other(call, tmp_path):
         (("--dtype", "e4m3"), Quantised("e4m3", "e4m3", "bf16", k_block=128, v_block=128)),
         (
             ("--dtype", "e4m3", "--scales", "block64"),
-            Quantised("e4m3", "e4m3", "bf16", k_block=128, v_block=64),
+            Quantised("e4m3", "e4m3", "bf16", k_block=64, v_block=64),
         ),
         (("--dtype", "e4m3", "--scales", "head"), Quantised("e4m3", "e4m3", "bf16")),
         (("--dtype", "int8"), Quantised("int8", "e4m3", "bf16", k_block=128, v_block=128)),
