@@ -140,6 +140,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     *,
     hadamard=True,
     smooth_k=True,
+    smooth_v=True,
     block_scales=True,
     v_per_channel=False,
     rows_per_block=128,
@@ -152,8 +153,8 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
 
     q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); head dims are multiples
     of 16 up to 256. The result, and `out`, have their dtype.
-    hadamard, smooth_k, block_scales, v_per_channel, rows_per_block, qk_dtype: as in quantize_fp8.
-    hadamard, on by default, needs a d that is a power of two.
+    hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype: as in
+        quantize_fp8. hadamard, on by default, needs a d that is a power of two.
     The other arguments: as in flash_attn_func. lse is that of q and k as given, before smooth_k.
 
     Raises:
@@ -175,6 +176,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         v,
         hadamard=hadamard,
         smooth_k=smooth_k,
+        smooth_v=smooth_v,
         block_scales=block_scales,
         v_per_channel=v_per_channel,
         rows_per_block=rows_per_block,
@@ -191,6 +193,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         q_descale=inputs.q_descale,
         k_descale=inputs.k_descale,
         v_descale=inputs.v_descale,
+        v_shift=inputs.v_shift,
         window_size=window_size,
         sm_margin=sm_margin,
         return_attn_probs=True,

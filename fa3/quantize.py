@@ -24,7 +24,10 @@ KERNEL = "fa3.kernels.quantize:Quantize"
 
 
 class Fp8Inputs(NamedTuple):
-    """What flash_attn_func takes; shapes in quantize_fp8. A descale multiplies the bytes."""
+    """What flash_attn_func takes; shapes in quantize_fp8.
+
+    value = byte * descale, and v_shift is added to all values of a channel of v.
+    """
 
     q: Tensor
     k: Tensor
@@ -33,6 +36,7 @@ class Fp8Inputs(NamedTuple):
     k_descale: Tensor
     v_descale: Tensor
     lse_shift: Tensor | None = None
+    v_shift: Tensor | None = None
 
 
 class _Options(NamedTuple):
@@ -40,6 +44,7 @@ class _Options(NamedTuple):
 
     hadamard: bool
     smooth_k: bool
+    smooth_v: bool
     block_scales: bool
     v_per_channel: bool
     rows_per_block: int
@@ -73,10 +78,10 @@ class _Recipe(NamedTuple):
             return b, h, num_blocks(s, self.rows)
         return (b, self.h_k) if self.form == "head" else (b, h, 1, d)
 
-    def signature(self, layout: Layout, scales: ScaleMode, **mean: bool) -> QuantizeSignature:
+    def signature(self, layout: Layout, scales: ScaleMode, **more: bool) -> QuantizeSignature:
         names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
         d = layout.shape[-1]
-        return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **mean)
+        return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **more)
 
 
 class _Plan(NamedTuple):
@@ -85,8 +90,8 @@ class _Plan(NamedTuple):
     recipe: _Recipe
     copy: bool  # its strides are no multiples of 16 bytes
     strides: tuple[int, ...] | None  # to read it by, where only dimensions of size 1 are odd
-    amax: Callable | None  # amax(x, None, peaks, mean, None), where not blocks have scales
-    cast: Callable  # cast(x, y, scales, mean, dot)
+    amax: Callable | None  # amax(x, None, peaks, mean, None, None), where not blocks have scales
+    cast: Callable  # cast(x, y, scales, mean, dot, errors)
 
     def readable(self, x: Tensor) -> Tensor:
         if self.copy or x.data_ptr() % ALIGNMENT:
@@ -101,6 +106,7 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     *,
     hadamard=False,
     smooth_k=False,
+    smooth_v=False,
     block_scales=True,
     v_per_channel=False,
     rows_per_block=128,
@@ -116,6 +122,8 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
         channels: a diagonal of fixed signs, then the Walsh-Hadamard transform, by 1 / sqrt(d).
         d must be a power of two.
     smooth_k: subtract from k its mean over s_k, which softmax does not see, but its LSE does.
+    smooth_v: subtract from v its mean over s_k. What each channel then lacks on average, the mean
+        error of the bytes included, is v_shift, which the kernel adds to its output.
     block_scales: one scale per block of rows; else per batch entry and key head, as FA3 takes them.
     v_per_channel: v has a scale per channel instead, whatever block_scales says.
     rows_per_block: keys per scale of k and v, 64 or 128; a scale of q has 128 rows.
@@ -132,13 +140,15 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
 
     lse_shift is None, or with smooth_k (b, h_q, s_q) in fp32: the products of the rows of q with
     the mean of k. Add softmax_scale * lse_shift to the LSE to get that of the original k.
+    v_shift is None, or with smooth_v (b, h_k, dv) in fp32, c + mean of (v - c - v_descale * byte):
+    both means are over s_k, and c is that of v.
 
     A descale is the largest finite magnitude under it over the largest code (e4m3 448, e5m2 57344,
     int8 127), at least 2^-126, and 1 where all is zero. Codes are rounded to nearest even and
     saturate. inf and NaN become NaN and change nothing else, except that hadamard spreads them over
-    their row and smooth_k does not smooth the channels of k whose mean is not finite. int8 has no
-    NaN: there they become 0. Magnitudes over 1e36 may overflow in hadamard and smooth_k, and then
-    count as NaN or as the largest code.
+    their row, smooth_k and smooth_v do not smooth channels whose mean is not finite (c is 0), and
+    v_shift has their errors as 0. int8 has no NaN: there they become 0. Magnitudes over 1e36 may
+    overflow in hadamard, smooth_k and smooth_v, and then count as NaN or as the largest code.
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched.
@@ -146,36 +156,51 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     """
     check_tensors(q=q, k=k, v=v)
     options = _Options(
-        hadamard, smooth_k, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
+        hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
     )
     _check_options(options)
     _check_grad(q=q, k=k, v=v)
     watched = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    *inputs, lse_shift = (torch.ops.fa3.quantize_fp8 if watched else _run)(q, k, v, *options)
-    return Fp8Inputs(*inputs, lse_shift if smooth_k else None)
+    run = torch.ops.fa3.quantize_fp8 if watched else _run
+    *inputs, lse_shift, v_shift = run(q, k, v, *options)
+    return Fp8Inputs(*inputs, lse_shift if smooth_k else None, v_shift if smooth_v else None)
 
 
 def _run(q, k, v, *options):
-    """As the operator fa3::quantize_fp8: without smooth_k, lse_shift is empty."""
+    """As the operator fa3::quantize_fp8: lse_shift and v_shift are empty where not asked for."""
     options = _Options(*options)
     layouts = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
     plans = _plans_of(*layouts, options, None if q.is_meta else dispatch.target_of(q.device))
     q, k, v = (plan.readable(x) for plan, x in zip(plans, (q, k, v), strict=True))
-    k_mean, lse_shift = None, q.new_empty(0, dtype=torch.float32)
+    k_mean, lse_shift, v_mean, v_errors = None, None, None, None
     if options.smooth_k:
-        # Any row may be subtracted; where the mean is not finite, the channel is left as it is.
-        k_mean = k.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).contiguous()
-        lse_shift = lse_shift.new_empty(q.shape[0], q.shape[2], q.shape[1])
-    q, q_descale = _quantize(q, plans[0], k_mean, lse_shift if options.smooth_k else None)
+        k_mean = _mean_of(k)
+        lse_shift = k_mean.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    if options.smooth_v:
+        b, s, h, d = v.shape
+        v_mean = _mean_of(v)
+        v_errors = v_mean.new_empty(b, h, num_blocks(s, options.rows_per_block), d)
+    q, q_descale = _quantize(q, plans[0], k_mean, dot=lse_shift)
     k, k_descale = _quantize(k, plans[1], k_mean)
-    v, v_descale = _quantize(v, plans[2])
-    return q, k, v, q_descale, k_descale, v_descale, lse_shift
+    v, v_descale = _quantize(v, plans[2], v_mean, errors=v_errors)
+    v_shift = None
+    if options.smooth_v:
+        each = v_descale.view(*v_descale.shape, *(4 - v_descale.dim()) * [1])
+        v_shift = v_mean + (v_errors / v.shape[1] * each).sum(dim=2)
+    shifts = (q_descale.new_empty(0) if x is None else x for x in (lse_shift, v_shift))
+    return q, k, v, q_descale, k_descale, v_descale, *shifts
 
 
-def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None) -> tuple[Tensor, Tensor]:
+def _mean_of(x: Tensor) -> Tensor:
+    """(b, s, h, d) -> (b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
+    return x.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).contiguous()
+
+
+def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None, errors=None) -> tuple[Tensor, Tensor]:
     """Bytes and descales of one tensor.
 
     mean (b, h_k, d): subtracted, but with dot (b, h, s) multiplied by the rows of x instead.
+    errors (b, h, n, d): gets the sums over blocks of what the bytes lack, in units of descales.
     """
     recipe = plan.recipe
     y = torch.empty(x.shape, dtype=recipe.dtype, device=x.device)
@@ -183,11 +208,11 @@ def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None) -> tuple[Tensor, Tens
     if x.numel() == 0:
         return y, descale.fill_(1.0)
     if plan.amax is None:
-        plan.cast(x, y.view(torch.uint8), descale, mean, dot)
+        plan.cast(x, y.view(torch.uint8), descale, mean, dot, errors)
         return y, descale
     b, s, h, d = x.shape
     peaks = descale.new_empty(b, h, num_blocks(s, recipe.rows), d)
-    plan.amax(x, None, peaks, mean if dot is None else None, None)
+    plan.amax(x, None, peaks, mean if dot is None else None, None, None)
     peaks = peaks.amax(dim=2)  # (b, h, d)
     if recipe.form == "head":
         peaks = peaks.view(b, recipe.h_k, -1).amax(dim=2)
@@ -195,7 +220,7 @@ def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None) -> tuple[Tensor, Tens
     factors = 1 / descale
     if recipe.form == "head":
         factors = factors.repeat_interleave(h // recipe.h_k, dim=1)[..., None].repeat(1, 1, d)
-    plan.cast(x, y.view(torch.uint8), factors.view(b, h, d), mean, dot)
+    plan.cast(x, y.view(torch.uint8), factors.view(b, h, d), mean, dot, errors)
     return y, descale
 
 
@@ -208,13 +233,13 @@ def _plans_of(q, k, v, options: _Options, target: dispatch.Target | None) -> tup
     return (
         _plan(recipes["q"], q, target, dot_with_mean=options.smooth_k),
         _plan(recipes["k"], k, target, subtract_mean=options.smooth_k),
-        _plan(recipes["v"], v, target),
+        _plan(recipes["v"], v, target, options.smooth_v, sum_errors=options.smooth_v),
     )
 
 
-def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **dot) -> _Plan:
-    def kernel(scales, **mean):
-        signature = recipe.signature(layout, scales, subtract_mean=subtract_mean, **mean)
+def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **of_cast) -> _Plan:
+    def kernel(scales, **more):
+        signature = recipe.signature(layout, scales, subtract_mean=subtract_mean, **more)
         return _kernel(signature, None if 0 in layout.shape else target)
 
     is_block = recipe.form == "block"
@@ -223,12 +248,12 @@ def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **dot) -
         odd_dimension(layout) is not None,
         tma_strides(layout),
         None if is_block else kernel("amax"),
-        kernel("block" if is_block else "given", **dot),
+        kernel("block" if is_block else "given", **of_cast),
     )
 
 
 def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Callable:
-    """The function run(x, y, scales, mean, dot)."""
+    """The function run(x, y, scales, mean, dot, errors)."""
     if target is None:
         return _do_nothing
     if target.kind == "reference":
@@ -246,7 +271,7 @@ def _do_nothing(*arguments):
 
 
 def _check_options(options: _Options) -> None:
-    for name in ("hadamard", "smooth_k", "block_scales", "v_per_channel"):
+    for name in ("hadamard", "smooth_k", "smooth_v", "block_scales", "v_per_channel"):
         value = getattr(options, name)
         if not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, expected True or False")
@@ -292,18 +317,20 @@ def _operator(  # noqa: PLR0913
     v: Tensor,
     hadamard: bool,
     smooth_k: bool,
+    smooth_v: bool,
     block_scales: bool,
     v_per_channel: bool,
     rows_per_block: int,
     qk_dtype: torch.dtype,
     v_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _run(
         q,
         k,
         v,
         hadamard,
         smooth_k,
+        smooth_v,
         block_scales,
         v_per_channel,
         rows_per_block,
@@ -323,5 +350,7 @@ def _(q, k, v, *options):
         x.new_empty(recipes[name].descale_shape(x.shape), dtype=torch.float32)
         for name, x in given.items()
     ]
-    shift = (q.shape[0], q.shape[2], q.shape[1]) if options.smooth_k else 0
-    return *codes, *descales, q.new_empty(shift, dtype=torch.float32)
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if options.smooth_k else (0,)
+    shift_shape = (v.shape[0], v.shape[2], v.shape[3]) if options.smooth_v else (0,)
+    shifts = (q.new_empty(shape, dtype=torch.float32) for shape in (lse_shape, shift_shape))
+    return *codes, *descales, *shifts

@@ -27,7 +27,7 @@ def descale_of(peak: torch.Tensor, out: str) -> torch.Tensor:
     return descale.masked_fill_(peak == 0, 1.0)
 
 
-def _quantize(signature, x, y, scales, mean, dot):
+def _quantize(signature, x, y, scales, mean, dot, errors):
     """See fa3.kernels.quantize.Quantize.__call__ for the arguments."""
     _, s, h, d = x.shape
     values = x.transpose(1, 2).float()  # (b, h, s, d)
@@ -50,7 +50,12 @@ def _quantize(signature, x, y, scales, mean, dot):
             return
         scales.copy_(descale_of(peaks.amax(dim=-1), signature.out))
         factors = (factor / scales).repeat_interleave(signature.rows, dim=2)[:, :, :s, None]
-    y.copy_(_cast(values * factors, signature.out).view(torch.uint8).transpose(1, 2))
+    values = values * factors
+    codes = _cast(values, signature.out)
+    y.copy_(codes.view(torch.uint8).transpose(1, 2))
+    if signature.sum_errors:
+        lacking = (values - codes.float()).nan_to_num(0.0, 0.0, 0.0)
+        errors.copy_(_blocks(lacking, signature.rows).sum(dim=3))
 
 
 def rotate(values: torch.Tensor) -> torch.Tensor:
@@ -66,9 +71,13 @@ def rotate(values: torch.Tensor) -> torch.Tensor:
 def _peaks(values: torch.Tensor, rows: int) -> torch.Tensor:
     """(b, h, s, d) -> largest magnitude of each channel and block of rows; NaN is none."""
     magnitudes = values.abs().nan_to_num(0.0, posinf=math.inf)
-    missing = -values.shape[2] % rows
-    padded = torch.nn.functional.pad(magnitudes, (0, 0, 0, missing))
-    return padded.unflatten(2, (-1, rows)).amax(dim=3)
+    return _blocks(magnitudes, rows).amax(dim=3)
+
+
+def _blocks(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """(b, h, s, d) -> (b, h, n, rows, d), with zeros past the end."""
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % rows))
+    return padded.unflatten(2, (-1, rows))
 
 
 def _cast(values: torch.Tensor, out: str) -> torch.Tensor:

@@ -7,6 +7,8 @@ does, to the same addresses: that changes no maximum and saves all conditions. H
 in the grid, as they are in memory.
 """
 
+import functools
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -63,6 +65,7 @@ class Quantize:
             scales,
             tensor(Float32, (batch, heads_kv, d), 4) if signature.has_mean else None,
             tensor(Float32, (batch, heads, length)) if signature.dot_with_mean else None,
+            tensor(Float32, (batch, heads, blocks, d), 4) if signature.sum_errors else None,
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -74,6 +77,7 @@ class Quantize:
         mScales: cute.Tensor,  # block: (b, h, n) out; given: (b, h, d); amax: (b, h, n, d) out
         mMean: cute.Tensor | None,  # (b, h_k, d), h_k divides h
         mDot: cute.Tensor | None,  # (b, h, s) out
+        mErrors: cute.Tensor | None,  # (b, h, n, d) out, in units of codes
         stream,
     ):
         batch, length, heads, _ = mX.shape
@@ -81,7 +85,7 @@ class Quantize:
         group = heads // mMean.shape[1] if cutlass.const_expr(mMean is not None) else 1
         grid = (heads * num_blocks * batch, 1, 1)
         divisors = tuple(cute.FastDivmodDivisorV2(Int32(n)) for n in (heads, num_blocks, group))
-        self.kernel(mX, mY, mScales, mMean, mDot, divisors).launch(
+        self.kernel(mX, mY, mScales, mMean, mDot, mErrors, divisors).launch(
             grid=grid,
             block=(self.num_threads, 1, 1),
             stream=stream,
@@ -97,6 +101,7 @@ class Quantize:
         mScales: cute.Tensor,
         mMean: cute.Tensor | None,
         mDot: cute.Tensor | None,
+        mErrors: cute.Tensor | None,
         divisors: tuple,  # heads, blocks of a head, query heads per mean
     ):
         signature = self.signature
@@ -124,7 +129,9 @@ class Quantize:
             x, factor = self._rotate(x, lane)
 
         if cutlass.const_expr(signature.scales == "amax"):
-            self._write_amax(mScales[batch, head, block, None], x, factor, thread, column)
+            columns = zip(*x, strict=True)
+            peaks = [_maximum([abs(a) for a in column]) * abs(factor) for column in columns]
+            self._write_by_column(mScales[batch, head, block, None], peaks, _maximum, thread)
         else:
             if cutlass.const_expr(signature.scales == "given"):
                 factors = [factor * f for f in _elements(_load(mScales[batch, head, None], column))]
@@ -132,9 +139,13 @@ class Quantize:
                 descale = self._descale(self._peak(x, thread) * abs(factor))
                 mScales[batch, head, block] = descale
                 factors = [factor * cute.arch.rcp_approx(descale)] * CHUNK
-            for chunk, row in zip(x, rows, strict=True):
-                chunk = [a * f for a, f in zip(chunk, factors, strict=True)]
-                _store(mY[batch, row, head, None], column, chunk, signature.out)
+            x = [[a * f for a, f in zip(chunk, factors, strict=True)] for chunk in x]
+            codes = [_codes(chunk, signature.out) for chunk in x]
+            for row, chunk in zip(rows, codes, strict=True):
+                _store(mY[batch, row, head, None], column, chunk)
+            if cutlass.const_expr(signature.sum_errors):
+                errors = self._sum_errors(x, codes, last_row + 1 - first_row)
+                self._write_by_column(mErrors[batch, head, block, None], errors, _sum, thread)
 
     @cute.jit
     def _dot(self, chunk: list, mean: list, lane) -> Float32:
@@ -190,21 +201,41 @@ class Quantize:
             peak = cute.arch.fmax(peak, peaks[warp])
         return peak
 
+    def _sum_errors(self, x: list, codes: list, rows_left) -> list:
+        """Of each column x - codes, but for what is not finite or repeats the last row."""
+        errors = [Float32(0.0)] * CHUNK
+        for i, (chunk, words) in enumerate(zip(x, codes, strict=True)):
+            is_row = i * self.row_step < rows_left
+            bound = cutlass.select_(is_row, Float32(LARGEST_FLOAT), Float32(-1.0))
+            lacking = [
+                a - b for a, b in zip(chunk, _decode(words, self.signature.out), strict=True)
+            ]
+            kept = [cutlass.select_(abs(e) <= bound, e, Float32(0.0)) for e in lacking]
+            errors = [a + b for a, b in zip(errors, kept, strict=True)]
+        return errors
+
     @cute.jit
-    def _write_amax(self, amax: cute.Tensor, x: list, factor: Float32, thread, column):
-        """Largest magnitude of each column of the block, to amax (d,)."""
-        peaks = _shared((self.row_step, self.signature.head_dim))
+    def _write_by_column(self, target: cute.Tensor, values: list, combine, thread):
+        """What `combine` makes of the values that threads have for each column, to target (d,)."""
+        column = minimum(thread % self.lanes, self.num_chunks - 1)
+        parts = _shared((self.row_step, self.signature.head_dim))
         for i in cutlass.range_constexpr(CHUNK):
-            peak = Float32(0.0)
-            for chunk in x:
-                peak = cute.arch.fmax(peak, abs(chunk[i]))
-            peaks[thread // self.lanes, column * CHUNK + i] = peak * abs(factor)
+            parts[thread // self.lanes, column * CHUNK + i] = values[i]
         cute.arch.sync_threads()
         for i in range(thread, self.signature.head_dim, self.num_threads):
-            peak = Float32(0.0)
+            total = Float32(0.0)
             for row in range(self.row_step):
-                peak = cute.arch.fmax(peak, peaks[row, i])
-            amax[i] = peak
+                total = combine([total, parts[row, i]])
+            target[i] = total
+
+
+def _sum(values: list) -> Float32:
+    return sum(values)
+
+
+def _maximum(values: list) -> Float32:
+    """Of numbers from 0 on; NaN is none."""
+    return functools.reduce(cute.arch.fmax, values, Float32(0.0))
 
 
 def _sign(number) -> Float32:
@@ -247,13 +278,37 @@ def _load(row: cute.Tensor, column) -> cute.Tensor:
     return fragment
 
 
-def _store(row: cute.Tensor, column, values: list, out: str):
-    """Chunk `column` of a row (d,) of bytes."""
+def _codes(values: list, out: str) -> cute.Tensor:
+    """A chunk of fp32 -> bytes, four in a register."""
     words = cute.make_rmem_tensor(CHUNK // 4, Int32)
     for i in range(CHUNK // 4):
         words[i] = _convert(values[4 * i : 4 * i + 4], out)
+    return words
+
+
+def _store(row: cute.Tensor, column, codes: cute.Tensor):
+    """Chunk `column` of a row (d,) of bytes."""
     chunk = cute.local_tile(row, (CHUNK,), (column,))
-    cute.autovec_copy(cute.recast_tensor(words, row.element_type), chunk)
+    cute.autovec_copy(cute.recast_tensor(codes, row.element_type), chunk)
+
+
+def _decode(codes: cute.Tensor, out: str) -> list:
+    """FP8 bytes, four in a register -> fp32."""
+    to_float = (
+        "{{ .reg .b16 low, high; .reg .b32 pair; mov.b32 {{low, high}}, {{$r0}};"
+        " cvt.rn.f16x2.{out}x2 pair, {half}; mov.b32 {{low, high}}, pair;"
+        " cvt.f32.f16 {{$w0}}, low; cvt.f32.f16 {{$w1}}, high; }}"
+    )
+    return [
+        a
+        for word in _elements(codes)
+        for half in ("low", "high")
+        for a in cute.arch.inline_ptx(
+            to_float.format(out=out, half=half),
+            write_only_types=[Float32, Float32],
+            read_only_args=[word],
+        )
+    ]
 
 
 def _convert(values: list, out: str) -> Int32:

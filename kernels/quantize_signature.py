@@ -43,6 +43,7 @@ class QuantizeSignature:
     hadamard: bool = False  # rows are rotated: signs, then Walsh-Hadamard, by 1 / sqrt(d)
     subtract_mean: bool = False  # a row given per batch entry and head is subtracted first
     dot_with_mean: bool = False  # the product of each row, as it came, with that given row
+    sum_errors: bool = False  # what the codes of a channel lack in each block is written, too
 
     def __post_init__(self):
         for name, allowed in (
@@ -57,6 +58,8 @@ class QuantizeSignature:
             raise ValueError(
                 f"head_dim={self.head_dim} is no multiple of {CHUNK} from {CHUNK} to 256"
             )
+        if self.sum_errors and (self.out == "int8" or self.scales == "amax"):
+            raise ValueError(f"sum_errors is for codes of FP8, not {self.out!r} {self.scales!r}")
         if self.hadamard and self.head_dim & (self.head_dim - 1):
             raise ValueError(f"head_dim={self.head_dim} is no power of two, hadamard needs one")
 

@@ -33,9 +33,16 @@ def rotation(d: int, device=None) -> torch.Tensor:
     return (signs[:, None] * hadamard / math.sqrt(d)).to(device)
 
 
-def mean_of(k: torch.Tensor) -> torch.Tensor:
-    """(b, h_k, d) fp64; 0 where it is not finite."""
-    return k.double().mean(dim=1).nan_to_num(0.0, 0.0, 0.0)
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    """(b, s, h_k, d) -> (b, h_k, d) fp64; 0 where it is not finite."""
+    return x.double().mean(dim=1).nan_to_num(0.0, 0.0, 0.0)
+
+
+def shift_of(v: torch.Tensor, dequantised: torch.Tensor) -> torch.Tensor:
+    """(b, h_k, dv) fp64: c + mean of (v - c - dequantised); 0 in place of what is not finite."""
+    c = mean_of(v)
+    errors = (v.double() - c[:, None] - dequantised).nan_to_num(0.0, 0.0, 0.0)
+    return c + errors.mean(dim=1)
 
 
 def values_of(x: torch.Tensor, mean=None, hadamard: bool = False) -> torch.Tensor:

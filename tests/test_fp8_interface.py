@@ -135,6 +135,7 @@ def _rms(x) -> float:
         ({"block_scales": False}, 0.06, 0.1),
         ({"rows_per_block": 64}, 0.06, 0.1),
         ({"qk_dtype": INT8}, 0.04, 0.03),
+        ({"qk_dtype": INT8, "smooth_v": False}, 0.04, 0.03),
     ],
     ids=str,
 )
@@ -161,13 +162,26 @@ def test_lse_is_that_of_the_keys_as_given():
 
 
 def test_what_the_options_are_for():
-    """smooth_k: keys with a common offset in e4m3; hadamard: an outlying channel in int8."""
+    """smooth_k: keys with a common offset in e4m3; smooth_v: values with one, in int8 as k and q
+    would else hide it; hadamard: an outlying channel in int8.
+    """
     q, k, v = real(offset=4.0)
     wanted, _ = exact(q, k, v, 64**-0.5, False)
     with_it, without = (
         _rms(fa3.flash_attn_fp8_func(q, k, v, smooth_k=on) - wanted) for on in (True, False)
     )
     assert with_it < 0.6 * without
+    q, k, v = real()
+    v += 4 * torch.randn(DV)
+    wanted, _ = exact(q, k, v, 64**-0.5, False)
+    with_it, without = (
+        _rms(
+            fa3.flash_attn_fp8_func(q, k, v, smooth_v=on, qk_dtype=INT8, out=v.new_empty(OUT_SHAPE))
+            - wanted
+        )
+        for on in (True, False)
+    )
+    assert with_it < 0.7 * without
     q, k, v = real()
     q[..., 5], k[..., 5] = q[..., 5] / 20, k[..., 5] * 20
     wanted, _ = exact(q, k, v, 64**-0.5, False)
@@ -202,6 +216,7 @@ def test_fp8_into_out(dtype):
         (TypeError, ["q", "float8_e4m3fn", "float16", "bfloat16"], {"dtype": E4M3}),
         (TypeError, ["qk_dtype", "float8_e5m2", "int8"], {"qk_dtype": E5M2}),
         (TypeError, ["smooth_k", "1"], {"smooth_k": 1}),
+        (TypeError, ["smooth_v", "None"], {"smooth_v": None}),
         (TypeError, ["window_size", "5", "pair"], {"window_size": 5}),
         (ValueError, ["window_size", "-2"], {"window_size": (-2, 0)}),
         (ValueError, ["softmax_scale", "-1"], {"softmax_scale": -1.0}),

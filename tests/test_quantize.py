@@ -39,6 +39,7 @@ class Case:
 
 
 SMOOTH = {"smooth_k": True, "hadamard": True}
+MEANS = {"smooth_k": True, "smooth_v": True}
 CASES = [
     *(Case(s_q=n, s_k=n, options={"rows_per_block": 64}) for n in (1, 63, 64, 65, 129, 300)),
     *(Case(d=d, dv=d) for d in (16, 80, 128, 192, 256)),
@@ -49,11 +50,15 @@ CASES = [
     Case(h_q=4, batch=2, options={**SMOOTH, "qk_dtype": torch.int8}),
     Case(dv=96, batch=2, options={"v_per_channel": True, "v_dtype": E5M2}),
     Case(dtype=torch.float16, d=128, options={"hadamard": True}),
+    Case(dv=128, s_k=300, batch=2, options={"smooth_v": True, "rows_per_block": 64}),
+    Case(dv=80, h_q=4, h_k=2, s_k=130, options={"smooth_v": True, "block_scales": False}),
+    Case(dv=96, batch=2, options={"smooth_v": True, "v_per_channel": True, "v_dtype": E5M2}),
+    Case(dtype=torch.float16, s_k=1, options={"smooth_v": True}),
 ]
 
 
 def _inputs(case: Case, device):
-    """Normal numbers, a few outliers in q and k, and a common offset of the keys."""
+    """Normal numbers, a few outliers in q and k, and common offsets of keys and of values."""
     shapes = (
         (case.batch, case.s_q, case.h_q, case.d),
         (case.batch, case.s_k, case.h_k, case.d),
@@ -63,6 +68,7 @@ def _inputs(case: Case, device):
     for x in (q, k):
         x += 30 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)
     k += 2 * torch.randn(case.batch, 1, case.h_k, case.d)
+    v += 2 * torch.randn(case.batch, 1, case.h_k, case.dv)
     return tuple(x.to(case.dtype).to(device) for x in (q, k, v))
 
 
@@ -74,15 +80,20 @@ def _check(case: Case, q, k, v, given: fa3.Fp8Inputs) -> None:
     v_form = "channel" if options.get("v_per_channel") else form
     qk_dtype, v_dtype = options.get("qk_dtype", E4M3), options.get("v_dtype", E4M3)
     mean = reference.mean_of(k) if smooth else None
+    v_mean = reference.mean_of(v) if options.get("smooth_v") else None
     for name, x, dtype, values, x_form, x_rows in (
         ("q", q, qk_dtype, reference.values_of(q, None, hadamard), form, 128),
         ("k", k, qk_dtype, reference.values_of(k, mean, hadamard), form, rows),
-        ("v", v, v_dtype, reference.values_of(v), v_form, rows),
+        ("v", v, v_dtype, reference.values_of(v, v_mean), v_form, rows),
     ):
         bytes_, descale = getattr(given, name), getattr(given, f"{name}_descale")
         assert (bytes_.dtype, bytes_.shape, bytes_.is_contiguous()) == (dtype, x.shape, True)
         wanted = reference.quantise(values, dtype, x_form, x_rows, k.shape[2])
         reference.assert_quantised(name, bytes_, descale, wanted)
+    assert (given.v_shift is None) == (v_mean is None)
+    if v_mean is not None:
+        shift = reference.shift_of(v, reference.dequantise(given.v, given.v_descale, rows))
+        torch.testing.assert_close(given.v_shift.double(), shift, rtol=1e-6, atol=1e-6)
     if not smooth:
         assert given.lse_shift is None
         return
@@ -167,6 +178,29 @@ def test_mean_of_keys_that_are_not_finite(device):
     _check(Case(options=options), q, k, v, given)
     assert given.k.float().isnan().sum() == 64
     assert given.lse_shift.isfinite().all()
+
+
+@pytest.mark.parametrize("form", [{}, {"block_scales": False}, {"v_per_channel": True}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_mean_of_values_that_are_not_finite(value, form, device):
+    """The channel is not smoothed, but for its other errors; other channels know nothing of it."""
+    q, k, v = _inputs(Case(batch=2), device)
+    options = {"smooth_v": True, **form}
+    wanted = fa3.quantize_fp8(q, k, _with(v, 0.0), **options)
+    v = _with(v, value)
+    given = fa3.quantize_fp8(q, k, v, **options)
+    _check(Case(options=options), q, k, v, given)
+    assert torch.equal(given.v.float().isnan(), v.isnan() | v.isinf())
+    assert given.v_shift.isfinite().all()
+    assert torch.equal(given.v_shift[1], wanted.v_shift[1])
+
+
+def test_values_that_overflow_do_not_spoil_the_shift(device):
+    q, k, v = _inputs(Case(), device)
+    v[:, 0::2] = torch.finfo(torch.bfloat16).max
+    v[:, 1::2] = -torch.finfo(torch.bfloat16).max
+    v[0, 1::2, 0, 3] = torch.finfo(torch.bfloat16).max
+    assert fa3.quantize_fp8(q, k, v, smooth_v=True).v_shift.isfinite().all()
 
 
 def test_int8_has_no_nan(device):
@@ -257,7 +291,7 @@ def test_layouts(device):
 )
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "heads"])
 def test_empty(sizes, blocks, device):
-    case = Case(**sizes, options={"block_scales": blocks, "v_per_channel": True, "smooth_k": True})
+    case = Case(**sizes, options={"block_scales": blocks, "v_per_channel": True, **MEANS})
     q, k, v = _inputs(case, device)
     given = fa3.quantize_fp8(q, k, v, **case.options)
     with FakeTensorMode() as mode:
@@ -289,6 +323,7 @@ def _bad(**changes):
         ({"v": lambda v: v.float().requires_grad_()}, NotImplementedError, "v has requires_grad"),
         ({"hadamard": 1}, TypeError, "hadamard is 1, expected True or False"),
         ({"smooth_k": None}, TypeError, "smooth_k is None, expected True or False"),
+        ({"smooth_v": 0}, TypeError, "smooth_v is 0, expected True or False"),
         ({"rows_per_block": 32}, ValueError, "rows_per_block is 32, expected 64 or 128"),
         ({"qk_dtype": E5M2}, TypeError, "qk_dtype is torch.float8_e5m2, expected"),
         ({"v_dtype": torch.int8}, TypeError, "v_dtype is torch.int8, expected"),
@@ -309,7 +344,7 @@ def test_head_dims_that_an_option_or_the_kernel_lacks(d, device):
 
 
 def _model(q, k, v):
-    given = fa3.quantize_fp8(q * 2, k, v, hadamard=True, smooth_k=True, rows_per_block=64)
+    given = fa3.quantize_fp8(q * 2, k, v * 3, hadamard=True, **MEANS, rows_per_block=64)
     return tuple(x.float() + 1 for x in given)
 
 
@@ -333,23 +368,27 @@ def test_compile_without_graph_breaks(device):
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "heads"])
 def test_opcheck(blocks, device):
     inputs = _inputs(Case(h_q=4, h_k=1), device)
-    arguments = (*inputs, True, True, blocks, not blocks, 128, E4M3, E4M3)
+    arguments = (*inputs, True, True, blocks, blocks, not blocks, 128, E4M3, E4M3)
     torch.library.opcheck(torch.ops.fa3.quantize_fp8.default, arguments)
 
 
 def test_meta_tensors():
     q, k, v = (x.to("meta") for x in _inputs(Case(), "cpu"))
-    given = fa3.quantize_fp8(q, k, v, smooth_k=True, block_scales=False)
+    given = fa3.quantize_fp8(q, k, v, **MEANS, block_scales=False)
     assert (given.q.device.type, given.q.dtype, given.q.shape) == ("meta", E4M3, q.shape)
     assert (given.q_descale.shape, given.lse_shift.shape) == ((1, 2), (1, 2, 130))
+    assert given.v_shift.shape == (1, 2, 64)
 
 
+ERRORS = {"subtract_mean": True, "sum_errors": True}
 SIGNATURES = [
     *(QuantizeSignature("bf16", "e4m3", d, 128) for d in (64, 128, 256)),
     *(QuantizeSignature("bf16", "e4m3", d, 128, hadamard=True) for d in (64, 128, 256)),
     QuantizeSignature("bf16", "e4m3", 128, 128, hadamard=True, dot_with_mean=True),
     QuantizeSignature("bf16", "e4m3", 128, 128, hadamard=True, subtract_mean=True),
     QuantizeSignature("bf16", "int8", 128, 128, hadamard=True),
+    *(QuantizeSignature("bf16", "e4m3", d, 128, **ERRORS) for d in (64, 128, 256)),
+    QuantizeSignature("fp16", "e5m2", 128, 64, **ERRORS),
 ]
 
 
