@@ -24,6 +24,7 @@ class Checks:
         self.late = "late" in on
         self.mbarrier = "mbarrier" in on
         self.race = "race" in on
+        self.across = "global" in on
         self.tracks_writes = self.proxy or self.uninit or self.mbarrier or self.race
 
 

@@ -17,6 +17,7 @@ CHECKS = {
     "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",
     "race": "accesses to shared memory, asynchronous ones included, that no barrier or wait orders",
+    "global": "plain accesses of different clusters to global memory that no atomics order",
 }
 ALL_CHECKS = tuple(CHECKS)
 SCHEDULES = ("eager", "late", "random")

@@ -162,3 +162,67 @@ def test_a_bug_is_found(name):
 @pytest.mark.parametrize("name", BUGS)
 def test_the_kernel_without_the_bug_passes(name):
     run(name, cured)
+
+
+# of two CTAs of 128 threads; %r1 a word per thread, %r5 the CTA, %rd2 its word in global memory
+ACROSS = """
+    mov.u32 %r5, %ctaid.x; shl.b32 %r1, %r0, 2;
+    cvt.u64.u32 %rd1, %r1; add.s64 %rd2, %rd0, %rd1;
+    setp.eq.u32 %p1, %r5, 0; setp.eq.u32 %p2, %r0, 0;
+"""
+APART = "{{mul.lo.u32 %r2, %r5, 512; cvt.u64.u32 %rd3, %r2; add.s64 %rd2, %rd2, %rd3;}}"
+FLAG = "bar.sync 0; @%p2 red.release.gpu.global.add.u32 [%rd0+4000], 1;"
+SEEN = "@%p2 atom.acquire.gpu.global.add.u32 %r9, [%rd0+4000], 1; bar.sync 0;"
+# name: body, message
+GLOBAL = {
+    "two CTAs write": (
+        APART + "st.global.b32 [%rd2], %r0;",
+        r"cluster 1 of the grid writes .* that cluster 0 accesses at PTX line \d+: st.global",
+    ),
+    "one writes, another reads": (
+        APART + "@%p1 st.global.b32 [%rd2], %r0; @!%p1 ld.global.b32 %r9, [%rd2];",
+        r"cluster 1 of the grid reads .* that cluster 0 accesses at PTX line \d+: @%p1 st.global",
+    ),
+    "one reads, another writes": (
+        APART + "@!%p1 st.global.b32 [%rd2], %r0; @%p1 ld.global.b32 %r9, [%rd2];",
+        r"cluster 1 of the grid writes .* that cluster 0 accesses at PTX line \d+: @%p1 ld.global",
+    ),
+    "written after the flag": (
+        "@!%p1 bra READ; {{st.global.b32 [%rd2], %r0;}}"
+        + FLAG
+        + "[[st.global.b32 [%rd2], %r0;]] bra END; READ:"
+        + SEEN
+        + "ld.global.b32 %r9, [%rd2]; END:",
+        "no atomic leads from one to the other",
+    ),
+    "the flag is not looked at": (
+        "@!%p1 bra READ; st.global.b32 [%rd2], %r0;"
+        + FLAG
+        + "bra END; READ: {{"
+        + SEEN
+        + "}} ld.global.b32 %r9, [%rd2]; END:",
+        "no atomic leads from one to the other",
+    ),
+    "a bulk store over another's": (
+        APART
+        + "mov.u32 %r3, buffer; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r3], 512;"
+        "@%p2 cp.async.bulk.commit_group; @%p2 cp.async.bulk.wait_group.read 0;",
+        r"cluster 1 of the grid writes .* that cluster 0 accesses at PTX line \d+: @%p2 cp.async.bulk",
+    ),
+}
+
+
+def across(body: str) -> None:
+    launch(ACROSS + body, np.zeros(4096, np.uint8), grid=2, checks=("global",))
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_a_race_of_ctas_is_found(name):
+    body, message = GLOBAL[name]
+    with pytest.raises(errors.Race, match=message):
+        across(broken(body))
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_ctas_that_do_not_race_pass(name):
+    across(cured(GLOBAL[name][0]))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..checks import Checks
 from ..errors import KernelError
+from ..global_races import GlobalRaces
 from ..lowering import lower
 from ..memory.regions import GlobalMemory
 from ..ptx import Kernel
@@ -46,6 +47,7 @@ class Launch:
         self._validate()
         tracked = self.checks.wgmma or self.checks.fence
         self.lowered = lower(self.kernel, tracked, self.schedule.kind == "random")
+        self.races = GlobalRaces(self) if self.checks.across else None
 
     def _validate(self) -> None:
         if any(d % c for d, c in zip(self.grid, self.cluster, strict=True)):

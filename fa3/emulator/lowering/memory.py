@@ -8,6 +8,7 @@ from ..memory.shared import OFFSET, RANK_SHIFT
 from .emitter import DTYPE, instr_type, itemsize, vector
 from .registry import lowers
 
+_STRONG = {"acquire", "release", "relaxed", "volatile", "mmio"}
 _ATOMIC = {"add", "min", "max", "and", "or", "xor", "inc", "dec", "exch", "cas"}
 
 
@@ -19,6 +20,10 @@ def _space(i) -> str:
         if part in ("local", "const"):
             raise Unsupported(f"{part} memory")
     return "generic"
+
+
+def _is_strong(i) -> bool:
+    return not _STRONG.isdisjoint(i.parts)
 
 
 @lowers("ld", "ldu")
@@ -33,8 +38,8 @@ def ld(e, i):
                 at = p.offset + offset + j * es
                 e.put(d, f"w.params[{at}:{at + es}].view({DTYPE[t]})")
             return
-    f = shared.load if space == "shared" else generic.load
-    e.call(f, DTYPE[t], e.rows(rows), e.address(i.args[1], space))
+    f, strong = (shared.load, []) if space == "shared" else (generic.load, [_is_strong(i)])
+    e.call(f, DTYPE[t], e.rows(rows), e.address(i.args[1], space), *strong)
 
 
 @lowers("st")
@@ -43,7 +48,8 @@ def st(e, i):
     address, rows = e.address(i.args[0], space), e.rows([e.src(x, t) for x in vector(i.args[1])])
     if i.parts[1] == "async":
         return e.call(bulk.store_async, DTYPE[t], rows, address, e.address(i.args[2], "shared"))
-    e.call(shared.store if space == "shared" else generic.store, DTYPE[t], rows, address)
+    f, strong = (shared.store, []) if space == "shared" else (generic.store, [_is_strong(i)])
+    e.call(f, DTYPE[t], rows, address, *strong)
 
 
 @lowers("atom", "red")

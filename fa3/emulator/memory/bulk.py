@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from ..errors import Misaligned, OutOfBounds, Unsupported
+from ..global_races import span
 from . import mbarrier, tensormap
 from .operations import Operation
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
@@ -84,7 +85,7 @@ def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, mu
         b = w.lane_value(barrier, lane) + barrier_offset
         mask = None if multicast is None else w.lane_value(multicast, lane)
         mbarrier.find(w, b)
-        work = partial(_tensor_load, w, box, c, d, b, mask)
+        work = partial(_tensor_load, w, site, box, c, d, b, mask)
         _issue_load(w, lane, site, "TMA load", work, _targets(w, d, b, mask), box.box_bytes)
 
 
@@ -107,8 +108,11 @@ def _raced(w, mask, kind: str, what: str, spans, site: int | None):
     return access.clock
 
 
-def _tensor_load(w, box, coords, dst, barrier, multicast, clock):
-    raw = box.read(coords)
+def _tensor_load(w, site, box, coords, dst, barrier, multicast, clock):
+    seen = [] if w.launch.races is not None else None
+    raw = box.read(coords, seen)
+    for place in seen or ():
+        w.launch.races.access(w, *place, writes=False, site=site)
     for memory, at, bar in _targets(w, dst, barrier, multicast):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
@@ -129,13 +133,16 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
             if seen[same] is not None:
                 w.bulk.add(lane, seen[same])
             continue
-        work = partial(_tensor_store, w, box, c, at, reduction)
+        work = partial(_tensor_store, w, site, box, c, at, reduction)
         seen[same] = _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
 
 
-def _tensor_store(w, box, coords, at, reduction):
+def _tensor_store(w, site, box, coords, at, reduction):
     raw = _collect(w.cta.smem, at, box.box_bytes, box.swizzle, "TMA store")
-    box.write(coords, raw, reduction)
+    seen = [] if w.launch.races is not None else None
+    box.write(coords, raw, reduction, seen)
+    for place in seen or ():
+        w.launch.races.access(w, *place, writes=True, site=site)
     w.cluster.events += 1
 
 
@@ -165,13 +172,16 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
                 f"cp.async.bulk of {n} bytes from {s:#x} to {d:#x}: addresses and "
                 "size must be multiples of 16"
             )
-        work = partial(_load, w, d, s, n, b, mask)
+        work = partial(_load, w, site, d, s, n, b, mask)
         _issue_load(w, lane, site, "bulk load", work, _targets(w, d, b, mask), n)
 
 
-def _load(w, dst, src, nbytes, barrier, multicast, clock):
+def _load(w, site, dst, src, nbytes, barrier, multicast, clock):
     region = w.memory.find(src, src + nbytes, "bulk read")
     raw = region.bytes[src - region.start : src - region.start + nbytes].copy()
+    if w.launch.races is not None:
+        window = span(src - region.start, nbytes)
+        w.launch.races.access(w, region, window, writes=False, site=site)
     for memory, at, bar in _targets(w, dst, barrier, multicast):
         _deliver(memory, at, raw, 0)
         mbarrier.complete(w, bar, nbytes, clock)
@@ -197,16 +207,19 @@ def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
     for lane in w.lane_list(m):
         d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
         n = w.lane_value(size, lane)
-        work = partial(_store, w, d, s & OFFSET, n, reduction)
+        work = partial(_store, w, site, d, s & OFFSET, n, reduction)
         _issue_store(w, lane, site, "bulk store", work, s & OFFSET, n)
 
 
-def _store(w, dst, at, nbytes, reduction):
+def _store(w, site, dst, at, nbytes, reduction):
     raw = _collect(w.cta.smem, at, nbytes, 0, "bulk store")
     region = w.memory.find(dst, dst + nbytes, "bulk write")
     out = region.bytes[dst - region.start : dst - region.start + nbytes]
     w.cluster.events += 1
     if reduction is None:
+        if w.launch.races is not None:
+            window = span(dst - region.start, nbytes)
+            w.launch.races.access(w, region, window, writes=True, site=site)
         out[:] = raw
         return
     op, kind = reduction

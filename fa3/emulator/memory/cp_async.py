@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from .. import global_races
 from ..numerics.formats import rows
 from . import mbarrier, shared
 from .groups import Groups
@@ -57,6 +58,13 @@ def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
     some = n > 0
     if some.any():
         out[some] = _read(w, g[some], n[some], size)
+        if w.launch.races is not None:
+            region = w.memory.find(int(g[some].min()), int((g[some] + n[some]).max()))
+            at = [
+                global_races.indices([s - region.start], k).at
+                for s, k in zip(g[some].tolist(), n[some].tolist(), strict=True)
+            ]
+            w.launch.races.access(w, region, global_races.Indices(np.concatenate(at)), writes=False)
     memory.raw[: len(memory.raw) // size * size].reshape(-1, size)[a // size] = out
 
 

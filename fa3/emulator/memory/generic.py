@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import global_races
 from ..errors import Misaligned, OutOfBounds
 from . import shared
 
@@ -51,7 +52,8 @@ def _element(w, dtype, address: int, what: str):
     return region.view(dtype), (address - region.start) // es
 
 
-def load(w, m, dtype, rows, address, offset):
+def load(w, m, dtype, rows, address, offset, strong: bool = False):
+    """strong: with .acquire, .relaxed or .volatile."""
     if m is not None and not m.any():
         return
     space = window(w, m, address)
@@ -63,6 +65,8 @@ def load(w, m, dtype, rows, address, offset):
         index = (w.active(address & _OFFSET, m).astype(np.int64) + offset) // es
     else:
         array, index = locate(w, m, dtype, address, offset, es * len(rows), "read")
+        if w.launch.races is not None:
+            _across(w, m, address, offset, es * len(rows), strong, False)
     lanes = slice(None) if m is None else m
     for i, row in enumerate(rows):
         if row is None:
@@ -74,13 +78,29 @@ def load(w, m, dtype, rows, address, offset):
             row[lanes] = np.array([x[j] for x, j in found], dtype)
 
 
-def store(w, m, dtype, rows, address, offset):
+def _across(w, m, address, offset, nbytes: int, strong: bool, writes: bool) -> None:
+    """Check "global": an access of the active lanes."""
+    a = w.active(address, m).astype(np.int64) + offset
+    if strong:
+        return w.launch.races.synchronise(w, a)
+    while len(a):  # usually all lie in one region
+        region = w.memory.find(int(a[0]), int(a[0]) + nbytes)
+        here = (a >= region.start) & (a < region.end)
+        where = global_races.indices(a[here] - region.start, nbytes)
+        w.launch.races.access(w, region, where, writes)
+        a = a[~here]
+
+
+def store(w, m, dtype, rows, address, offset, strong: bool = False):
+    """strong: with .release, .relaxed or .volatile."""
     if m is not None and not m.any():
         return
     if window(w, m, address) == SHARED:
         return shared.store(w, m, dtype, rows, shared_offset(address), offset)
     es = np.dtype(dtype).itemsize
     array, index = locate(w, m, dtype, address, offset, es * len(rows), "write")
+    if w.launch.races is not None:
+        _across(w, m, address, offset, es * len(rows), strong, True)
     w.cluster.events += 1
     for i, row in enumerate(rows):
         values = w.active(row, m)

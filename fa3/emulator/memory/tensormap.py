@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import KernelError, OutOfBounds, Unsupported
+from ..global_races import Window
 from ..numerics.formats import bf16_to_f32, f32_to_bf16
 from ..numerics.reductions import REDUCTIONS
 from .generic import PARAMETERS, WINDOW_SHIFT
@@ -68,12 +69,15 @@ class TensorMap:
         self.box_bytes = int(np.prod(self.box)) * self.width
 
     def _window(self, coords):
-        """The part of the box at coords inside the tensor: (view of memory, slices of the box)."""
+        """The part of the box at coords inside the tensor.
+
+        (view of memory, slices of the box, (region, the same as a Window))
+        """
         start, shape, tile = 0, [], []
         for x, b, n, stride in zip(coords, self.box, self.dims, self.strides, strict=True):
             first, last = max(x, 0), min(x + b, n)
             if first >= last:
-                return None, None
+                return None, None, None
             start += first * stride
             shape.append(last - first)
             tile.append(slice(first - x, last - x))
@@ -84,10 +88,10 @@ class TensorMap:
             region = self.memory.find(start, start + extent, "TMA access")
         except OutOfBounds as e:
             raise OutOfBounds(f"{e}; {self} at {list(coords)}") from None
-        view = np.ndarray(
-            shape[::-1], self.dtype, region.bytes, start - region.start, self.strides[::-1]
-        )
-        return view, tuple(tile[::-1])
+        at = start - region.start
+        view = np.ndarray(shape[::-1], self.dtype, region.bytes, at, self.strides[::-1])
+        window = Window(at, tuple(shape[::-1]), tuple(self.strides[::-1]), self.width)
+        return view, tuple(tile[::-1]), (region, window)
 
     def __str__(self):
         return (
@@ -95,21 +99,31 @@ class TensorMap:
             f"box {self.box}"
         )
 
-    def read(self, coords) -> np.ndarray:
-        """The bytes of the box at coords; zeros (or NaN) outside the tensor."""
+    def read(self, coords, seen: list | None = None) -> np.ndarray:
+        """The bytes of the box at coords; zeros (or NaN) outside the tensor.
+
+        seen: gets the (region, Window) that was read.
+        """
         out = np.zeros(self.box[::-1], self.dtype)
         if self.fill_nan:
             out.fill({2: 0x7FFF, 4: 0x7FFFFFFF}.get(self.width, 0))
-        view, tile = self._window(coords)
+        view, tile, place = self._window(coords)
         if view is not None:
             out[tile] = view
+            if seen is not None:
+                seen.append(place)
         return out.reshape(-1).view(np.uint8)
 
-    def write(self, coords, raw, reduction: str | None) -> None:
-        """Store the bytes of a box, or reduce them into the tensor; clipped to it."""
-        view, tile = self._window(coords)
+    def write(self, coords, raw, reduction: str | None, seen: list | None = None) -> None:
+        """Store the bytes of a box, or reduce them into the tensor; clipped to it.
+
+        seen: gets the (region, Window) that was written, but for reductions, which are atomic.
+        """
+        view, tile, place = self._window(coords)
         if view is None:
             return
+        if seen is not None and reduction is None:
+            seen.append(place)
         x = raw.view(self.dtype).reshape(self.box[::-1])[tile]
         if reduction is None:
             view[...] = x
