@@ -17,7 +17,7 @@ from .errors import Race
 
 
 class Window(NamedTuple):
-    """Bytes of a region: elements of `width` bytes in a strided box; offsets and strides in bytes."""
+    """Bytes of a region: elements of `width` bytes in a strided box; all in bytes but the shape."""
 
     offset: int
     shape: tuple[int, ...]

@@ -48,15 +48,15 @@ class Mutant:
         return "\n".join(lines)
 
     @property
-    def function(self) -> str:
-        """ "file.py:function" of the Python source."""
+    def source(self) -> str:
+        """ "file.py:function: line" of the Python source."""
         path, line = self.place
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")[:line]
         except OSError:
             return ""
         names = (m[1] for text in reversed(lines) if (m := re.match(r"\s*def (\w+)", text)))
-        return f"{Path(path).name}:{next(names, '')}"
+        return f"{Path(path).name}:{next(names, '')}: {lines[-1].strip()}"
 
     def __str__(self):
         path, line = self.place

@@ -20,6 +20,7 @@ from .errors import Race
 _AGENT, _TIME, _PC = 52, 24, (1 << 24) - 1
 _TIMES = (1 << 28) - 1
 _ASYNCHRONOUS = 256  # agents for operations in flight at once, of a cluster
+_MANY = 50  # accesses of a warp kept one by one
 _WAITS = {  # kind of operation -> what would have ordered it
     "load": "no wait on its mbarrier",
     "store": "no cp.async.bulk.wait_group of its thread",
@@ -50,7 +51,10 @@ class Races:
         self._times = np.zeros(count + _ASYNCHRONOUS, np.int64)  # of asynchronous agents
         self._agents: dict[tuple, list[int]] = {}  # (kind, warps) -> asynchronous agents
         self._names: dict[int, tuple[str, str]] = {}  # asynchronous agent -> kind, name
+        # Lanes of a warp know of each other what they did up to the last time they met.
         self._apart: dict[int, dict[int, np.ndarray]] = {}  # warp -> what single threads know more
+        self._met = np.zeros(count, np.int64)  # own time of each warp then
+        self._since: list[list[np.ndarray]] = [[] for _ in range(count)]  # threads with accesses
 
     # agents
 
@@ -80,6 +84,8 @@ class Races:
         if threads is not None and self._apart.get(agents[0]):
             for thread in threads.tolist():
                 clock = joined(clock, self._apart[agents[0]].get(thread))
+        if threads is not None:
+            clock = self._without_others(agents[0], threads, clock)
         self.clocks[agents, agents] += 1
         return clock
 
@@ -108,8 +114,19 @@ class Races:
     def meet(self, agents: list[int]) -> None:
         """The lanes of these warps tell each other what they know."""
         for agent in agents:
+            self._met[agent] = self.clocks[agent, agent]
+            self.clocks[agent, agent] += 1
+            self._since[agent].clear()
             for clock in self._apart.pop(agent, {}).values():
                 self.acquire([agent], clock)
+
+    def _without_others(self, agent: int, threads, clock):
+        """The clock that some threads of a warp pass on: not what its others did since they met."""
+        since = self._since[agent]
+        if any(not np.isin(x, threads).all() for x in since):
+            clock = clock.copy()
+            clock[agent] = self._met[agent]
+        return clock
 
     def _known(self, agent: int, threads) -> np.ndarray:
         """The clock of some lanes of a warp."""
@@ -124,9 +141,11 @@ class Races:
         """Start an asynchronous operation of the warps in m: it knows what all of them know."""
         warps = self.agents(w, m)
         clock = self.clocks[warps].min(0)
-        if len(warps) == 1 and warps[0] in self._apart:
-            clock = self._known(warps[0], w.threads if m is None else w.threads[m])
-            clock = clock.copy()
+        if len(warps) == 1:
+            threads = w.threads if m is None else w.threads[m]
+            if warps[0] in self._apart:
+                clock = self._known(warps[0], threads).copy()
+            clock = self._without_others(warps[0], threads, clock)
         self.clocks[warps, warps] += 1
         own = self._agents.setdefault((kind, *warps), [])
         # One agent for operations of which each is known to be over when the next is issued.
@@ -159,8 +178,16 @@ class Races:
         agents = self._of_threads(threads)
         for agent in np.unique(agents).tolist():
             words = self._words(addresses[agents == agent], nbytes)
-            access = self._of_warp(agent, threads[agents == agent])
+            own = threads[agents == agent]
+            access = self._of_warp(agent, own)
+            self._note(agent, own)
             (self.write if writes else self.read)(memory, words, access)
+
+    def _note(self, agent: int, threads) -> None:
+        since = self._since[agent]
+        since.append(threads)
+        if len(since) > _MANY:
+            since[:] = [np.unique(np.concatenate(since))]
 
     def atomic(self, memory, addresses, nbytes: int, threads) -> None:
         """Atomic accesses: ordered among each other, and they pass clocks on."""

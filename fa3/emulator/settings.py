@@ -46,6 +46,11 @@ class Schedule:
             raise ValueError(f"unknown schedule {self.kind!r}; known are {', '.join(SCHEDULES)}")
 
     @property
+    def elects_highest(self) -> bool:
+        """Whether elect.sync elects the highest lane of a warp, not the lowest."""
+        return self.kind == "random" and self.seed % 2 == 1
+
+    @property
     def defers(self) -> bool:
         return self.kind != "eager"
 

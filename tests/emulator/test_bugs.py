@@ -204,10 +204,10 @@ GLOBAL = {
         "no atomic leads from one to the other",
     ),
     "a bulk store over another's": (
-        APART
-        + "mov.u32 %r3, buffer; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r3], 512;"
+        APART + "mov.u32 %r3, buffer;"
+        "@%p2 cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r3], 512;"
         "@%p2 cp.async.bulk.commit_group; @%p2 cp.async.bulk.wait_group.read 0;",
-        r"cluster 1 of the grid writes .* that cluster 0 accesses at PTX line \d+: @%p2 cp.async.bulk",
+        r"cluster 1 of the grid writes .* cluster 0 accesses at PTX line \d+: @%p2 cp.async.bulk",
     ),
 }
 

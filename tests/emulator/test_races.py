@@ -93,7 +93,7 @@ BUGS = {
         r"PTX line \d+: .*: no wait on its mbarrier",
     ),
     "load over what another warp still reads": (
-        READ_OWN + "{{bar.sync 0;}}" + LOAD,
+        READ_OWN + "bar.warp.sync -1; {{bar.sync 0;}}" + LOAD,
         "bulk load of warp 0 writes .* unordered with the read by warp 1 .*ld.shared",
     ),
     "two loads to one place": (
@@ -127,6 +127,19 @@ BUGS = {
         + "END:",
         r"warp 1 writes .* unordered with the read by bulk store of warp 0",
     ),
+    "one lane announces what the others wrote": (
+        "@!%p2 bra NEXT; st.shared.b32 [%r1], %r0; {{bar.warp.sync -1;}}"
+        "@%p1 mbarrier.arrive.shared.b64 _, [%r4]; bra END; NEXT:"
+        + WAIT_FOR_LOAD
+        + "ld.shared.b32 %r9, [buffer+4]; END:",
+        "warp 1 reads .* unordered with the write by warp 0 .*st.shared",
+    ),
+    "one lane stores what the others wrote": (
+        "@%p2 st.shared.b32 [%r1], %r0; fence.proxy.async.shared::cta; {{bar.warp.sync -1;}}"
+        + STORE
+        + DRAIN,
+        "bulk store of warp 0 reads shared memory .* unordered with the write by warp 0",
+    ),
     "wait at an mbarrier that may not be there yet": (
         "@%p1 mbarrier.init.shared.b64 [%r3+2064], 1;"
         "@%p1 mbarrier.arrive.shared.b64 _, [%r3+2064];"
@@ -134,7 +147,7 @@ BUGS = {
         "warp 1 uses the mbarrier .* unordered with the write by warp 0 .*mbarrier.init",
     ),
     "store of what another warp writes": (
-        WRITE + "fence.proxy.async.shared::cta; {{bar.sync 0;}}" + STORE + DRAIN,
+        WRITE + "fence.proxy.async.shared::cta; bar.warp.sync -1; {{bar.sync 0;}}" + STORE + DRAIN,
         "bulk store of warp 0 reads shared memory 0x80.* unordered with the write by warp 1",
     ),
     "operand overwritten before wait_group": (

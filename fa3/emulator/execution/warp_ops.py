@@ -15,9 +15,13 @@ def _participants(w, m):
 
 
 def elect(w, m):
-    """elect.sync: (predicate, elected lane): the lowest live lane of each warp."""
+    """elect.sync: (predicate, elected lane): the lowest live lane of each warp, or the highest.
+
+    PTX promises only that it is always the same one.
+    """
     lanes = _participants(w, m)
-    first = lanes.argmax(1)
+    highest = w.launch.schedule.elects_highest
+    first = 31 - lanes[:, ::-1].argmax(1) if highest else lanes.argmax(1)
     chosen = np.zeros_like(lanes)
     chosen[np.arange(len(lanes)), first] = True
     return chosen.reshape(-1) & (w.all if m is None else m), np.repeat(first.astype(_u4), 32)
