@@ -106,6 +106,8 @@ class GlobalRaces:
         return self._numbers[key]
 
     def _require(self, numbers, mine: int, region, does: str) -> None:
+        if not numbers.any():
+            return
         me = self._events[mine].cluster
         for number in np.unique(numbers).tolist():
             other = self._events[number]

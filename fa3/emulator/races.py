@@ -98,6 +98,8 @@ class Races:
         """These lanes have waited for something; the others of a warp know it once they meet."""
         if clock is None:
             return
+        if len(lanes) == np.count_nonzero(w.live):
+            return self.acquire(self.agents(w, w.live), clock)
         for warp in set((lanes // 32).tolist()):
             own = lanes[lanes // 32 == warp]
             agent = self._warps * w.cta.rank + 4 * w.index + warp

@@ -34,12 +34,12 @@ class WgmmaRegisters:
             self._require_fence(accumulator, operand, shape, lowered)
         if not self._flight:
             return
-        if busy := set(self._open).union(*self.accumulators) & operand:
+        if busy := _shared(operand, self._open, *self.accumulators):
             raise RegisterInFlight(
                 f"{_named(busy, lowered)} is the accumulator of a wgmma in flight and an A operand "
                 "of this one (no wait_group)"
             )
-        if busy := set(self._open_operands).union(*self.operands) & accumulator:
+        if busy := _shared(accumulator, self._open_operands, *self.operands):
             raise RegisterInFlight(
                 f"{_named(busy, lowered)} is an A operand of a wgmma in flight and the accumulator "
                 "of this one (no wait_group)"
@@ -63,17 +63,17 @@ class WgmmaRegisters:
 
     def conflict(self, touched: frozenset, written: frozenset) -> tuple[str, set]:
         """("accumulator" or "A operand" or "", registers misused) by one instruction or several."""
-        if busy := set(self._open).union(*self.accumulators) & touched:
+        if busy := _shared(touched, self._open, *self.accumulators):
             return "accumulator", busy
-        if busy := set(self._open_operands).union(*self.operands) & written:
+        if busy := _shared(written, self._open_operands, *self.operands):
             return "A operand", busy
         return "", set()
 
     def run(self, segment, lowered) -> None:
-        """A segment without wgmmas is about to be executed."""
+        """A segment without wgmmas that uses registers of theirs is about to be executed."""
         if self.busy and self.conflict(segment.touched, segment.written)[0]:
             self._report(segment, lowered)
-        if self._fences and segment.operands:
+        if self._fences:
             self._touched.pop(id(segment), None)
             self._touched[id(segment)] = segment
 
@@ -92,10 +92,11 @@ class WgmmaRegisters:
     def _require_fence(self, accumulator, operand, shape, lowered) -> None:
         if not self._fenced:
             raise MissingWgmmaFence("the first wgmma of a warpgroup has no wgmma.fence before it")
-        used = accumulator | operand
         for segment in reversed(self._touched.values()):
-            if segment.operands & used:
+            if used := _shared(segment.operands, accumulator, operand):
                 self._report_touched(segment, used, lowered)
+        if self._shapes.get(accumulator) == shape:
+            return
         for other, its_shape in self._shapes.items():
             if its_shape != shape and (shared := other & accumulator):
                 raise MissingWgmmaFence(
@@ -105,13 +106,18 @@ class WgmmaRegisters:
         self._shapes[accumulator] = shape
 
     @staticmethod
-    def _report_touched(segment, used: frozenset, lowered) -> None:
+    def _report_touched(segment, used: set, lowered) -> None:
         for pc, touched, _ in reversed(segment.instructions):
             if shared := touched & used:
                 raise MissingWgmmaFence(
                     f"{_named(shared, lowered)} of this wgmma was last used at "
                     f"{lowered.place(pc)}, with no wgmma.fence since"
                 )
+
+
+def _shared(registers: frozenset, *others) -> set:
+    """Those that are in one of the others."""
+    return set().union(*(registers & x for x in others if not registers.isdisjoint(x)))
 
 
 def _named(registers, lowered) -> str:

@@ -114,7 +114,7 @@ def run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
         if not whole and (kind := lowered.converges(pc)) and not _converged(w, fr, pc, kind):
             return budget
         segment = segments.get(pc) or lowered.build(pc, whole)
-        if registers is not None and segment.touched:
+        if registers is not None and segment.operands:
             registers.run(segment, lowered)
         w.instructions += segment.length
         w.segments += 1

@@ -25,7 +25,7 @@ def load(w, m, registers, address, offset, transposed):
     if smem.written is not None:
         smem.written.require(a.ravel(), 16, "ldmatrix")
     if w.races is not None:
-        threads = np.broadcast_to(w.threads[warps * 32][:, None, None], a.shape)
+        threads = w.threads[warps * 32][:, None] + np.arange(8 * n)  # who gave the addresses
         w.races.generic(smem, a, 16, threads, writes=False)
     x = smem.chunks[a >> 4].view(np.uint16)  # (warps, n, 8, 8)
     if transposed:

@@ -255,7 +255,9 @@ def _observe(w, mask, addresses, done) -> None:
     addresses = np.broadcast_to(addresses, lanes.shape)
     for at in set(addresses[done].tolist()):
         mine = lanes[done & (addresses == at)]
-        for agent in w.races.agents(w, np.isin(np.arange(w.lanes), mine)):
+        own = np.zeros(w.lanes, bool)
+        own[mine] = True
+        for agent in w.races.agents(w, own):
             w.races.use_mbarrier(*shared_at(w, at), agent)
         w.races.learn(w, mine, find(w, at).clock)
 
