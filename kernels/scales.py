@@ -54,15 +54,13 @@ class TileScales:
     quantised: cutlass.Constexpr[Quantised]
 
     def of_scores(self, n_block) -> tuple:
-        """For each of a thread's two rows, a factor per equal part of a block's columns."""
+        """A factor per equal part of a block's columns."""
         block, tile_n = self.quantised.k_block, self.tile_n
         if block == 0:
-            parts = (self.q_log2,)
-        else:
-            first = n_block * tile_n
-            starts = range(0, tile_n, math.gcd(block, tile_n))
-            parts = tuple(self.q_log2 * self._at(self.k, (first + i) // block) for i in starts)
-        return parts, parts
+            return (self.q_log2,)
+        first = n_block * tile_n
+        starts = range(0, tile_n, math.gcd(block, tile_n))
+        return tuple(self.q_log2 * self._at(self.k, (first + i) // block) for i in starts)
 
     def of_values(self, n_block) -> Float32:
         """The scale of V in a block of keys; 1 if its scales belong to heads or channels."""

@@ -51,14 +51,14 @@ class OnlineSoftmax:
     def scale(self, acc_S: cute.Tensor, scales: tuple) -> Boolean:
         """S -> y in place; true (warp-uniform) if the shift must move before P is computed.
 
-        scales: for each row, one positive factor (in log2) per equal part of the columns.
+        scales: a positive factor (in log2) per equal part of the columns.
         """
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
-        part = cute.size(rows, mode=[1]) // len(scales[0])
+        part = cute.size(rows, mode=[1]) // len(scales)
         for r in cutlass.range_constexpr(2):
-            shifts = [self.shift[r] - self.bias * factor for factor in scales[r]]
+            shifts = [self.shift[r] - self.bias * factor for factor in scales]
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * scales[r][i // part] + shifts[i // part]
+                rows[r, i] = rows[r, i] * scales[i // part] + shifts[i // part]
         have_seen = self.seen[0] & self.seen[1]
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
 

@@ -2,11 +2,11 @@
 
     producer   warp 0: TMA as ever; warps 1 to 3: V of each stage into a ring of its own, transposed
     consumers  S = Q K^T, softmax of scaled scores, P to e4m3, P V of each block on its own,
-               O = O * alpha + P V in fp32; O leaves from registers
+               O += P V in fp32; O leaves from registers
 
-    TMA          K_n ............. V_n ........ K_n-1 ........... V_n-1
-    transposing                       | V_n -> V^T_n |              | V_n-1 -> V^T_n-1 |
-    consumers    | S_n | softmax ....................| S_n-1, P_n V_n | + | softmax ..
+    TMA            K_n         | V_n     | K_n-1      | V_n-1   |
+    transposing                |     V_n -> V^T_n     |     V_n-1 -> V^T_n-1   |
+    consumers      | S_n | softmax, P_n to e4m3       | S_n-1, P_n V_n | O += | softmax ..
 
 Two-level accumulation: the tensor core adds one-byte products in an accumulator of about 13
 fraction bits; only the keys of one block meet there.

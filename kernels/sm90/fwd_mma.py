@@ -73,8 +73,8 @@ class SoftmaxScale:
     scale_log2: Float32
 
     def of_scores(self, n_block) -> tuple:
-        """For each of a thread's two rows, a factor per equal part of a block's columns."""
-        return ((self.scale_log2,), (self.scale_log2,))
+        """A factor per equal part of a block's columns."""
+        return (self.scale_log2,)
 
 
 @cute.jit
