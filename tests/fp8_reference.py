@@ -43,7 +43,7 @@ class Attention:
         return self._normalised(p @ self.v, p.sum(-1, keepdim=True), dtype)
 
     def baseline(self, dtype: torch.dtype, tile_n: int, sums_rounded: bool) -> Tensor:
-        """P in e4m3, each block of keys in fp32, blocks added in fp32, from the last one to the first.
+        """P in e4m3; each block of keys in fp32, blocks added in fp32, the last one first.
 
         P is relative to a maximum that moves as the kernel's does (kernels/softmax.py): the largest
         P of a row is not always a power of two, which e4m3 holds as it is.
