@@ -22,9 +22,14 @@ Run = Callable[[], Sequence]
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
     (
-        "forward-(full|causal|local)",
+        ".*",
         "barrier fwd_store.py:_wait_for_store:",
-        "a barrier of the whole warpgroup follows, or the end of the kernel",
+        "all lanes of the warp execute the TMA store in PTX, and have waited for it themselves",
+    ),
+    (
+        "fp8",
+        "barrier rings.py:consumer_release:",
+        "lanes read the slot by wgmma alone, and all of them waited for its group",
     ),
     (
         "fp8",
