@@ -56,11 +56,14 @@ class OnlineSoftmax:
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         part = cute.size(rows, mode=[1]) // len(scales)
         for r in cutlass.range_constexpr(2):
-            shifts = [self.shift[r] - self.bias * factor for factor in scales]
+            shifts = [self._without_bias(self.shift[r], factor) for factor in scales]
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
                 rows[r, i] = rows[r, i] * scales[i // part] + shifts[i // part]
         have_seen = self.seen[0] & self.seen[1]
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
+
+    def _without_bias(self, shift: Float32, factor: Float32) -> Float32:
+        return shift - self.bias * factor if self.bias else shift
 
     @cute.jit
     def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):
