@@ -42,6 +42,7 @@ class Fp8Case:
     scales: tuple[str, str, str] = ("128", "128", "128")  # of q, k, v
     layout: str = "bshd"
     strided_scales: bool = False
+    shifted: bool = False  # v
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
 
@@ -93,7 +94,10 @@ class Fp8Case:
         return tensors
 
     def descales(self, device) -> dict[str, torch.Tensor]:
-        """By argument, those that are not "none"; between 2/3 and 3/2, of integers a small part."""
+        """By argument, those that are not "none"; between 2/3 and 3/2, of integers a small part.
+
+        Also v_shift.
+        """
         given = {}
         for i, (dtype, form) in enumerate(zip(self.dtypes, self.scales, strict=True)):
             if form == "none":
@@ -110,6 +114,9 @@ class Fp8Case:
             if self.strided_scales:
                 x = torch.stack([torch.full_like(x, torch.nan), x], dim=-1)[..., 1]
             given[f"{'qkv'[i]}_descale"] = x
+        if self.shifted:
+            shape = self.batch, self.h_k, self.head_dim_v
+            given["v_shift"] = torch.randn(shape, device=device)
         return given
 
 
@@ -146,12 +153,12 @@ LENGTHS = (  # s_q, s_k
     (129, 127),
     (63, 200),
     (200, 129),
-    (300, 300),
-    (300, 200),
+    (200, 260),
+    (260, 200),
 )
 CALL_FACTORS = {
     "lengths": LENGTHS,
-    "heads": ((2, 2), (4, 2), (4, 1), (3, 3)),  # h_q, h_k
+    "heads": ((1, 1), (2, 2), (2, 1), (4, 1)),  # h_q, h_k
     "layout": ("bshd", "bhsd", "packed", "expanded"),
     "q": ("none", "head", "128"),
     "k": ("none", "head"),  # where the kernel takes no blocks
@@ -159,6 +166,7 @@ CALL_FACTORS = {
     "dims": (0, 1, 2),
     "batch": (1, 2),
     "strided_scales": (False, True),
+    "shifted": (False, True),
     "softmax_scale": (None, 0.3),
     "num_ctas": (None, 3),
 }
@@ -213,6 +221,7 @@ def _case(kernel: dict, call: dict, count: int) -> Fp8Case:
         scales=(call["q"], *forms),
         layout=call["layout"],
         strided_scales=call["strided_scales"],
+        shifted=call["shifted"],
         softmax_scale=call["softmax_scale"],
         num_ctas=call["num_ctas"],
     )

@@ -26,16 +26,21 @@ class Attention:
     y: Tensor  # (b, h_q, s_q, s_k) scores in log2, relative to the row's largest
     lse: Tensor  # (b, h_q, s_q) fp64
     v: Tensor  # (b, h_q, s_k, dv)
+    shift: Tensor  # (b, h_q, 1, dv), to be added to all of v
 
     @staticmethod
-    def of(q, k, v, scale: float, causal=False, window=(-1, -1)) -> "Attention":
+    def of(q, k, v, scale: float, causal=False, window=(-1, -1), shift=None) -> "Attention":
+        """shift: (b, h_k, dv)"""
         q, k, v = (torch.as_tensor(x).transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        group = q.shape[1] // k.shape[1]
+        shift = torch.zeros(1, k.shape[1], 1) if shift is None else shift
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        shift = shift.repeat_interleave(group, dim=1)[:, :, None]
         seen = visible(q.shape[2], k.shape[2], causal, window, q.device)
         scores = (scale * q @ k.mT).masked_fill(~seen, -math.inf)
         top = scores.amax(-1, keepdim=True)
         y = (scores - top.masked_fill(top == -math.inf, 0.0)) / math.log(2.0)
-        return Attention(y, torch.logsumexp(scores, dim=-1), v)
+        return Attention(y, torch.logsumexp(scores, dim=-1), v, shift)
 
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(b, s_q, h_q, dv)"""
@@ -80,4 +85,6 @@ class Attention:
         return worst, deviation
 
     def _normalised(self, out, total, dtype) -> Tensor:
-        return (out / total.masked_fill(total == 0.0, 1.0)).to(dtype).transpose(1, 2)
+        is_empty = total == 0.0
+        out = out / total.masked_fill(is_empty, 1.0) + self.shift.masked_fill(is_empty, 0.0)
+        return out.to(dtype).transpose(1, 2)

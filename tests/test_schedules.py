@@ -8,14 +8,17 @@ import torch
 
 from fa3 import jit
 from fa3.kernels.config import FwdConfig
-from fa3.kernels.signature import UNBOUNDED, Signature
+from fa3.kernels.signature import UNBOUNDED, Quantised, Signature
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse
 from .conftest import HOPPER
+from .fp8_calls import E4M3, INT8, numbers, values
+from .fp8_reference import Attention
 
 KERNEL = "fa3.kernels.sm90.fwd:ForwardSm90"
-SEEDS = range(7)
+FP8_KERNEL = "fa3.kernels.sm90.fp8:ForwardFp8Sm90"
+SEEDS, FP8_SEEDS = range(7), range(3)
 
 pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
 
@@ -110,6 +113,72 @@ def test_forward_is_the_same_under_every_schedule(run, device):
     exact, exact_lse = reference.exact(q, k, v, **mask)
     assert_accurate("out", out, exact, reference.baseline(q, k, v, **mask))
     assert_lse("lse", lse, exact_lse)
+
+
+@dataclass(frozen=True)
+class Fp8Run:
+    """With scales per 128 queries, per 64 keys of k and per tile_n keys of v."""
+
+    config: FwdConfig
+    dtype: str = "e4m3"
+    head_dim: int = 64
+    mask: str = "full"
+    s_q: int = 300
+    s_k: int = 300
+    num_ctas: int = 1
+
+    def __str__(self):
+        sliced = "-sliced" if self.config.o_slice else ""
+        return f"{self.dtype}-{self.head_dim}{sliced}-{self.mask}-{self.s_q}x{self.s_k}"
+
+    @property
+    def signature(self) -> Signature:
+        quantised = Quantised(self.dtype, "e4m3", "fp32", 64, self.config.tile_n)
+        return Signature(self.dtype, self.head_dim, self.head_dim, self.mask, quantised)
+
+
+FP8_RUNS = [
+    Fp8Run(FwdConfig(tile_n=64, num_stages=3)),
+    Fp8Run(FwdConfig(tile_n=64, num_mma_warpgroups=3), s_q=200, s_k=60, num_ctas=2),
+    Fp8Run(FwdConfig(tile_n=128), "int8", 128, "causal", 260, 260),
+    Fp8Run(FwdConfig(tile_n=64, o_slice=64), "e4m3", 256, "full", 130, 190),
+]
+
+
+@pytest.mark.parametrize("run", FP8_RUNS, ids=str)
+def test_one_byte_inputs_are_the_same_under_every_schedule(run, device):
+    from fa3 import emulator
+
+    kernel = jit.compile(FP8_KERNEL, run.signature, run.config, "emulator")
+    heads, d, scale = 2, run.head_dim, run.head_dim**-0.5
+    dtypes = (INT8, INT8, E4M3) if run.dtype == "int8" else (E4M3, E4M3, E4M3)
+    lengths = run.s_q, run.s_k, run.s_k
+    inputs = [
+        numbers(1, length, heads, d, dtype=dtype)
+        for length, dtype in zip(lengths, dtypes, strict=True)
+    ]
+    blocks = 128, 64, run.config.tile_n
+    unit = 1 / 32 if run.dtype == "int8" else 1.0
+    descales = [
+        (torch.rand(1, heads, -(-length // block)) + 0.5) * around
+        for length, block, around in zip(lengths, blocks, (unit, unit, 1.0), strict=True)
+    ]
+
+    shift = torch.zeros(1, heads, d)
+
+    def attention():
+        out = torch.full((1, run.s_q, heads, d), math.nan)
+        lse = torch.full((1, heads, run.s_q), math.nan)
+        window = UNBOUNDED, UNBOUNDED
+        scales = *descales, shift, scale * math.log2(math.e)
+        kernel(*inputs, out, lse, *scales, *window, run.num_ctas)
+        return out, lse
+
+    out, _ = emulator.compare_schedules(attention, FP8_SEEDS, checks=emulator.ALL_CHECKS)
+    arrays = [values(*x) for x in zip(inputs, descales, map(str, blocks), strict=True)]
+    wanted = Attention.of(*arrays, scale, run.mask == "causal")
+    baseline = wanted.baseline(torch.float32, run.config.tile_n, not run.config.o_slice)
+    assert_accurate("out", out, wanted.exact(torch.float32), baseline)
 
 
 def without_scores_done(ptx: str) -> str:
