@@ -111,8 +111,8 @@ def test_accuracy(case, device):
 
 
 # Two kernels for all that follows.
-FULL = Fp8Case(out="fp32", s_q=140, s_k=300, scales=("128", "64", "128"))
-CAUSAL = replace(FULL, s_q=300, causal=True)
+FULL = Fp8Case(out="fp32", s_q=70, s_k=200, scales=("128", "64", "128"))
+CAUSAL = replace(FULL, s_q=200, causal=True)
 
 
 def _bytes(case: Fp8Case, device) -> list[torch.Tensor]:
@@ -130,7 +130,7 @@ def _compare(case: Fp8Case, q, k, v, descales) -> Attention:
 @pytest.mark.parametrize("case", [FULL, CAUSAL], ids=["full", "causal"])
 def test_same_input_same_bits(case, device):
     """Again, with one CTA that works off every tile, and each batch entry alone."""
-    case = replace(case, batch=2, s_q=300)
+    case = replace(case, batch=2, s_q=200)
     inputs, descales = _bytes(case, device), case.descales(device)
     wanted = _call(case, *inputs, descales)
     for again in (case, replace(case, num_ctas=1)):
@@ -145,7 +145,7 @@ def test_same_input_same_bits(case, device):
 def test_equal_scores(device):
     """P is a power of two: nothing is rounded."""
     q, k, v = (x.float() for x in _bytes(FULL, device))
-    descales = FULL.descales(device) | {"k_descale": torch.ones(1, 2, 5, device=device)}
+    descales = FULL.descales(device) | {"k_descale": torch.ones(1, 2, 4, device=device)}
     for value in (0.0, 2.0, -2.0):
         _compare(FULL, torch.ones_like(q), torch.full_like(k, value), v, descales)
 
@@ -230,12 +230,13 @@ def test_rows_that_see_no_key(device):
 @pytest.mark.parametrize("exponents", [(0, 40, 0), (40, 0, 40), (0, 40, 80), (80, 40, 0)], ids=str)
 def test_scales_of_v_far_apart(exponents, device):
     """Rows that see only small ones are as exact as ever."""
-    inputs, descales = _bytes(CAUSAL, device), CAUSAL.descales(device)
+    case = replace(CAUSAL, s_q=300, s_k=300)
+    inputs, descales = _bytes(case, device), case.descales(device)
     descales["v_descale"] *= 2.0 ** torch.tensor(exponents, device=device)
-    out, lse = _call(CAUSAL, *inputs, descales)
-    attention = _exactly(CAUSAL, *inputs, descales)
+    out, _ = _call(case, *inputs, descales)
+    attention = _exactly(case, *inputs, descales)
     exact, baseline = attention.exact(torch.float32), attention.baseline(torch.float32, 128, True)
-    for first in range(0, CAUSAL.s_q, 128):
+    for first in range(0, case.s_q, 128):
         rows = slice(first, first + 128)
         assert_accurate("out", out[:, rows].cpu(), exact[:, rows], baseline[:, rows])
 
