@@ -26,9 +26,9 @@ FORWARD = {
     (256, 256): {"any": FwdConfig(tile_n=80)},  # 781
 }
 
-# The same for one-byte inputs; figures of e4m3 with one scale per head ("blocks": a scale per block),
-# the transpose of V beside it.  A row that serves the blocks of v of a call must have a tile_n that
-# divides them; else "blocks" does.
+# The same for one-byte inputs; figures of e4m3, one scale per head (of "blocks", per block), and
+# with the transpose of V beside.  A row that serves the blocks of v of a call must have a tile_n
+# that divides them; else "blocks" does.
 FORWARD_FP8 = {
     (64, 64): {
         "any": FwdConfig(tile_n=96, num_mma_warpgroups=3, num_stages=3),  # 599
