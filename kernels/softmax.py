@@ -30,17 +30,16 @@ class OnlineSoftmax:
 
     headroom: float  # compile-time, in log2
     limit: float  # compile-time, in log2
-    bias: float  # compile-time: what every S holds too much
     polynomial: int  # compile-time: one of this many exponentials without the MUFU; 0: none
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
     seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
 
     @staticmethod
-    def of(headroom: float, limit: float, bias: float, polynomial: int) -> "OnlineSoftmax":
+    def of(headroom: float, limit: float, polynomial: int) -> "OnlineSoftmax":
         shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(headroom, limit, bias, polynomial, shift, seen, row_sum)
+        return OnlineSoftmax(headroom, limit, polynomial, shift, seen, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
@@ -56,14 +55,10 @@ class OnlineSoftmax:
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         part = cute.size(rows, mode=[1]) // len(scales)
         for r in cutlass.range_constexpr(2):
-            shifts = [self._without_bias(self.shift[r], factor) for factor in scales]
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * scales[i // part] + shifts[i // part]
+                rows[r, i] = rows[r, i] * scales[i // part] + self.shift[r]
         have_seen = self.seen[0] & self.seen[1]
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
-
-    def _without_bias(self, shift: Float32, factor: Float32) -> Float32:
-        return shift - self.bias * factor if self.bias else shift
 
     @cute.jit
     def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):

@@ -25,7 +25,6 @@ from .reference import visible
 LN2 = math.log(2.0)
 Q_BLOCK = 128  # queries per scale
 LARGEST = 448.0  # of e4m3
-INTEGER_BIAS = 12582912.0  # where an integer accumulator starts, so that its bits are fp32
 
 STEP = 32  # products that one wgmma adds
 FRACTION = 13  # bits that the short accumulator keeps below its largest term
@@ -75,9 +74,8 @@ def attention(
         keys = slice(start, start + numerics.tile_n)
         S = _product(None, q, k[:, :, keys].mT, numerics)
         scale = q_scale * k_scale[..., keys]
-        bias = INTEGER_BIAS if q.dtype == torch.int8 else 0.0
-        S = (S + bias).masked_fill(~seen[:, keys], -math.inf)
-        y = _fma(S, scale, softmax.shift - bias * scale)
+        S = S.masked_fill(~seen[:, keys], -math.inf)
+        y = _fma(S, scale, softmax.shift)
         P, correction = softmax.exponentiate(y)
         P = P.clamp(max=LARGEST).to(torch.float8_e4m3fn)
         before, unit = unit, torch.ones(1) if is_by_channel else _only(v_scale[:, :, keys])

@@ -1,6 +1,5 @@
 """What a consumer warpgroup multiplies when its inputs have one byte; fwd_mma has the loop."""
 
-import struct
 from dataclasses import dataclass, replace
 
 import cutlass
@@ -12,7 +11,7 @@ from ..barriers import WARPGROUP
 from ..scales import OutputUnit, TileScales
 from ..softmax import OnlineSoftmax
 from .rings import FwdRings
-from .wgmma import INTEGER_BIAS, FwdMma, issue_gemm, v_slice, vt_rows
+from .wgmma import FwdMma, issue_gemm, v_slice, vt_rows
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,20 @@ class Fp8Fragments:
         return replace(self, scales=scales)
 
     def issue_scores(self, stage):
-        """S = Q K^T, asynchronously; of integers, INTEGER_BIAS + S."""
-        k = self.k[None, None, None, stage]
+        """S = Q K^T, asynchronously; integers wait for receive_scores()."""
+        acc = cute.recast_tensor(self.acc_S, Int32) if self.is_integer else self.acc_S
+        issue_gemm(self.mma.qk, acc, self.q, self.k[None, None, None, stage], False)
+
+    def receive_scores(self):
+        """Integer scores -> fp32 in the same registers; exact, they stay below 2^23.
+
+        An accumulator that starts at the bits of 1.5 * 2^23 needs no conversion and saves nothing:
+        setting it costs as many instructions, and taking the constant off again registers.
+        """
         if self.is_integer:
-            acc = cute.recast_tensor(self.acc_S, Int32)
-            _fill(acc, INTEGER_BIAS)
-            issue_gemm(self.mma.qk, acc, self.q, k, True)
-        else:
-            issue_gemm(self.mma.qk, self.acc_S, self.q, k, False)
+            integers = cute.recast_tensor(self.acc_S, Int32)
+            for i in range(cute.size(integers)):
+                self.acc_S[i] = integers[i].to(Float32)
 
     def issue_output(self, stage, n_block):
         """P V of the first slice, asynchronously."""
@@ -119,14 +124,6 @@ class Fp8Fragments:
             if self.scales.quantised.v_block and not is_sum:
                 before = before * self.unit.change[0]
             self.acc_O[first + i] = before + self.block_O[i]
-
-
-def _fill(acc: cute.Tensor, value: float):
-    """Registers hold the bits of `value`; by PTX, as the compiler would move constants past the
-    wgmma.fence that has to follow."""
-    bits = struct.unpack("<I", struct.pack("<f", value))[0]
-    for i in range(cute.size(acc)):
-        acc[i] = cute.arch.inline_ptx(f"mov.b32 {{$w0}}, {bits:#x};", write_only_types=[Int32])
 
 
 def _accumulator(columns: int) -> cute.Tensor:

@@ -37,7 +37,7 @@ from .fwd_load import load
 from .fwd_mma import FwdFragments, SoftmaxScale, accumulate_last, attend
 from .fwd_store import LastSlots, OutputSpace, store_lse, store_output
 from .rings import FwdRings, Ring, swizzled
-from .wgmma import ELEMENT, INTEGER_BIAS, FwdMma, FwdSmem, o_layout
+from .wgmma import ELEMENT, FwdMma, FwdSmem, o_layout
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,8 @@ class FwdPlan:
 
     def softmax(self) -> OnlineSoftmax:
         dtype = self.signature.dtype
-        bias = INTEGER_BIAS if dtype == "int8" else 0.0
         polynomial = self.config.polynomial_exp2
-        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], bias, polynomial)
+        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], polynomial)
 
 
 @dataclass(frozen=True)

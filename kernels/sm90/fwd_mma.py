@@ -50,6 +50,9 @@ class FwdFragments:
         """S = Q K^T, asynchronously."""
         issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
 
+    def receive_scores(self):
+        """What remains to be done when issue_scores() has been waited for: nothing."""
+
     def issue_output(self, stage, n_block):
         """O += P V, asynchronously."""
         issue_gemm(self.mma.pv, self.acc_O, self.p, self.v[None, None, None, stage], True)
@@ -103,6 +106,7 @@ def attend(
     meanwhile()
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
+    frag.receive_scores()
     mask.apply(frag.acc_S, blocks.n_max - 1)
     softmax.scale(frag.acc_S, scales)
     softmax.move(frag.acc_S, None)
@@ -127,6 +131,7 @@ def attend(
                 turn.pass_on()
                 warpgroup.wait_group(1)
                 _release(key, keep_last_key, n_block == blocks.n_min)
+                frag.receive_scores()
                 if cutlass.const_expr(phase.is_masked):
                     mask.apply(frag.acc_S, n_block)
                 moves = softmax.scale(frag.acc_S, scales)

@@ -24,11 +24,6 @@ ELEMENT = {
 
 ONES = 8  # rows of ones in transposed V
 
-# 1.5 * 2^23, bits 0x4B400000: fp32 next to it has a spacing of 1, so that the bits of an integer
-# accumulator that starts there read as INTEGER_BIAS + s, exactly, while |s| < 2^22.
-# One-byte products of 256 channels stay below 127 * 127 * 256 < 2^22.
-INTEGER_BIAS = 12582912.0
-
 
 @dataclass(frozen=True)
 class Elements:
