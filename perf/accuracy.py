@@ -19,6 +19,7 @@ from torch import Tensor
 from fa3.quantize import quantize_fp8
 from tests.fp8_model import KERNEL, LARGEST, Numerics, attention
 
+from .document import insert, table
 from .progress import track
 from .results import ROOT
 
@@ -192,19 +193,6 @@ def tables() -> str:
     columns = "data", "smooth-V", "keys", "exact sums", "short, two levels", "short, one level"
     title = f"### RMSE by accumulator ({FEW[0]} problems, {FEW[1]} queries of each)"
     return "\n\n".join([BEGIN, *parts, title, table(columns, accumulator_rows()), END])
-
-
-def table(head, rows) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def insert(document: str, text: str) -> str:
-    """The document with `text` in place of what stands between its two marks."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no tables between {BEGIN!r} and {END!r}")
-    return before + text + after
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from fa3.scales import Q_BLOCK
 from .backends import OURS
 from .cases import DTYPES
 from .check import attention, visible_keys
+from .document import insert, table
 from .progress import track
 from .results import RESULTS, ROOT, Row, read_all
 from .sweep import commit
@@ -158,21 +159,7 @@ def rows():
 
 
 def markdown(table_rows, made: str) -> str:
-    rules = ["---"] * len(COLUMNS)
-    return "\n".join([BEGIN, "", made, "", *map(_line, (COLUMNS, rules, *table_rows)), "", END])
-
-
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def insert(document: str, table: str) -> str:
-    """The document with `table` between its two marks; ValueError where a mark is missing."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no table between {BEGIN!r} and {END!r}")
-    return before + table + after
+    return "\n".join([BEGIN, "", made, "", table(COLUMNS, table_rows), "", END])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,11 +176,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{datetime.date.today()}, commit {commit()}: nvidia-cutlass-dsl "
         f"{version('nvidia-cutlass-dsl-libs-base')}, torch {torch.__version__}."
     )
-    table = markdown(table_rows, made)
+    text = markdown(table_rows, made)
     if options.check:
-        print(table)
+        print(text)
     else:
-        DOCUMENT.write_text(insert(DOCUMENT.read_text(), table))
+        DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))
         print(f"{len(table_rows)} variants, written: {DOCUMENT.relative_to(ROOT)}")
     return 0
 

@@ -13,8 +13,21 @@ from fa3.kernels.signature import head_dim_tile
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class CallCase:
+    """What cases of a call share: they print as the expression that makes them again."""
+
+    def __str__(self):
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    @property
+    def mask(self) -> dict:
+        return {"causal": self.causal, "window": self.window}
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(CallCase):
     """One call of flash_attn_func; its repr is an expression that makes it again."""
 
     dtype: str = "bf16"
@@ -30,15 +43,6 @@ class Case:
     layout: str = "bshd"
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
-
-    def __str__(self):
-        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
-        return f"Case({', '.join(changed)})"
-
-    @property
-    def mask(self) -> dict:
-        return {"causal": self.causal, "window": self.window}
 
 
 class Bordered:

@@ -1,13 +1,13 @@
 """Which calls with one-byte inputs the accuracy tests make: several of each of a few kernels."""
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from fa3.kernels.signature import MaskKind, Quantised, Signature, head_dim_tile
 
-from .cases import Bordered, pairwise
+from .cases import Bordered, CallCase, pairwise
 from .fp8_calls import E4M3, E5M2, INT8
 
 DTYPES = {
@@ -22,7 +22,7 @@ LARGE = 40.0  # integers that have scales
 
 
 @dataclass(frozen=True)
-class Fp8Case:
+class Fp8Case(CallCase):
     """One call of flash_attn_func; its repr is an expression that makes it again.
 
     Forms of scales: "none", "head", "64", "128"; "128" of q, "channels" of v.
@@ -45,15 +45,6 @@ class Fp8Case:
     shifted: bool = False  # v
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
-
-    def __str__(self):
-        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
-        return f"Fp8Case({', '.join(changed)})"
-
-    @property
-    def mask(self) -> dict:
-        return {"causal": self.causal, "window": self.window}
 
     @property
     def scale(self) -> float:
