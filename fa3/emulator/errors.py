@@ -35,7 +35,7 @@ class Misaligned(KernelError):
 
 
 class Uninitialized(KernelError):
-    """A read of shared memory that nothing has written (check "uninit")."""
+    """Shared memory is read, or a register used, that nothing has written (check "uninit")."""
 
 
 class MissingProxyFence(KernelError):

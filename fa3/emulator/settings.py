@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 CHECKS = {
     "proxy": "generic writes that the async proxy reads without the writer's fence.proxy.async",
-    "uninit": "reads of shared memory that nothing wrote (some kernels mask the values later)",
+    "uninit": "reads of shared memory that nothing wrote (some kernels mask the values later), and "
+    "uses of registers that a thread did not write",
     "poison": "shared memory and registers start as NaN patterns, so that using them shows",
     "wgmma": "registers of a wgmma in flight used or overwritten before wait_group",
     "fence": "registers of a wgmma that others used, with no wgmma.fence since",

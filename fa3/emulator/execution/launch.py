@@ -46,7 +46,8 @@ class Launch:
             self.schedule = Schedule("late" if self.checks.late else "eager")
         self._validate()
         tracked = self.checks.wgmma or self.checks.fence
-        self.lowered = lower(self.kernel, tracked, self.schedule.kind == "random")
+        random = self.schedule.kind == "random"
+        self.lowered = lower(self.kernel, tracked, random, self.checks.uninit)
         self.races = GlobalRaces(self) if self.checks.across else None
 
     def _validate(self) -> None:

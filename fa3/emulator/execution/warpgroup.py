@@ -62,6 +62,8 @@ class Warpgroup:
         self.D, self.Q, self.E = list(w64), list(w64.view(np.int64)), list(w64.view(np.float64))
         self.H, self.J, self.G = list(w16), list(w16.view(np.int16)), list(w16.view(np.float16))
         self.P = list(self.predicates)
+        if (watch := self.launch.lowered.watch) is not None:
+            self.defined = np.zeros((watch.count, n), np.uint8)
 
     def active(self, row, m):
         """The values of the active lanes (a constant stays a row of one when all are active)."""

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from ..errors import Unsupported
 from ..execution import fragments, report
 from ..ptx import Kernel
+from ..ptx.dataflow import registers
 from .bundles import Item, bundle, describe
 from .emitter import Emitter
 from .registry import HANDLERS, converges, terminator
+from .watch import Watch
 
 _ACCESSES = {"ld", "st", "atom", "red", "ldmatrix", "stmatrix", "cp", "mbarrier", "wgmma"}
 _BANKS = "USFDQEHJGP"
@@ -36,26 +38,30 @@ class Segment:
         return iter(self.instructions)
 
 
-def lower(kernel: Kernel, track_registers: bool, fine: bool = False) -> Lowered:
+def lower(
+    kernel: Kernel, track_registers: bool, fine: bool = False, watch: bool = False
+) -> Lowered:
     """The segments of a kernel, kept with it."""
-    key = track_registers, fine
+    key = track_registers, fine, watch
     if key not in kernel.lowered:
-        kernel.lowered[key] = Lowered(kernel, track_registers, fine)
+        kernel.lowered[key] = Lowered(kernel, *key)
     return kernel.lowered[key]
 
 
 class Lowered:
     """Segments by starting pc: `whole` for all lanes of a warpgroup, `masked` for some."""
 
-    def __init__(self, kernel: Kernel, track_registers: bool, fine: bool):
+    def __init__(self, kernel: Kernel, track_registers: bool, fine: bool, watch: bool):
         """track_registers: note registers, and keep wgmma instructions in segments of their own.
 
         fine: a segment starts at every access to memory, so that others may run before it.
+        watch: see watch.py.
         """
         self.kernel = kernel
         self.whole: dict[int, Segment] = {}
         self.masked: dict[int, Segment] = {}
         self._track, self._fine = track_registers, fine
+        self.watch = Watch(kernel) if watch else None
         self._emitter = Emitter(kernel)
         self._leaders = set(kernel.labels.values())
         self._converges = [converges(i) for i in kernel.code] + [None]
@@ -121,7 +127,7 @@ class Lowered:
             if unfinished and (last or self._uses(pc, unfinished)):
                 items.append(Item(pc, ["w.wgmma.flush()"]))
                 unfinished = frozenset()
-            joined = whole and not last
+            joined = whole and not last and not self._watched(pc)
             items.append(
                 describe(self._emitter, self.kernel.code[pc], pc, lines)
                 if joined
@@ -139,6 +145,9 @@ class Lowered:
         if pc != start and self._starts_new(pc, whole):
             return f"return {pc}"
         return None
+
+    def _watched(self, pc: int) -> bool:
+        return self.watch is not None and pc in self.watch
 
     def _uses(self, pc: int, registers: frozenset) -> bool:
         instr = self.kernel.code[pc]
@@ -162,15 +171,20 @@ class Lowered:
         """(lines, whether the instruction ends the segment)"""
         emitter, instr = self._emitter, self.kernel.code[pc]
         emitter.begin(pc, None if whole else "m")
-        end = terminator(instr)
+        end, watched = terminator(instr), self._watched(pc)
         try:
+            if watched:
+                self.watch.emit_guard(emitter, instr)
+            if instr.pred and (watched or not end):
+                guard = ("~" if instr.neg else "") + f"P[{emitter.register(instr.pred)[1]}]"
+                emitter.line(f"m1={guard}" if whole else f"m1={guard}&m")
+                emitter.mask = "m1"
+            if watched:
+                self.watch.emit(emitter, instr)
             if end:
+                emitter.mask = None if whole else "m"
                 end(emitter, instr, pc + 1)
             else:
-                if instr.pred:
-                    guard = ("~" if instr.neg else "") + f"P[{emitter.register(instr.pred)[1]}]"
-                    emitter.line(f"m1={guard}" if whole else f"m1={guard}&m")
-                    emitter.mask = "m1"
                 HANDLERS[instr.parts[0]](emitter, instr)
         except _FAILURES as e:
             why = e if isinstance(e, Unsupported) else f"{type(e).__name__}: {e}"
@@ -205,17 +219,4 @@ class Lowered:
 
     def _named(self, operands: list) -> frozenset:
         """32-bit registers among operands."""
-        found, todo = set(), list(operands)
-        while todo:
-            o = todo.pop()
-            if o[0] == "reg":
-                r = self.kernel.regs.get(o[1])
-                if r and r[0] == "w":
-                    found.add(r[1])
-            else:
-                for x in o[1:]:
-                    if isinstance(x, tuple):
-                        todo.append(x)
-                    elif isinstance(x, list):
-                        todo.extend(x)
-        return frozenset(found)
+        return frozenset(i for cls, i in registers(self.kernel, operands) if cls == "w")
