@@ -22,6 +22,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -196,8 +197,18 @@ def _load(found: Artifacts, target: str) -> Callable:
         return function
     from . import emulator
 
-    emulator.remember(found.cubin, found.ptx)
+    emulator.remember(found.cubin, _relocated(found.ptx))
     return functools.partial(emulator.call, function)
+
+
+def _relocated(ptx: str) -> str:
+    """PTX that names this package's sources: another checkout of them may have compiled it."""
+    here = Path(__file__).resolve().parent / "kernels"
+
+    def named(match: re.Match) -> str:
+        return f"{match[1]}{here / match[2]}" if (here / match[2]).is_file() else match[0]
+
+    return re.sub(r'(?m)^(\s*\.file\s+\d+\s+")[^"]*/kernels/([^"]+)', named, ptx)
 
 
 def _read(path: Path) -> Artifacts | None:

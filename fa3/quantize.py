@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import dispatch, jit, quantize_reference
 from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
+from .kernels.signature import Q_BLOCK
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -18,7 +19,7 @@ from .layout import (
     tma_strides,
 )
 from .problem import BYTE_DTYPES, DTYPES, Options, Problem
-from .scales import Q_BLOCK, num_blocks
+from .scales import num_blocks
 
 KERNEL = "fa3.kernels.quantize:Quantize"
 

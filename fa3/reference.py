@@ -5,8 +5,7 @@ import math
 
 import torch
 
-from .kernels.signature import Signature
-from .scales import Q_BLOCK
+from .kernels.signature import Q_BLOCK, Signature
 
 SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.signature import HEAD_DIM_TILES
+from .kernels.signature import HEAD_DIM_TILES, Q_BLOCK
 from .layout import ALIGNMENT, Layout
 
-Q_BLOCK = 128  # queries per scale
 K_BLOCKS = (128, 64)  # keys per scale; the first where both make one block
 BYTES = 4  # of a descale, which may start at any multiple of them
 NAMES = "q_descale", "k_descale", "v_descale", "v_shift"  # of the arguments

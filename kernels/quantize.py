@@ -25,6 +25,7 @@ from .quantize_signature import (
     QuantizeSignature,
     sign_of,
 )
+from .views import four_bytes
 
 ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 WARP = 32
@@ -321,14 +322,7 @@ def _convert(values: list, out: str) -> Int32:
         )
         low, high = (Int32(cute.arch.prmt(*pair, 0x0040)) for pair in ((a, b), (c, d)))
         return Int32(cute.arch.prmt(low, high, 0x5410))
-    return cute.arch.inline_ptx(
-        "{ .reg .b16 low, high;"
-        f" cvt.rn.satfinite.{out}x2.f32 low, {{$r1}}, {{$r0}};"
-        f" cvt.rn.satfinite.{out}x2.f32 high, {{$r3}}, {{$r2}};"
-        " mov.b32 {$w0}, {low, high}; }",
-        write_only_types=[Int32],
-        read_only_args=values,
-    )
+    return four_bytes(*values, out)
 
 
 def _shared(shape: tuple) -> cute.Tensor:

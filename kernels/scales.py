@@ -16,9 +16,8 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 from .arithmetic import minimum
-from .signature import Quantised
+from .signature import Q_BLOCK, Quantised
 
-Q_BLOCK = 128  # queries per scale
 UNIT_STEP = 2.0**-60  # how far the unit of O may fall from one block of keys to the next
 
 

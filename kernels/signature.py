@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 HEAD_DIM_TILES = (64, 96, 128, 192, 256)
+Q_BLOCK = 128  # queries per scale of one-byte q
 UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
 
 MaskKind = Literal["full", "causal", "local"]

@@ -1,4 +1,4 @@
-"""A warpgroup's accumulator: views of it by rows and columns, and its conversion to 16 bits."""
+"""A warpgroup's accumulator: views of it by rows and columns, and its conversion to less bits."""
 
 import cutlass
 import cutlass.cute as cute
@@ -21,6 +21,21 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
 def column_of(index: int) -> int:
     """Column, less 2 (lane % 4), of a thread's index-th element in a row of rows_and_columns."""
     return 8 * (index // 2) + index % 2
+
+
+def four_bytes(a, b, c, d, kind: str) -> cutlass.Int32:
+    """Four fp32 -> four bytes of `kind` (e4m3 or e5m2), to nearest even, saturating.
+
+    The first is the lowest byte.
+    """
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 low, high;"
+        f" cvt.rn.satfinite.{kind}x2.f32 low, {{$r1}}, {{$r0}};"
+        f" cvt.rn.satfinite.{kind}x2.f32 high, {{$r3}}, {{$r2}};"
+        " mov.b32 {$w0}, {low, high}; }",
+        write_only_types=[cutlass.Int32],
+        read_only_args=[a, b, c, d],
+    )
 
 
 def convert(source: cute.Tensor, target: cute.Tensor):

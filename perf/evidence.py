@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from fa3 import tuning
-from fa3.kernels.signature import Signature
-from fa3.scales import Q_BLOCK
+from fa3.kernels.signature import Q_BLOCK, Signature
 
 from .backends import OURS
 from .cases import DTYPES

@@ -287,3 +287,12 @@ def test_attention_compiles_once(device, builds, folder, monkeypatch):
     assert len(builds) == 1
     assert len(entries(folder)) == 1
     fa3.ops.plan_of.cache_clear()
+
+
+def test_line_information_names_the_sources_that_are_here():
+    ours = '.file 1 "/elsewhere/fa3/kernels/sm90/fwd.py"'
+    others = '.file 2 "/elsewhere/kernels/of_somebody.py"\nadd.s32 %r1, %r2, %r3;'
+    first, rest = jit._relocated(f"{ours}\n{others}").split("\n", 1)
+    path = Path(first.split('"')[1])
+    assert path.samefile(ROOT / "kernels" / "sm90" / "fwd.py")
+    assert rest == others

@@ -20,7 +20,7 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ..barriers import WARPGROUP, WarpgroupTurn
@@ -37,7 +37,7 @@ from .fwd_load import load
 from .fwd_mma import accumulate_last, attend
 from .fwd_store import store_lse
 from .rings import FwdRings, Ring, swizzled
-from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, vt_layout
+from .wgmma import Elements, FwdMma, FwdSmem, vt_layout
 
 
 class ForwardFp8Sm90(ForwardSm90):
@@ -52,42 +52,17 @@ class ForwardFp8Sm90(ForwardSm90):
             )
         super().__init__(signature, config)
 
-    def example_args(self) -> tuple:
-        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
-        signature = self.plan.signature
-        element, out = Elements.of(signature), ELEMENT[signature.quantised.out]
-        batch, heads_q, heads_k, s_q, s_k = (cute.sym_int32() for _ in range(5))
-        d, dv = cute.sym_int32(divisibility=16), cute.sym_int32(divisibility=16)
-
-        def tensor(dtype, length, heads, width):
-            unit = 128 // dtype.width  # elements in TMA's 16 bytes
-            strides = tuple(cute.sym_int64(divisibility=unit) for _ in range(3))
-            shape = (batch, length, heads, width)
-            return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+    def example_scales(self, batch, heads_k, dv) -> tuple:
+        """The descales, and the shift of v by 16 bytes."""
 
         def scales(heads):
             strides = (cute.sym_int64(), cute.sym_int64(), cute.sym_int32())
             shape = (batch, heads, cute.sym_int32())
             return make_fake_tensor(Float32, shape, strides, assumed_align=4)
 
-        shift_strides = tuple(cute.sym_int64(divisibility=4) for _ in range(2))
-        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
-        return (
-            tensor(element.q, s_q, heads_q, d),
-            tensor(element.k, s_k, heads_k, d),
-            tensor(element.v, s_k, heads_k, dv),
-            tensor(out, s_q, heads_q, dv),
-            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
-            scales(cute.sym_int32()),
-            scales(heads_k),
-            scales(heads_k),
-            make_fake_tensor(Float32, (batch, heads_k, dv), (*shift_strides, 1), assumed_align=16),
-            Float32(1.0),
-            Int32(0),
-            Int32(0),
-            Int32(1),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
-        )
+        strides = tuple(cute.sym_int64(divisibility=4) for _ in range(2))
+        shift = make_fake_tensor(Float32, (batch, heads_k, dv), (*strides, 1), assumed_align=16)
+        return scales(cute.sym_int32()), scales(heads_k), scales(heads_k), shift
 
     @cute.jit
     def __call__(  # noqa: PLR0913

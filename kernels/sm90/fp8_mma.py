@@ -10,6 +10,7 @@ from cutlass.cute.nvgpu import warpgroup
 from ..barriers import WARPGROUP
 from ..scales import OutputUnit, TileScales
 from ..softmax import OnlineSoftmax
+from ..views import four_bytes
 from .rings import FwdRings
 from .wgmma import FwdMma, issue_gemm, v_slice, vt_rows
 
@@ -83,6 +84,7 @@ class Fp8Fragments:
         """O += P V, slice by slice; the first one has been waited for."""
         self._add(0)
         for part in range(1, cute.size(self.acc_O) // cute.size(self.block_O)):
+            warpgroup.fence()
             self._issue(stage, part)
             warpgroup.wait_group(0)
             self._add(part)
@@ -140,16 +142,4 @@ def pack(acc_S: cute.Tensor, p: cute.Tensor):
     for i in range(cute.size(registers)):
         row, first = i % 2, 4 * (i // 2) * 2  # first: of two groups of 8 columns
         values = [acc_S[first + 4 * group + 2 * row + c] for group in (0, 1) for c in (0, 1)]
-        registers[i] = _to_e4m3(*values)
-
-
-def _to_e4m3(a, b, c, d) -> Int32:
-    """Four fp32 -> four bytes, round to nearest even, saturating at 448."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b16 low, high;"
-        " cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0};"
-        " cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2};"
-        " mov.b32 {$w0}, {low, high}; }",
-        write_only_types=[Int32],
-        read_only_args=[a, b, c, d],
-    )
+        registers[i] = four_bytes(*values, "e4m3")

@@ -37,7 +37,7 @@ from .fwd_load import load
 from .fwd_mma import FwdFragments, SoftmaxScale, accumulate_last, attend
 from .fwd_store import LastSlots, OutputSpace, store_lse, store_output
 from .rings import FwdRings, Ring, swizzled
-from .wgmma import ELEMENT, FwdMma, FwdSmem, o_layout
+from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, o_layout
 
 
 @dataclass(frozen=True)
@@ -139,29 +139,33 @@ class ForwardSm90:
 
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
-        element = self.plan.element
+        element = Elements.of(self.plan.signature)
         batch, heads_q, heads_k, s_q, s_k = (cute.sym_int32() for _ in range(5))
-        d, dv = cute.sym_int32(divisibility=8), cute.sym_int32(divisibility=8)
+        d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
 
-        def tensor(length, heads, width):
-            strides = tuple(cute.sym_int64(divisibility=8) for _ in range(3))
-            return make_fake_tensor(
-                element, (batch, length, heads, width), (*strides, 1), assumed_align=16
-            )
+        def tensor(dtype, length, heads, width):
+            strides = (cute.sym_int64(divisibility=_in_16_bytes(dtype)) for _ in range(3))
+            shape = (batch, length, heads, width)
+            return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
 
         lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
         return (
-            tensor(s_q, heads_q, d),
-            tensor(s_k, heads_k, d),
-            tensor(s_k, heads_k, dv),
-            tensor(s_q, heads_q, dv),
+            tensor(element.q, s_q, heads_q, d),
+            tensor(element.k, s_k, heads_k, d),
+            tensor(element.v, s_k, heads_k, dv),
+            tensor(element.out, s_q, heads_q, dv),
             make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+            *self.example_scales(batch, heads_k, dv),
             Float32(1.0),
             Int32(0),
             Int32(0),
             Int32(1),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
+
+    def example_scales(self, batch, heads_k, dv) -> tuple:
+        """Those of one-byte inputs, of which there are none here."""
+        return ()
 
     @cute.jit
     def __call__(
@@ -329,6 +333,11 @@ class ForwardSm90:
             space.stored(query)
             tile = next_tile
         space.drain()
+
+
+def _in_16_bytes(dtype) -> int:
+    """Elements that TMA takes at once: head dims and strides are multiples of them."""
+    return 128 // dtype.width
 
 
 def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:

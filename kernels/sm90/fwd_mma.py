@@ -96,12 +96,13 @@ def attend(
     """One query tile up to its last P; O += P V of the last block remains (accumulate_last).
 
     With keep_last_key the slot of the last K block is not released.  meanwhile() runs beside the
-    first product.
+    first product.  One wgmma.fence serves both products of a step: what they use is ready by then.
     """
     softmax.start()
     frag.start(blocks.n_max - 1)
     scales = factors.of_scores(blocks.n_max - 1)
     key = k.wait_and_advance()
+    warpgroup.fence()
     frag.issue_scores(key.index)
     meanwhile()
     warpgroup.wait_group(0)
@@ -126,6 +127,7 @@ def attend(
                 key = k.wait_and_advance()
                 value = v.wait_and_advance()
                 turn.wait()
+                warpgroup.fence()
                 frag.issue_scores(key.index)
                 frag.issue_output(value.index, n_block + 1)
                 turn.pass_on()
@@ -165,6 +167,7 @@ def accumulate_last(
     With keep_value the slot of that V block is not released.
     """
     value = v.wait_and_advance()
+    warpgroup.fence()
     frag.issue_output(value.index, n_block)
     result = meanwhile()
     warpgroup.wait_group(0)

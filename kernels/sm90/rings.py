@@ -109,7 +109,11 @@ class Ring:
 
 @dataclass(frozen=True)
 class WarpPipeline(pipeline.PipelineAsync):
-    """Warps on both sides, each of which arrives once, when all its lanes have come so far."""
+    """Warps that write on one side, warps that read by wgmma alone on the other.
+
+    Each arrives once: a writer when all its lanes have come so far; a reader's lanes all know that
+    their wgmmas are over once one does.
+    """
 
     @staticmethod
     def create(**options) -> "WarpPipeline":
@@ -123,7 +127,6 @@ class WarpPipeline(pipeline.PipelineAsync):
             super().producer_commit(state, loc=loc, ip=ip)
 
     def consumer_release(self, state, *, loc=None, ip=None):
-        cute.arch.sync_warp()
         with cute.arch.elect_one():
             super().consumer_release(state, loc=loc, ip=ip)
 

@@ -27,22 +27,23 @@ ONES = 8  # rows of ones in transposed V
 
 @dataclass(frozen=True)
 class Elements:
-    """Element types of the operands."""
+    """Element types of the operands and of the output."""
 
     q: type
     k: type
     p: type
     v: type
+    out: type
     scores: type  # of the accumulator of Q K^T
 
     @staticmethod
     def of(signature: Signature) -> "Elements":
         q, quantised = ELEMENT[signature.dtype], signature.quantised
         if quantised is None:
-            return Elements(q, q, q, q, Float32)
+            return Elements(q, q, q, q, q, Float32)
         k, v = ELEMENT[quantised.k], ELEMENT[quantised.v]
         scores = cutlass.Int32 if q is cutlass.Int8 else Float32
-        return Elements(q, k, cutlass.Float8E4M3FN, v, scores)
+        return Elements(q, k, cutlass.Float8E4M3FN, v, ELEMENT[quantised.out], scores)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,8 @@ def issue_gemm(
     b: cute.Tensor,  # (MMA, MMA_N, MMA_K)
     accumulate: bool,
 ):
-    """acc (+)= a b^T as one committed group; the caller waits for it."""
+    """acc (+)= a b^T as one committed group; the caller fences before and waits for it."""
     atom = cute.make_mma_atom(tiled_mma.op)  # a copy of its own: set() below must not leak out
-    warpgroup.fence()
     for k in range(cute.size(a, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, accumulate or k > 0)
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
