@@ -18,7 +18,8 @@ def emulator():
 
 @pytest.fixture(scope="session")
 def compiled(emulator):
-    """(name in kernels.py, example tensors, **constants) -> function of tensors, compiled once."""
+    """(function or its name in kernels.py, example tensors, **constants) -> function of tensors,
+    compiled once."""
     import cutlass.cute as cute
     from cutlass.cute.runtime import from_dlpack, make_fake_stream
 
@@ -26,9 +27,11 @@ def compiled(emulator):
 
     cache = {}
 
-    def get(name, *tensors, **constants):
+    def get(function, *tensors, **constants):
+        if isinstance(function, str):
+            function = getattr(kernels, function)
         key = (
-            name,
+            function,
             tuple((t.dtype, t.shape, t.stride()) for t in tensors),
             tuple(constants.items()),
         )
@@ -37,7 +40,7 @@ def compiled(emulator):
             examples = [from_dlpack(t, enable_tvm_ffi=True, assumed_align=16) for t in tensors]
             extra = [constants.pop("scalar")] if "scalar" in constants else []
             cache[key] = cute.compile(
-                getattr(kernels, name),
+                function,
                 *examples,
                 *extra,
                 stream,

@@ -112,10 +112,9 @@ class Cluster:
     def check_limit(self) -> None:
         done = sum(w.instructions for w in self.warpgroups)
         if done > self.launch.instruction_limit:
-            raise Runaway(
-                f"more than {self.launch.instruction_limit} instructions in one "
-                "cluster: an endless loop?"
-            )
+            limit = self.launch.instruction_limit
+            what = f"more than {limit} instructions in one cluster: an endless loop?"
+            raise Runaway(report.whereabouts(what, self.warpgroups))
 
     @staticmethod
     def _computing(running) -> bool:

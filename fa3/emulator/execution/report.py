@@ -36,8 +36,12 @@ def located(error: Exception, w) -> EmulatorError:
 
 
 def deadlock(warpgroups) -> str:
-    """One line per blocked fragment."""
-    lines = ["deadlock: every warp is blocked"]
+    return whereabouts("deadlock: every warp is blocked", warpgroups)
+
+
+def whereabouts(what: str, warpgroups) -> str:
+    """What is wrong, and a line for each fragment that is still there."""
+    lines = [what]
     for w in warpgroups:
         for f in w.fragments:
             instr = _instruction(w.launch.kernel, f.site)

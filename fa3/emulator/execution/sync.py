@@ -67,9 +67,11 @@ class NamedBarriers:
 def barrier(w, fr, number, count, arrive, pc, after):
     """bar.sync, or bar.arrive which does not wait; count None: all threads of the CTA."""
     numbers = w.active(number, fr.mask)
-    parted = bool((numbers != numbers[0]).any())  # warps naming different barriers
+    here = rows(number, w.lanes) == numbers[0]
+    if count is not None:
+        here &= rows(count, w.lanes) == w.active(count, fr.mask)[0]
+    parted = bool((fr.mask & ~here).any())  # warps naming different barriers or counts
     if parted:
-        here = rows(number, w.lanes) == numbers[0]
         w.fragments.append(Fragment(pc, fr.mask & ~here))
         fr.mask, fr.pc = fr.mask & here, after
     i = int(numbers[0])

@@ -116,9 +116,14 @@ class Queue:
         if words is None:
             chunks = np.unique(np.concatenate([c.ravel() for i in group for c in operands(i)]))
             words = self._words[key] = (chunks[:, None] * 4 + np.arange(4)).ravel()
-        access = w.races.begin(w, w.live, "wgmma", "wgmma", group[0].shape.site)
-        if words[-1] < len(w.cta.smem.shadow.writes):  # otherwise the product will complain
-            w.races.read(w.cta.smem, words, access)
+        site = group[0].shape.site
+        access = w.races.begin(w, w.live, "wgmma", "wgmma", site)
+        try:
+            if words[-1] < len(w.cta.smem.shadow.writes):  # otherwise the product will complain
+                w.races.read(w.cta.smem, words, access)
+        except KernelError as error:
+            error.site = site
+            raise
         return access.clock
 
     def _spans(self, issued: list[Issued]) -> list[tuple]:
