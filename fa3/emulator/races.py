@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import Race
+from .errors import MissingProxyFence, Race
+from .fences import UnfencedWrites
 
 _AGENT, _TIME, _PC = 52, 24, (1 << 24) - 1
 _TIMES = (1 << 28) - 1
@@ -46,7 +47,9 @@ class Races:
         self._warps = (launch.threads + 31) // 32  # of a CTA
         count = self._warps * int(np.prod(launch.cluster))
         self._count = count
-        self.clocks = np.zeros((count, count + _ASYNCHRONOUS), np.int64)
+        # a column per warp, per operation in flight, and per warp for its fence.proxy.async
+        self._fences = count + _ASYNCHRONOUS
+        self.clocks = np.zeros((count, self._fences + count), np.int64)
         self.clocks[np.arange(count), np.arange(count)] = 1
         self._times = np.zeros(count + _ASYNCHRONOUS, np.int64)  # of asynchronous agents
         self._agents: dict[tuple, list[int]] = {}  # (kind, warps) -> asynchronous agents
@@ -55,6 +58,11 @@ class Races:
         self._apart: dict[int, dict[int, np.ndarray]] = {}  # warp -> what single threads know more
         self._met = np.zeros(count, np.int64)  # own time of each warp then
         self._since: list[list[np.ndarray]] = [[] for _ in range(count)]  # threads with accesses
+        self._unfenced = UnfencedWrites() if launch.checks.proxy else None
+        self._fences_met = np.zeros(count, np.int64)  # as _met and _since, of fences
+        self._fenced_since: list[list[np.ndarray]] = [[] for _ in range(count)]
+        # warp -> operations that its lanes share, and the lanes that have waited
+        self._shared: dict[int, dict] = {}
 
     # agents
 
@@ -113,6 +121,14 @@ class Races:
             if len(apart) == live:
                 self.acquire([agent], np.min(list(apart.values()), axis=0))
 
+    def learn_shared(self, w, lanes, operation) -> None:
+        """As learn(), of an operation of which every lane issued a part and waits for that alone:
+        it is over when all have waited and met."""
+        for warp in set((lanes // 32).tolist()):
+            agent = self._warps * w.cta.rank + 4 * w.index + warp
+            waited = self._shared.setdefault(agent, {}).setdefault(operation, set())
+            waited.update(lanes[lanes // 32 == warp].tolist())
+
     def meet(self, agents: list[int]) -> None:
         """The lanes of these warps tell each other what they know."""
         for agent in agents:
@@ -121,13 +137,22 @@ class Races:
             self._since[agent].clear()
             for clock in self._apart.pop(agent, {}).values():
                 self.acquire([agent], clock)
+            self._fences_met[agent] = self.clocks[agent, self._fences + agent]
+            self._fenced_since[agent].clear()
+            shared = self._shared.get(agent, {})
+            for operation in [o for o, waited in shared.items() if waited.issuperset(o.lanes)]:
+                self.acquire([agent], operation.clock)
+                del shared[operation]
 
     def _without_others(self, agent: int, threads, clock):
         """The clock that some threads of a warp pass on: not what its others did since they met."""
-        since = self._since[agent]
-        if any(not np.isin(x, threads).all() for x in since):
-            clock = clock.copy()
-            clock[agent] = self._met[agent]
+        for column, since, met in (
+            (agent, self._since, self._met),
+            (self._fences + agent, self._fenced_since, self._fences_met),
+        ):
+            if any(not np.isin(x, threads).all() for x in since[agent]):
+                clock = clock.copy()
+                clock[column] = met[agent]
         return clock
 
     def _known(self, agent: int, threads) -> np.ndarray:
@@ -182,14 +207,24 @@ class Races:
             words = self._words(addresses[agents == agent], nbytes)
             own = threads[agents == agent]
             access = self._of_warp(agent, own)
-            self._note(agent, own)
+            _note(self._since[agent], own)
             (self.write if writes else self.read)(memory, words, access)
+            if writes and self._unfenced is not None:
+                memory.shadow.fenced[words] = 0
+                each = np.repeat(own, max(1, nbytes // 4))
+                self._unfenced.add(agent, memory.shadow, words, each)
 
-    def _note(self, agent: int, threads) -> None:
-        since = self._since[agent]
-        since.append(threads)
-        if len(since) > _MANY:
-            since[:] = [np.unique(np.concatenate(since))]
+    def fence(self, w, m) -> None:
+        """fence.proxy.async"""
+        if self._unfenced is None:
+            return
+        threads = w.threads if m is None else w.threads[m]
+        agents = self._of_threads(threads)
+        for agent in self.agents(w, w.live if m is None else m):
+            own, column = threads[agents == agent], self._fences + agent
+            self.clocks[agent, column] += 1
+            self._unfenced.fence(agent, own, self._epoch(column, self.clocks[agent], None))
+            _note(self._fenced_since[agent], own)
 
     def atomic(self, memory, addresses, nbytes: int, threads) -> None:
         """Atomic accesses: ordered among each other, and they pass clocks on."""
@@ -212,6 +247,8 @@ class Races:
     def read(self, memory, words, access: Access) -> None:
         shadow = memory.shadow
         self._require(shadow.writes[words], words, access, "reads", "write")
+        if access.epoch >> _AGENT >= self._count and self._unfenced is not None:
+            self._require_fences(shadow.fenced[words], words, access)
         for layer in shadow.reads:
             known = ~_unknown(layer[words], access.clock)
             if known.all():
@@ -264,10 +301,29 @@ class Races:
             f"{before} by {self._name(agent)} at {self._place(epoch & _PC)}: {missing}"
         )
 
+    def _require_fences(self, epochs, words, access: Access) -> None:
+        """The async proxy reads: it must know of the fences after generic writes."""
+        bad = _unknown(epochs, access.clock)
+        if bad.any():
+            first = int(bad.argmax())
+            epoch = int(epochs[first])
+            raise MissingProxyFence(
+                f"{access.who} reads shared memory at {int(words[first]) * 4:#x}, written through "
+                f"the generic proxy by {self._name((epoch >> _AGENT) - self._fences)}, whose "
+                f"fence.proxy.async at {self._place(epoch & _PC)} nothing orders before it: no "
+                "barrier leads from there to here"
+            )
+
     def _place(self, pc: int) -> str:
         from .execution.report import place
 
         return place(self._kernel.code[pc] if pc < len(self._kernel.code) else None)
+
+
+def _note(since: list, threads) -> None:
+    since.append(threads)
+    if len(since) > _MANY:
+        since[:] = [np.unique(np.concatenate(since))]
 
 
 def _unknown(epochs, clock):
@@ -280,6 +336,7 @@ class Shadow:
     def __init__(self, nbytes: int):
         self.writes = np.zeros(nbytes // 4, np.int64)
         self.reads: list[np.ndarray] = []  # a word's unordered reads lie in different layers
+        self.fenced = np.zeros(nbytes // 4, np.int64)  # epoch of the fence after a generic write
         self.atomics: np.ndarray | None = None  # what atomics pass on
 
 

@@ -84,7 +84,7 @@ class OutputSpace:
     def stored(self, query: Any):
         """The TMA store of O has been issued."""
         if cutlass.const_expr(self.kind == "q"):
-            self._wait_for_store()
+            self._wait_for_store(before_release=True)
             query.release()
 
     @cute.jit
@@ -92,7 +92,7 @@ class OutputSpace:
         """Release the slots that held the O of the tile before; called beside a product."""
         if cutlass.const_expr(self.plan.keeps_last_k):
             if wave > 0:
-                self._wait_for_store()
+                self._wait_for_store(before_release=True)
                 rings.k.release(last.k)
                 if cutlass.const_expr(self.plan.keeps_last_v):
                     rings.v.release(last.v)
@@ -115,10 +115,11 @@ class OutputSpace:
         return swizzled(self.pointer + offset, self.layout)[None, None, part]
 
     @cute.jit
-    def _wait_for_store(self):
+    def _wait_for_store(self, before_release: cutlass.Constexpr = False):
         if self.is_storing_warp:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()  # TMA was issued by one lane, a slot is released by another
+            if cutlass.const_expr(before_release):
+                cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
 
 
 def _may_write(warpgroup, wave):

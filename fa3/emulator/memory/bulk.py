@@ -132,6 +132,7 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
         if reduction is None and same in seen:  # every lane of a warp storing the same box
             if seen[same] is not None:
                 w.bulk.add(lane, seen[same])
+                seen[same].lanes.append(lane)
             continue
         work = partial(_tensor_store, w, site, box, c, at, reduction)
         seen[same] = _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
@@ -155,6 +156,7 @@ def _issue_store(w, lane: int, site: int, what: str, work, at: int, nbytes: int)
     mask = np.arange(w.lanes) == lane
     clock = _raced(w, mask, "store", what, spans, site)
     operation = Operation(w, site, mask, what, spans, work, clock)
+    operation.lanes.append(lane)
     w.bulk.add(lane, operation)
     w.cluster.issue(operation, waited_for=True)
     return operation
@@ -235,11 +237,15 @@ def commit(w, m):
 
 
 def wait(w, m, keep):
+    waited: dict[Operation, list[int]] = {}
     for lane in w.lane_list(m) if w.groups_kept else ():
-        operations = w.bulk.drain(lane, keep)
-        if operations and w.races is not None:
-            for operation in operations:
-                w.races.learn(w, np.array([lane]), operation.clock)
+        for operation in w.bulk.drain(lane, keep):
+            waited.setdefault(operation, []).append(lane)
+    for operation, lanes in waited.items() if w.races is not None else ():
+        if len(operation.lanes) > 1:
+            w.races.learn_shared(w, np.array(lanes), operation)
+        else:
+            w.races.learn(w, np.array(lanes), operation.clock)
 
 
 def store_async(w, m, dtype, rows, address, offset, barrier, barrier_offset):

@@ -135,6 +135,8 @@ def fence_async(w, m):
     if w.checks.proxy:
         w.cluster.proxy.fence(w.threads if m is None else w.threads[m])
         publish(w, m)
+        if w.races is not None:
+            w.races.fence(w, m)
 
 
 def invalidate(w, m, address, offset):

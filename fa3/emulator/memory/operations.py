@@ -23,6 +23,7 @@ class Operation:
         "issued",
         "completed",
         "clock",
+        "lanes",
         "_work",
     )
 
@@ -30,6 +31,7 @@ class Operation:
         """site: pc of the instruction.  mask: its lanes.  clock: what waiting for it tells."""
         self.clock = clock
         self.w, self.site, self.mask, self.what, self.spans = w, site, mask, what, spans
+        self.lanes: list[int] = []  # that issued it, where several did
         self.queue: list[Operation] | None = None  # operations that complete in this order
         self.completed: int | None = None  # both in events of the launch
         self.issued = w.launch.tick()
