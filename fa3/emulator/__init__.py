@@ -30,15 +30,26 @@ from .errors import (
     Uninitialized,
     Unsupported,
 )
-from .settings import ACCUMULATORS, ALL_CHECKS, CHECKS, SCHEDULES, Options, configure, options
+from .profiling import Profile
+from .settings import (
+    ACCUMULATORS,
+    ALL_CHECKS,
+    CHECKS,
+    SCHEDULES,
+    Options,
+    configure,
+    options,
+    profile,
+)
 
 # fmt: off
 __all__ = [
     "ACCUMULATORS", "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock",
     "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence", "MissingWgmmaFence",
-    "Options", "OutOfBounds", "Race", "RegisterInFlight", "Runaway", "ScheduleDifference",
-    "SetupError", "Uninitialized", "Unsupported", "call", "compare_schedules", "configure",
-    "install", "installed", "launches", "options", "register", "remember",
+    "Options", "OutOfBounds", "Profile", "Race", "RegisterInFlight", "Runaway",
+    "ScheduleDifference", "SetupError", "Uninitialized", "Unsupported", "call",
+    "compare_schedules", "configure", "install", "installed", "launches", "options",
+    "profile", "register", "remember",
 ]
 # fmt: on
 

@@ -199,6 +199,7 @@ class Device:
             chosen.sms,
             chosen.timing(),
             chosen.accumulator,
+            chosen.profile,
         )
         statistics = grid.run()
         self.launches.append(

@@ -6,6 +6,10 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .profiling import Profile
 
 CHECKS = {
     "proxy": "generic writes that the async proxy reads without the writer's fence.proxy.async",
@@ -71,6 +75,8 @@ class Options:
     """Where to note every asynchronous operation (memory/operations.py); None: nowhere."""
     accumulator: str = "fp32"
     """How wgmma adds, see ACCUMULATORS."""
+    profile: Profile | None = None
+    """Gets counters and a timeline of each launch; needs the eager schedule."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 
@@ -84,7 +90,11 @@ class Options:
             )
         if self.sms < 1:
             raise ValueError(f"sms must be at least 1, not {self.sms}")
-        self.timing()
+        if self.timing().kind != "eager" and self.profile is not None:
+            raise ValueError(
+                f'a profile needs schedule="eager", not {self.timing().kind!r} (which the check '
+                '"late" chooses where no schedule is given)'
+            )
 
     def timing(self) -> Schedule:
         """The schedule that these options choose."""
@@ -131,3 +141,13 @@ def options(*, late: bool | None = None, **changes) -> Iterator[Options]:
         yield current()
     finally:
         _scoped.reset(token)
+
+
+@contextlib.contextmanager
+def profile() -> Iterator[Profile]:
+    """Profile the launches inside a with block; they run under the eager schedule."""
+    from .profiling import Profile
+
+    found = Profile()
+    with options(schedule="eager", profile=found):
+        yield found

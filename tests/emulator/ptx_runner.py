@@ -21,7 +21,16 @@ HEADER = """.version 9.0
 
 
 def launch(
-    body, array, threads=128, *, grid=1, cluster=1, checks=(), header=HEADER, accumulator="fp32"
+    body,
+    array,
+    threads=128,
+    *,
+    grid=1,
+    cluster=1,
+    checks=(),
+    header=HEADER,
+    accumulator="fp32",
+    profile=None,
 ):
     """Run one kernel whose parameter is the address of array; %rd0 holds it, %r0 is %tid.x."""
     kernel = parse(header + body + "\nret;\n}\n").kernels["k"]
@@ -40,6 +49,7 @@ def launch(
         Checks(checks),
         100_000,
         accumulator=accumulator,
+        record=profile,
     ).run()
 
 

@@ -63,7 +63,7 @@ def test_random_programs_give_the_same_bits(monkeypatch, seed):
 
 def lines_of(body: str) -> list[str]:
     kernel = parse(HEADER + body + "\nret;\n}\n").kernels["k"]
-    lowered = lower(kernel, False)
+    lowered = lower(kernel)
     return [line for _, line in lowered._body(0, True)[0]]
 
 

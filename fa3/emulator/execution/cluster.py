@@ -12,6 +12,7 @@ from ..races import Races
 from . import report
 from .cta import CTA
 from .fragments import RUNNING, WAITING
+from .in_time import run_in_time
 from .interleaving import Interleaving
 
 # rounds of timed-out waits without progress after which the cluster counts as dead
@@ -25,6 +26,7 @@ class Cluster:
         self.proxy = ProxyClock()
         self.races = Races(self) if launch.checks.race else None
         self.clock = self.arriving = None  # what the cluster barrier passes on (check "race")
+        self.profile = launch.profile and launch.profile.observer(len(positions))
         self.events = 0  # counts whatever may wake a waiting fragment
         self.arrived = self.generation = 0  # of the cluster barrier
         self.in_flight: list[Operation] = []  # late: loads; random: whatever may complete now
@@ -67,6 +69,8 @@ class Cluster:
     def run(self) -> None:
         if self.launch.schedule.kind == "random":
             Interleaving(self).run()
+        elif self.profile is not None:
+            run_in_time(self)
         else:
             self._run_in_order()
         while self.in_flight:

@@ -23,15 +23,21 @@ _NEVER = bool  # bool() is False
 
 
 class Fragment:
-    __slots__ = ("pc", "mask", "state", "ready", "why", "timed_out", "barrier_pc")
+    __slots__ = ("pc", "mask", "state", "ready", "why", "timed_out", "barrier_pc", "moment")
 
-    def __init__(self, pc: int, mask: np.ndarray):
+    def __init__(self, pc: int, mask: np.ndarray, moment=None):
+        """moment: when it is, if the launch is profiled (profiling/clock.py)."""
         self.pc, self.mask = pc, mask
         self.state = RUNNING
         self.ready: Callable[[], bool] = _NEVER
         self.why: Callable[[], str] = str
         self.timed_out = False
         self.barrier_pc = pc
+        self.moment = moment
+
+    def part(self, pc: int, mask: np.ndarray) -> Fragment:
+        """Some of its lanes, which go on at pc; the caller takes them out of its mask."""
+        return Fragment(pc, mask, self.moment and self.moment.copy())
 
     def wait_until(self, ready: Callable[[], bool], why: Callable[[], str]) -> None:
         """Suspend until ready() or until nothing else in the cluster can move."""
@@ -84,6 +90,8 @@ def merge(fragments: list[Fragment], into: Fragment) -> int:
             continue
         if f.pc == into.pc:
             into.mask = into.mask | f.mask
+            if f.moment is not None:
+                into.moment.join(f.moment)
             fragments.remove(f)
         elif into.pc < f.pc < ahead:
             ahead = f.pc
@@ -107,7 +115,7 @@ def run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
     whole = fr.mask.tobytes() == w.ones
     lowered = w.launch.lowered
     segments = lowered.whole if whole else lowered.masked
-    registers = w.registers
+    registers, profile = w.registers, w.profile
     w.current = fr
     pc = fr.pc
     while True:
@@ -116,6 +124,8 @@ def run_fragment(w, fr: Fragment, ahead: int, budget: int) -> int:
         segment = segments.get(pc) or lowered.build(pc, whole)
         if registers is not None and segment.operands:
             registers.run(segment, lowered)
+        if profile is not None:
+            profile.ran(w, fr, pc, segment.length)
         w.instructions += segment.length
         w.segments += 1
         after = segment.run(w, fr)
@@ -147,14 +157,14 @@ def _converged(w, fr: Fragment, pc: int, kind: str) -> bool:
     rest = fr.mask & ~held
     fr.mask, fr.state = held, CONVERGING
     if rest.any():
-        w.fragments.append(Fragment(pc, rest))
+        w.fragments.append(fr.part(pc, rest))
     return False
 
 
 def split(w, fr, predicate, then, otherwise):
     """Lanes with the predicate go to pc `then`, the others to `otherwise`."""
     taken = fr.mask & predicate
-    w.fragments.append(Fragment(otherwise, fr.mask & ~predicate))
+    w.fragments.append(fr.part(otherwise, fr.mask & ~predicate))
     fr.mask, fr.pc = taken, then
     return -1
 
@@ -179,7 +189,7 @@ def guard(w, fr, predicate, negated, pc, after):
         return after
     if (taking == fr.mask).all():
         return None
-    w.fragments.append(Fragment(after, fr.mask & ~taking))
+    w.fragments.append(fr.part(after, fr.mask & ~taking))
     fr.mask, fr.pc = taking, pc
     return -1
 

@@ -51,7 +51,7 @@ class Interleaving:
                 return
             cluster.check_limit()
             cluster.in_flight = [o for o in cluster.in_flight if not o.done]
-            ready = [(w, f) for w in self._running for f in _ready(w.fragments)]
+            ready = [(w, f) for w in self._running for f in ready_of(w.fragments)]
             if cluster.in_flight and (not ready or rng.random() < self._odds.completion):
                 cluster.land(rng.randrange(len(cluster.in_flight)))
             elif ready:
@@ -73,15 +73,15 @@ class Interleaving:
         warps = np.flatnonzero(fr.mask.reshape(-1, 32).any(1)).tolist()
         if len(warps) > 1 and self._rng.random() < self._odds.split:
             self._part(w, fr, self._rng.sample(warps, self._rng.randrange(1, len(warps))))
-        ahead = min((f.pc for f in w.fragments if _blocks(f, fr) and f.pc > fr.pc), default=FAR)
-        run_fragment(w, fr, ahead, self._rng.randint(1, self._odds.segments))
+        segments = self._rng.randint(1, self._odds.segments)
+        run_fragment(w, fr, ahead_of(w.fragments, fr), segments)
 
     @staticmethod
     def _part(w, fr: Fragment, warps: list[int]) -> None:
         """Leave only some warps in a fragment; the others become one of their own."""
         keep = np.zeros(w.lanes, bool)
         keep.reshape(-1, 32)[warps] = True
-        w.fragments.append(Fragment(fr.pc, fr.mask & ~keep))
+        w.fragments.append(fr.part(fr.pc, fr.mask & ~keep))
         fr.mask = fr.mask & keep
 
 
@@ -93,7 +93,12 @@ def _blocks(other: Fragment, fr: Fragment) -> bool:
     return bool((next(warps) & next(warps)).any())
 
 
-def _ready(fragments: list[Fragment]) -> list[Fragment]:
+def ahead_of(fragments: list[Fragment], fr: Fragment) -> int:
+    """The next pc at which lanes of the same warps are."""
+    return min((f.pc for f in fragments if _blocks(f, fr) and f.pc > fr.pc), default=FAR)
+
+
+def ready_of(fragments: list[Fragment]) -> list[Fragment]:
     """Those that may run: of fragments with lanes of one warp, that with the lowest pc."""
     running = [f for f in fragments if f.state == RUNNING or f.state == WAITING and f.awake()]
     if len(running) < 2:

@@ -10,8 +10,9 @@ import numpy as np
 from ..checks import Checks
 from ..errors import KernelError
 from ..global_races import GlobalRaces
-from ..lowering import lower
+from ..lowering import Form, lower
 from ..memory.regions import GlobalMemory
+from ..profiling import Profile
 from ..ptx import Kernel
 from ..settings import Schedule
 from .cluster import Cluster
@@ -35,6 +36,7 @@ class Launch:
     sms: int = 132
     schedule: Schedule | None = None  # None: late if that check is on, else eager
     accumulator: str = "fp32"
+    record: Profile | None = None  # gets the profile of the launch
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]
@@ -46,8 +48,14 @@ class Launch:
             self.schedule = Schedule("late" if self.checks.late else "eager")
         self._validate()
         tracked = self.checks.wgmma or self.checks.fence
-        random = self.schedule.kind == "random"
-        self.lowered = lower(self.kernel, tracked, random, self.checks.uninit)
+        self.profile = self.record and self.record.start(self)
+        form = Form(
+            tracked=tracked,
+            fine=self.schedule.kind == "random",
+            watch=self.checks.uninit,
+            profiled=self.profile is not None,
+        )
+        self.lowered = lower(self.kernel, form)
         self.races = GlobalRaces(self) if self.checks.across else None
 
     def _validate(self) -> None:
@@ -77,6 +85,8 @@ class Launch:
                 cluster.run()
                 instructions += sum(w.instructions for w in cluster.warpgroups)
                 segments += sum(w.segments for w in cluster.warpgroups)
+        if self.profile is not None:
+            self.profile.finish()
         return {"instructions": instructions, "segments": segments}
 
     def _clusters(self):

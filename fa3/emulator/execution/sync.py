@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import BarrierMisuse
 from ..numerics.formats import rows
 from ..races import joined
-from .fragments import AT_BARRIER, RUNNING, Fragment
+from .fragments import AT_BARRIER, RUNNING
 
 NUM_BARRIERS = 16
 
@@ -44,6 +44,10 @@ class NamedBarriers:
         b.arrived += threads
         return b
 
+    def __contains__(self, number: int) -> bool:
+        """Whether some have arrived at a barrier that is not complete."""
+        return number in self._barriers
+
     def release(self, number: int, live: int) -> None:
         """Let the held fragments go if everyone has arrived."""
         b = self._barriers[number]
@@ -72,7 +76,7 @@ def barrier(w, fr, number, count, arrive, pc, after):
         here &= rows(count, w.lanes) == w.active(count, fr.mask)[0]
     parted = bool((fr.mask & ~here).any())  # warps naming different barriers or counts
     if parted:
-        w.fragments.append(Fragment(pc, fr.mask & ~here))
+        w.fragments.append(fr.part(pc, fr.mask & ~here))
         fr.mask, fr.pc = fr.mask & here, after
     i = int(numbers[0])
     warps = int(fr.mask.reshape(-1, 32).any(1).sum())

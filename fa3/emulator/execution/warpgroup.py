@@ -13,6 +13,7 @@ import numpy as np
 from ..matrix.wgmma import Queue
 from ..memory.groups import Groups
 from ..numerics.formats import rows
+from ..profiling.clock import Moment
 from ..registers import WgmmaRegisters
 from . import fragments
 from .fragments import Fragment
@@ -39,7 +40,9 @@ class Warpgroup:
         self.ones, self.zeros = b"\1" * self.lanes, b"\0" * self.lanes
         self.live = np.arange(self.lanes) < threads
         self.threads = np.arange(self.lanes) + self.first_thread + 1024 * cta.rank
-        self.fragments = [Fragment(0, self.live.copy())]
+        self.profile = self.cluster.profile
+        moment = None if self.profile is None else Moment()
+        self.fragments = [Fragment(0, self.live.copy(), moment)]
         self.current = self.fragments[0]
         self.instructions = self.segments = 0
         self.cluster_generation = np.zeros(self.lanes, np.int64)

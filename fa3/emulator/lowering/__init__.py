@@ -15,6 +15,6 @@ from . import (  # noqa: F401 - they register their instructions
     synchronisation,
     warp,
 )
-from .segments import Lowered, lower
+from .segments import Form, Lowered, lower
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Form", "Lowered", "lower"]

@@ -6,6 +6,8 @@ segment results are written where `m` holds; a guarded instruction has its own m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
 from ..errors import Unsupported
@@ -63,8 +65,9 @@ def itemsize(ptx_type: str) -> int:
 
 
 class Emitter:
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, instead: Mapping[Callable, Callable]):
+        """instead: what generated code calls in place of some functions."""
+        self.kernel, self._instead = kernel, instead
         self.names = {n: getattr(np, n) for n in _UFUNCS}
         self.names.update(np=np, convert=convert, flush=flush, halves=halves, integers=integers)
         self.names.update(
@@ -115,6 +118,8 @@ class Emitter:
 
     def bind(self, thing) -> str:
         """The name by which generated code refers to a function or object."""
+        if callable(thing):
+            thing = self._instead.get(thing, thing)
         key = thing if callable(thing) else id(thing)
         if key not in self._functions:
             stem = getattr(thing, "__name__", "o")

@@ -10,9 +10,11 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import Unsupported
 from ..execution import fragments, report
+from ..profiling.classes import is_event
 from ..ptx import Kernel
 from ..ptx.dataflow import registers
 from .bundles import Item, bundle, describe
@@ -38,31 +40,40 @@ class Segment:
         return iter(self.instructions)
 
 
-def lower(
-    kernel: Kernel, track_registers: bool, fine: bool = False, watch: bool = False
-) -> Lowered:
+class Form(NamedTuple):
+    """What a kernel is lowered for."""
+
+    tracked: bool = False  # registers are noted, wgmma instructions have segments of their own
+    fine: bool = False  # a segment starts at every access to memory: others may run before it
+    watch: bool = False  # see watch.py
+    profiled: bool = False  # a segment ends after whatever takes time, of which a profile is told
+
+
+PLAIN = Form()
+
+
+def _instruments() -> dict[Callable, Callable]:
+    from ..profiling.instruments import INSTRUMENTS
+
+    return INSTRUMENTS
+
+
+def lower(kernel: Kernel, form: Form = PLAIN) -> Lowered:
     """The segments of a kernel, kept with it."""
-    key = track_registers, fine, watch
-    if key not in kernel.lowered:
-        kernel.lowered[key] = Lowered(kernel, *key)
-    return kernel.lowered[key]
+    if form not in kernel.lowered:
+        kernel.lowered[form] = Lowered(kernel, form)
+    return kernel.lowered[form]
 
 
 class Lowered:
     """Segments by starting pc: `whole` for all lanes of a warpgroup, `masked` for some."""
 
-    def __init__(self, kernel: Kernel, track_registers: bool, fine: bool, watch: bool):
-        """track_registers: note registers, and keep wgmma instructions in segments of their own.
-
-        fine: a segment starts at every access to memory, so that others may run before it.
-        watch: see watch.py.
-        """
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, form: Form):
+        self.kernel, self._form = kernel, form
         self.whole: dict[int, Segment] = {}
         self.masked: dict[int, Segment] = {}
-        self._track, self._fine = track_registers, fine
-        self.watch = Watch(kernel) if watch else None
-        self._emitter = Emitter(kernel)
+        self.watch = Watch(kernel) if form.watch else None
+        self._emitter = Emitter(kernel, _instruments() if form.profiled else {})
         self._leaders = set(kernel.labels.values())
         self._converges = [converges(i) for i in kernel.code] + [None]
         self._pcs: dict[object, list[int]] = {}  # code object -> pc of each source line
@@ -107,7 +118,7 @@ class Lowered:
     def build(self, pc: int, whole: bool) -> Segment:
         body, end = self._body(pc, whole)
         segment = self._compile(pc, whole, body, max(1, end - pc))
-        if self._track:
+        if self._form.tracked:
             self._note_registers(segment, range(pc, end))
         (self.whole if whole else self.masked)[pc] = segment
         return segment
@@ -156,16 +167,18 @@ class Lowered:
     def _issues(self, pc: int) -> frozenset:
         """The registers of a wgmma that is to be executed later."""
         instr = self.kernel.code[pc]
-        joined = instr.parts[:2] == ("wgmma", "mma_async") and not self._track
+        joined = instr.parts[:2] == ("wgmma", "mma_async") and not self._form.tracked
         return self._named(instr.args) if joined else frozenset()
 
     def _starts_new(self, pc: int, whole: bool) -> bool:
         if pc in self._leaders or (not whole and self._converges[pc]):
             return True
         code = self.kernel.code
-        if self._fine and code[pc].parts[0] in _ACCESSES and "param" not in code[pc].parts:
+        if self._form.profiled and is_event(code[pc - 1]):
             return True
-        return self._track and "wgmma" in (code[pc].parts[0], code[pc - 1].parts[0])
+        if self._form.fine and code[pc].parts[0] in _ACCESSES and "param" not in code[pc].parts:
+            return True
+        return self._form.tracked and "wgmma" in (code[pc].parts[0], code[pc - 1].parts[0])
 
     def _lower(self, pc: int, whole: bool) -> tuple[list[str], bool]:
         """(lines, whether the instruction ends the segment)"""

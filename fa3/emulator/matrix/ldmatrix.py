@@ -8,7 +8,7 @@ from ..errors import Misaligned, OutOfBounds
 from ..numerics.formats import rows
 
 
-def _row_addresses(w, m, address, offset, n):
+def row_addresses(w, m, address, offset, n):
     """(warps, (warps, n, 8) row addresses) of the warps taking part."""
     warps = np.arange(w.lanes // 32) if m is None else np.flatnonzero(m.reshape(-1, 32).any(1))
     a = rows(address, w.lanes).reshape(-1, 32)[warps, : 8 * n].astype(np.int64) + offset
@@ -21,7 +21,7 @@ def _row_addresses(w, m, address, offset, n):
 
 def load(w, m, registers, address, offset, transposed):
     n, smem = len(registers), w.cta.smem
-    warps, a = _row_addresses(w, m, address, offset, n)
+    warps, a = row_addresses(w, m, address, offset, n)
     if smem.written is not None:
         smem.written.require(a.ravel(), 16, "ldmatrix")
     if w.races is not None:
@@ -37,7 +37,7 @@ def load(w, m, registers, address, offset, transposed):
 
 def store(w, m, registers, address, offset, transposed):
     n, smem = len(registers), w.cta.smem
-    warps, a = _row_addresses(w, m, address, offset, n)
+    warps, a = row_addresses(w, m, address, offset, n)
     x = np.stack([rows(r, w.lanes).reshape(-1, 32)[warps] for r in registers], 1)
     x = np.ascontiguousarray(x).view(np.uint16).reshape(len(warps), n, 8, 8)
     if transposed:

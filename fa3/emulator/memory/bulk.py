@@ -64,7 +64,7 @@ def _collect(memory: SharedMemory, at: int, nbytes: int, mask: int, what: str) -
     return memory.chunks[swizzled_chunks(at, nbytes, mask)].reshape(-1).view(np.uint8)
 
 
-def _targets(w, dst: int, barrier: int, multicast: int | None):
+def destinations(w, dst: int, barrier: int, multicast: int | None):
     """[(memory, offset, mbarrier address)] a load is delivered to."""
     if multicast is None:
         return [(*shared_at(w, dst), barrier)]
@@ -86,7 +86,7 @@ def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, mu
         mask = None if multicast is None else w.lane_value(multicast, lane)
         mbarrier.find(w, b)
         work = partial(_tensor_load, w, site, box, c, d, b, mask)
-        _issue_load(w, lane, site, "TMA load", work, _targets(w, d, b, mask), box.box_bytes)
+        _issue_load(w, lane, site, "TMA load", work, destinations(w, d, b, mask), box.box_bytes)
 
 
 def _issue_load(w, lane: int, site: int, what: str, work, targets, nbytes: int) -> None:
@@ -113,7 +113,7 @@ def _tensor_load(w, site, box, coords, dst, barrier, multicast, clock):
     raw = box.read(coords, seen)
     for place in seen or ():
         w.launch.races.access(w, *place, writes=False, site=site)
-    for memory, at, bar in _targets(w, dst, barrier, multicast):
+    for memory, at, bar in destinations(w, dst, barrier, multicast):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
         _deliver(memory, at, raw, box.swizzle)
@@ -175,7 +175,7 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
                 "size must be multiples of 16"
             )
         work = partial(_load, w, site, d, s, n, b, mask)
-        _issue_load(w, lane, site, "bulk load", work, _targets(w, d, b, mask), n)
+        _issue_load(w, lane, site, "bulk load", work, destinations(w, d, b, mask), n)
 
 
 def _load(w, site, dst, src, nbytes, barrier, multicast, clock):
@@ -184,7 +184,7 @@ def _load(w, site, dst, src, nbytes, barrier, multicast, clock):
     if w.launch.races is not None:
         window = span(src - region.start, nbytes)
         w.launch.races.access(w, region, window, writes=False, site=site)
-    for memory, at, bar in _targets(w, dst, barrier, multicast):
+    for memory, at, bar in destinations(w, dst, barrier, multicast):
         _deliver(memory, at, raw, 0)
         mbarrier.complete(w, bar, nbytes, clock)
 
@@ -194,7 +194,7 @@ def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_
     for lane in w.lane_list(m):
         d, s = w.lane_value(dst, lane) + dst_offset, w.lane_value(src, lane) + src_offset
         b, n = w.lane_value(barrier, lane) + barrier_offset, w.lane_value(size, lane)
-        targets = _targets(w, d, b, None)
+        targets = destinations(w, d, b, None)
         spans = [(w.cta.smem, s & OFFSET, (s & OFFSET) + n, False)]
         spans += [(memory, at, at + n, True) for memory, at, _ in targets]
         clock = _raced(w, np.arange(w.lanes) == lane, "load", "bulk copy", spans, None)

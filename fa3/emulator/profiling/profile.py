@@ -1,0 +1,87 @@
+"""Profile: what a person asks for, and what a launch leaves in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .counters import Counters, Tally, by_role, total
+from .observer import Observer, Recording
+from .timeline import Event
+
+Dim3 = tuple[int, int, int]
+
+
+@dataclass
+class LaunchProfile:
+    """One launch."""
+
+    kernel: str
+    grid: Dim3
+    block: Dim3
+    warps: list[Counters]  # of each warp of a CTA, over all CTAs
+    events: list[Event]
+    cycles: float  # nominal, of the CTA that takes longest
+    longest_chain: int
+    """Of hand-overs: waits for what another warp or a copy did, each after the one before."""
+    critical_path: dict[str, float]
+    """Cycles of `cycles` by what kept the last warp from finishing earlier."""
+
+    @property
+    def counters(self) -> dict[str, Counters]:
+        """By role (counters.ROLES)."""
+        return by_role(self.warps)
+
+    @property
+    def total(self) -> Counters:
+        return total(self.warps)
+
+    def as_dict(self) -> dict:
+        """For JSON, without the events."""
+        return {
+            "kernel": self.kernel,
+            "grid": self.grid,
+            "block": self.block,
+            "cycles": self.cycles,
+            "longest_chain": self.longest_chain,
+            "critical_path": self.critical_path,
+            "counters": {role: x.as_dict() for role, x in self.counters.items()},
+        }
+
+
+@dataclass(eq=False)
+class Profile:
+    """Counters and timelines of launches; see options(profile=...) and emulator.profile()."""
+
+    launches: list[LaunchProfile] = field(default_factory=list)
+
+    def start(self, launch) -> Running:
+        return Running(self, launch)
+
+
+class Running:
+    """The profile of a launch while it runs."""
+
+    def __init__(self, profile: Profile, launch):
+        warps = 4 * -(-launch.threads // 128)
+        self._profile, self._launch = profile, launch
+        self._recording = Recording(launch.kernel, Tally(warps))
+
+    def observer(self, ctas: int) -> Observer:
+        """Of a cluster that is about to run."""
+        return Observer(self._recording, ctas)
+
+    def finish(self) -> None:
+        recording, launch = self._recording, self._launch
+        warps = recording.tally.finish(recording.stretches, recording.lanes)
+        self._profile.launches.append(
+            LaunchProfile(
+                launch.kernel.name,
+                launch.grid,
+                launch.block,
+                warps[: -(-launch.threads // 32)],
+                recording.timeline.events,
+                recording.last.end,
+                recording.depth,
+                recording.last.shares(),
+            )
+        )

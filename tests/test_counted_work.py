@@ -1,0 +1,171 @@
+"""The work that the emulator counts in the forward kernels is that which their tiles amount to."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fa3
+from fa3 import tuning
+from fa3.kernels.signature import Quantised, Signature, head_dim_tile
+
+from .conftest import HOPPER
+
+pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU counts differently, with its own tools")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
+ONES = 8  # rows of transposed V that sum P, with one-byte inputs
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call, and what its tiles multiply, exponentiate and move."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    s_q: int
+    s_k: int
+    head_dim_v: int = 0  # 0: head_dim
+    heads: int = 1
+    quantised: Quantised | None = None
+
+    @property
+    def dv(self) -> int:
+        return self.head_dim_v or self.head_dim
+
+    @property
+    def mask(self) -> str:
+        return "causal" if self.causal else "full"
+
+    @property
+    def signature(self) -> Signature:
+        dims = head_dim_tile(self.head_dim), head_dim_tile(self.dv)
+        return Signature(self.dtype, *dims, self.mask, self.quantised)
+
+    @property
+    def config(self):
+        return tuning.forward(self.signature)
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """(query rows, keys) of each tile, as far as they exist."""
+        found = []
+        for first in range(0, self.s_q, self.config.tile_m):
+            last = min(first + self.config.tile_m, self.s_q)
+            keys = min(self.s_k, last + self.s_k - self.s_q) if self.causal else self.s_k
+            blocks = -(-keys // self.config.tile_n)
+            found.append((last - first, min(self.s_k, blocks * self.config.tile_n)))
+        return found * self.heads
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks of all tiles."""
+        return sum(-(-keys // self.config.tile_n) for _, keys in self.tiles)
+
+    @property
+    def flops(self) -> int:
+        s, c = self.signature, self.config
+        ones = ONES if self.quantised and not c.o_slice else 0
+        return 2 * c.tile_m * c.tile_n * (s.head_dim + s.head_dim_v + ones) * self.blocks
+
+    @property
+    def exponentials(self) -> int:
+        return self.config.tile_m * self.config.tile_n * self.blocks
+
+    @property
+    def loaded(self) -> int:
+        """Bytes that arrive in shared memory: whole tiles of Q, K and V."""
+        s, c = self.signature, self.config
+        elements = c.tile_m * s.head_dim * len(self.tiles)
+        elements += c.tile_n * (s.head_dim + s.head_dim_v) * self.blocks
+        return elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def read(self) -> int:
+        """Bytes of those that the tensors have."""
+        elements = sum(
+            rows * self.head_dim + keys * (self.head_dim + self.dv) for rows, keys in self.tiles
+        )
+        return elements * DTYPES[self.dtype].itemsize
+
+    def run(self) -> None:
+        """Where a maximum moves, that takes exponentials of its own, in a warp.
+
+        Here none does: scores are small, and rows of one warp see their first key in one block.
+        """
+        shapes = [(1, n, self.heads, d) for n, d in self._sizes()]
+        q, k, v = ((0.1 * torch.randn(shape)).to(DTYPES[self.dtype]) for shape in shapes)
+        out = {"fp32": torch.float32}.get(self.quantised.out) if self.quantised else None
+        out = None if out is None else torch.empty(shapes[0][:3] + (self.dv,), dtype=out)
+        fa3.flash_attn_func(q, k, v, causal=self.causal, out=out, **self._descales())
+
+    def _sizes(self):
+        return (self.s_q, self.head_dim), (self.s_k, self.head_dim), (self.s_k, self.dv)
+
+    def _descales(self) -> dict:
+        if self.quantised is None:
+            return {}
+        blocks = {"k": self.quantised.k_block, "v": self.quantised.v_block}
+        return {
+            f"{name}_descale": torch.ones(1, self.heads, -(-self.s_k // block))
+            for name, block in blocks.items()
+        }
+
+
+WORK = [
+    Work("bf16", 128, False, 300, 400),
+    Work("bf16", 64, True, 257, 305),
+    Work("bf16", 64, True, 193, 193, heads=2),
+    Work("fp16", 40, False, 70, 140, head_dim_v=8),
+    Work("e4m3", 64, False, 200, 333, quantised=Quantised("e4m3", "e4m3", "fp32", 64, 128)),
+    Work("e4m3", 192, True, 152, 200, quantised=Quantised("e4m3", "e4m3", "fp32", 128, 64)),
+]
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda w: f"{w.dtype}-d{w.head_dim}-{w.mask}-{w.s_q}")
+def test_counted_work_is_that_of_the_tiles(work, device):
+    from fa3 import emulator
+
+    with emulator.options(checks=()), emulator.profile() as profile:
+        work.run()
+    (launch,) = profile.launches
+    counters, total = launch.counters, launch.total
+    assert launch.warps[0].role == "load" and counters["load"].warps == 1
+    assert counters["mma"].warps == 4 * work.config.num_mma_warpgroups
+    assert counters["mma"].flops == total.flops == work.flops
+    assert counters["mma"].exponentials == work.exponentials
+    assert counters["load"].bytes.bulk_loaded == total.bytes.bulk_loaded == work.loaded
+    assert counters["load"].bytes.bulk_read == work.read
+    rows = work.s_q * work.heads
+    if work.quantised:
+        assert total.bytes.bulk_written == 0
+        assert total.bytes.stored == rows * 4 * (1 + work.dv)
+    else:
+        assert total.bytes.bulk_written == rows * work.dv * 2
+        assert total.bytes.stored == 4 * rows  # the lse
+
+
+def test_a_profile_changes_no_result(device):
+    from fa3 import emulator
+
+    q, k, v = (torch.randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (150, 200, 200))
+
+    def run():
+        return fa3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+
+    plain = run()
+    with emulator.profile():
+        profiled = run()
+    assert all(torch.equal(a, b) for a, b in zip(plain, profiled, strict=True))
+
+
+def test_shared_memory_has_no_bank_conflicts(device):
+    """Neither the stores of O nor the transpose of V."""
+    from fa3 import emulator
+
+    with emulator.options(checks=()), emulator.profile() as profile:
+        WORK[0].run()
+        WORK[4].run()
+    kinds = [{kind: x.conflicts for kind, x in p.total.shared.items()} for p in profile.launches]
+    assert kinds == [{"stmatrix": 0}, {"st": 0, "ldmatrix": 0, "stmatrix": 0}]
