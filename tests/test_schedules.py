@@ -1,6 +1,7 @@
 """The forward kernel computes the same bits whatever the order of its warps and copies."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -210,3 +211,30 @@ def test_output_written_too_early_is_found(run, device):
             with pytest.raises(emulator.Race, match="wgmma of warps .*stmatrix") as found:
                 attention()
         assert "fwd_store.py:" in str(found.value)
+
+
+def without_warp_barrier_after_store(ptx: str) -> str:
+    """The kernel whose lanes do not meet between their waits for a store and a release of its slot.
+
+    All lanes of a warp issue a TMA store, in PTX, and each waits for its own.
+    """
+    edited, count = re.subn(
+        r"(cp\.async\.bulk\.wait_group\.read\s+0;(?:\s*\.loc[^\n]*)*)\s*bar\.warp\.sync\s+-1;",
+        r"\1",
+        ptx,
+    )
+    assert count == 1
+    return edited
+
+
+def test_a_slot_released_before_every_lane_has_waited_is_found(device):
+    from fa3 import emulator
+
+    run = Run("q", "full", 2, head_dim=128, head_dim_v=128, s_q=200, s_k=150)
+    attention = function(run, *inputs(run))
+    with emulator.options(edit=without_warp_barrier_after_store, checks=("race",)):
+        with pytest.raises(
+            emulator.Race, match="TMA load .* the read by TMA store of warp"
+        ) as found:
+            attention()
+    assert "fwd_store.py:" in str(found.value)

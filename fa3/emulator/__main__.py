@@ -22,16 +22,6 @@ Run = Callable[[], Sequence]
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
     (
-        ".*",
-        "barrier fwd_store.py:_wait_for_store:",
-        "all lanes of the warp execute the TMA store in PTX, and have waited for it themselves",
-    ),
-    (
-        "fp8",
-        "barrier rings.py:consumer_release:",
-        "lanes read the slot by wgmma alone, and all of them waited for its group",
-    ),
-    (
         "fp8",
         "wait fwd_load.py:load: fill_v(n_block + 1",
         "V's slot is free before K's, which was just waited for: it was transposed before the last "

@@ -9,7 +9,7 @@ import pytest
 from fa3.emulator import errors
 
 from .ptx_runner import launch
-from .test_races import LOAD, SETUP, WAIT_FOR_LOAD, broken, cured
+from .test_races import DRAIN, LOAD, SETUP, STORE, WAIT_FOR_LOAD, WRITE, broken, cured
 
 # A (64 x 16, in registers %r20..%r23 or shared memory) times B (16 x 8, shared memory)
 OPERANDS = """
@@ -33,6 +33,7 @@ MORE = LOAD[LOAD.index("@%p1 cp") :].replace("[%r3]", "[%r3+512]")
 WAIT = WAIT_FOR_LOAD
 EXPECT = "@%p1 mbarrier.expect_tx.relaxed.cta.shared::cta.b64"
 ARRIVE = "mbarrier.arrive.shared.b64 _,"
+PROXY_FENCE = "fence.proxy.async.shared::cta;"
 OTHERS = "setp.lt.u32 %p4, %r0, 96; @%p4 bra OTHERS;"
 
 # of each: checks, body, error, message
@@ -92,6 +93,31 @@ BUGS = {
         + LOAD.replace("[%r4]", "[%r3+2064]"),
         errors.MissingProxyFence,
         "the mbarrier at 0x810, which thread 0 initialised without a fence.mbarrier_init since",
+    ),
+    "a proxy fence that the store need not come after": (
+        "proxy race",
+        WRITE + "bar.sync 0;" + PROXY_FENCE + "{{bar.sync 0;}}" + STORE + DRAIN,
+        errors.MissingProxyFence,
+        r"bulk store of warp 0 reads .* written through the generic proxy by warp \d, whose "
+        r"fence.proxy.async at PTX line \d+: fence.proxy.async.* no barrier leads from there",
+    ),
+    "a proxy fence of another lane that the store need not come after": (
+        "proxy race",
+        "@%p2 "
+        + WRITE
+        + "bar.warp.sync -1;"
+        + PROXY_FENCE
+        + "{{bar.warp.sync -1;}}"
+        + STORE
+        + DRAIN,
+        errors.MissingProxyFence,
+        "written through the generic proxy by warp 0, whose fence.proxy.async",
+    ),
+    "a proxy fence before the last write": (
+        "proxy race",
+        WRITE + PROXY_FENCE + "[[" + WRITE + "]] bar.sync 0;" + STORE + DRAIN,
+        errors.MissingProxyFence,
+        "by thread 0 without a fence.proxy.async since",
     ),
     "a second initialisation": (
         "mbarrier",
