@@ -67,6 +67,25 @@ def _forward(*lengths, dtype="bfloat16", d=128, **options) -> Callable[[], Run]:
     return case
 
 
+def _quantize(**options) -> Callable[[], Run]:
+    """The quantisation kernels of q, k and v, of which each has more work than CTAs."""
+
+    def case() -> Run:
+        import torch
+
+        import fa3
+
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, s, h, 128).bfloat16() for s, h in ((300, 2), (260, 1), (260, 1)))
+
+        def run():
+            return [x for x in fa3.quantize_fp8(q, k, v, **options) if x is not None]
+
+        return run
+
+    return case
+
+
 # At these lengths each loop runs, and some tile has as many key blocks as a ring has stages.
 CASES: dict[str, Callable[[], Run]] = {
     "forward-full": _forward((200, 512), (200, 700), d=64),
@@ -75,6 +94,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "forward-256": _forward((150, 160), (150, 400), dtype="float16", d=256),
     "fp8-full": _forward((200, 256), (200, 500), dtype="fp8"),
     "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
+    "quantize-block": _quantize(hadamard=True),
+    "quantize-channel": _quantize(v_per_channel=True, smooth_k=True),
 }
 
 
