@@ -46,14 +46,16 @@ class WrittenWords:
     def require_words(self, words, what: str) -> None:
         seen = self.words[words]
         if not seen.all():
-            first = int(words[~seen].flat[0]) * 4
-            raise Uninitialized(f"{what} reads uninitialised shared memory at {first:#x}")
+            missing = words[~seen]
+            run = bytes_of(int(missing.flat[0]), missing)
+            raise Uninitialized(f"{what} reads uninitialised shared memory at {run}")
 
 
 class ProxyClock:
     """When each thread of a cluster last executed fence.proxy.async, in generic writes."""
 
-    def __init__(self):
+    def __init__(self, lowered):
+        self.lowered = lowered
         self.now = 0
         self.fenced = np.zeros(MAX_THREADS, np.int64)
 
@@ -68,12 +70,16 @@ class GenericWrites:
         self.clock = clock
         self.time = np.zeros(nbytes // 4, np.int64)
         self.thread = np.zeros(nbytes // 4, np.int32)
+        self.lowered, self.site = clock.lowered, np.zeros(nbytes // 4, np.int32)
 
     def record(self, addresses, nbytes: int, threads) -> None:
         self.clock.now += 1
+        site = self.lowered.pc_here()
         for b in range(0, nbytes, 4):
-            self.time[(addresses + b) >> 2] = self.clock.now
-            self.thread[(addresses + b) >> 2] = threads
+            words = (addresses + b) >> 2
+            self.time[words] = self.clock.now
+            self.thread[words] = threads
+            self.site[words] = site
 
     def forget(self, words) -> None:
         """The async proxy wrote these words."""
@@ -84,7 +90,17 @@ class GenericWrites:
         bad = self.time[words] > self.clock.fenced[self.thread[words]]
         if bad.any():
             word = int(words[bad].flat[0])
+            place = bytes_of(word, words[bad & (self.site[words] == self.site[word])])
             raise MissingProxyFence(
-                f"{what} reads shared memory at {word * 4:#x} written through the generic proxy "
-                f"by thread {int(self.thread[word]) % 1024} without a fence.proxy.async since"
+                f"{what} reads shared memory at {place}, written through the generic proxy by "
+                f"thread {int(self.thread[word]) % 1024}, without fence.proxy.async since "
+                f"{self.lowered.place(int(self.site[word]))}"
             )
+
+
+def bytes_of(first: int, words) -> str:
+    """ "0x80..0xff": the bytes of a 4-byte word and of those of `words` that follow it."""
+    following = np.unique(words)
+    following = following[np.searchsorted(following, first) :]
+    run = following - np.arange(len(following)) == first
+    return f"{first * 4:#x}..{(first + int(run.sum())) * 4 - 1:#x}"

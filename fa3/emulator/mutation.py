@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _installed_device as installed_device
-from . import settings
+from . import settings, source
 from .errors import KernelError, Unsupported
 from .ptx import parse
 
@@ -49,14 +49,11 @@ class Mutant:
 
     @property
     def source(self) -> str:
-        """ "file.py:function: line" of the Python source."""
-        path, line = self.place
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")[:line]
-        except OSError:
-            return ""
-        names = (m[1] for text in reversed(lines) if (m := re.match(r"\s*def (\w+)", text)))
-        return f"{Path(path).name}:{next(names, '')}: {lines[-1].strip()}"
+        """ "file.py:function: line" of the Python source, "" where that cannot be read."""
+        text = source.line_at(*self.place)
+        return (
+            f"{Path(self.place[0]).name}:{source.function_at(*self.place)}: {text}" if text else ""
+        )
 
     def __str__(self):
         path, line = self.place

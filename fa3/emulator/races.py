@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import bytes_of
 from .errors import MissingProxyFence, Race
 from .fences import UnfencedWrites
 
@@ -288,16 +289,13 @@ class Races:
             return
         first = int(bad.argmax())
         epoch = int(epochs[first])
-        same = np.unique(words[epochs == epoch])
-        start = np.searchsorted(same, words[first])
-        run = same[start:] - np.arange(len(same) - start)
-        low, high = int(words[first]) * 4, (int(words[first]) + int((run == run[0]).sum())) * 4
+        place = bytes_of(int(words[first]), words[epochs == epoch])
         agent = epoch >> _AGENT
         missing = "no barrier leads from there to here"
         if agent >= self._count:
             missing = f"{_WAITS[self._names[agent][0]]}, or no barrier after it, leads to here"
         raise Race(
-            f"{access.who} {does} shared memory {low:#x}..{high - 1:#x} unordered with the "
+            f"{access.who} {does} shared memory {place} unordered with the "
             f"{before} by {self._name(agent)} at {self._place(epoch & _PC)}: {missing}"
         )
 
@@ -307,8 +305,9 @@ class Races:
         if bad.any():
             first = int(bad.argmax())
             epoch = int(epochs[first])
+            place = bytes_of(int(words[first]), words[epochs == epoch])
             raise MissingProxyFence(
-                f"{access.who} reads shared memory at {int(words[first]) * 4:#x}, written through "
+                f"{access.who} reads shared memory at {place}, written through "
                 f"the generic proxy by {self._name((epoch >> _AGENT) - self._fences)}, whose "
                 f"fence.proxy.async at {self._place(epoch & _PC)} nothing orders before it: no "
                 "barrier leads from there to here"

@@ -17,6 +17,7 @@ class WgmmaRegisters:
         self._flight, self._fences = checks.wgmma, checks.fence
         self.accumulators: list[frozenset] = []  # of unfinished wgmmas, by commit group
         self.operands: list[frozenset] = []
+        self._issued: list[tuple[frozenset, int | None]] = []  # registers, pc; the latest last
         self._open: set[int] = set()
         self._open_operands: set[int] = set()
         # since the last wgmma.fence
@@ -28,7 +29,14 @@ class WgmmaRegisters:
     def busy(self) -> bool:
         return bool(self._flight and (self.accumulators or self._open))
 
-    def issue(self, accumulator: frozenset, operand: frozenset, shape: tuple, lowered=None) -> None:
+    def issue(
+        self,
+        accumulator: frozenset,
+        operand: frozenset,
+        shape: tuple,
+        lowered=None,
+        site: int | None = None,
+    ) -> None:
         """A wgmma is issued; shape: what wgmmas must share to follow each other without a fence."""
         if self._fences:
             self._require_fence(accumulator, operand, shape, lowered)
@@ -37,15 +45,16 @@ class WgmmaRegisters:
         if busy := _shared(operand, self._open, *self.accumulators):
             raise RegisterInFlight(
                 f"{_named(busy, lowered)} is the accumulator of a wgmma in flight and an A operand "
-                "of this one (no wait_group)"
+                f"of this one (no wait_group since {self._issuer(busy, lowered)})"
             )
         if busy := _shared(accumulator, self._open_operands, *self.operands):
             raise RegisterInFlight(
                 f"{_named(busy, lowered)} is an A operand of a wgmma in flight and the accumulator "
-                "of this one (no wait_group)"
+                f"of this one (no wait_group since {self._issuer(busy, lowered)})"
             )
         self._open |= accumulator
         self._open_operands |= operand
+        self._issued.append((accumulator | operand, site))
 
     def commit(self) -> None:
         self.accumulators.append(frozenset(self._open))
@@ -55,6 +64,8 @@ class WgmmaRegisters:
     def wait(self, keep: int) -> None:
         del self.accumulators[: max(0, len(self.accumulators) - keep)]
         del self.operands[: max(0, len(self.operands) - keep)]
+        if not self.accumulators and not self._open:
+            self._issued.clear()
 
     def fence(self) -> None:
         self._fenced = True
@@ -84,10 +95,16 @@ class WgmmaRegisters:
                 error = RegisterInFlight(
                     f"{what} {_named(busy, lowered)} "
                     f"{'used' if what == 'accumulator' else 'overwritten'} while its wgmma is "
-                    "still in flight (no wait_group)"
+                    f"still in flight (no wait_group since {self._issuer(busy, lowered)})"
                 )
                 error.site = pc
                 raise error
+
+    def _issuer(self, registers: set, lowered) -> str:
+        """Where the last wgmma that uses one of these registers was issued."""
+        sites = (site for used, site in reversed(self._issued) if not used.isdisjoint(registers))
+        site = next(sites, None)
+        return "it was issued" if site is None else lowered.place(site)
 
     def _require_fence(self, accumulator, operand, shape, lowered) -> None:
         if not self._fenced:

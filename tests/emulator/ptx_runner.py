@@ -29,10 +29,14 @@ def launch(
     cluster=1,
     checks=(),
     header=HEADER,
-    accumulator="fp32",
+    limit=100_000,
     profile=None,
+    **options,
 ):
-    """Run one kernel whose parameter is the address of array; %rd0 holds it, %r0 is %tid.x."""
+    """Run one kernel whose parameter is the address of array; %rd0 holds it, %r0 is %tid.x.
+
+    options: further fields of Launch.
+    """
     kernel = parse(header + body + "\nret;\n}\n").kernels["k"]
     memory = GlobalMemory()
     memory.add(array.ctypes.data, array.nbytes)
@@ -47,9 +51,9 @@ def launch(
         params,
         memory,
         Checks(checks),
-        100_000,
-        accumulator=accumulator,
+        limit,
         record=profile,
+        **options,
     ).run()
 
 

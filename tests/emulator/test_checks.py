@@ -36,7 +36,7 @@ BUGS = [
         "fence",
         "proxy",
         "MissingProxyFence",
-        r"TMA store reads .* by thread \d+ without a fence",
+        r"TMA store reads .* by thread \d+, without fence",
         "cute.copy(store",
     ),
     ("wait", "uninit late", "Uninitialized", "ld reads uninitialised", "* cutlass.Float16(2)"),

@@ -46,7 +46,7 @@ FULL = "_await_tile", "mbarrier_wait(ring.full + stage, phase)"
 RING = [
     # the async proxy
     ("operand fence", "proxy", "MissingProxyFence", "operand B reads .* by thread", MULTIPLIED),
-    ("store fence", "proxy", "MissingProxyFence", "TMA store reads .* by thread 0 without", STORED),
+    ("store fence", "proxy", "MissingProxyFence", "TMA store reads .* by thread 0, ", STORED),
     ("init fence", "proxy", "MissingProxyFence", "completes bytes at the mbarrier at 0x0", LOADED),
     # memory in use
     ("operand barrier", "race", "Race", "wgmma .* reads .* write by warp", MULTIPLIED, DOUBLED),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..checks import ProxyClock
-from ..errors import Deadlock, EmulatorError, KernelError, Runaway
+from ..errors import EmulatorError, KernelError
 from ..memory import mbarrier
 from ..memory.operations import Operation
 from ..races import Races
@@ -23,7 +23,7 @@ class Cluster:
     def __init__(self, launch, positions: list[tuple[int, int, int]], number: int):
         """positions of its CTAs in the grid; number counts the clusters of the launch."""
         self.launch, self.number = launch, number
-        self.proxy = ProxyClock()
+        self.proxy = ProxyClock(launch.lowered)
         self.races = Races(self) if launch.checks.race else None
         self.clock = self.arriving = None  # what the cluster barrier passes on (check "race")
         self.profile = launch.profile and launch.profile.observer(len(positions))
@@ -96,7 +96,7 @@ class Cluster:
             else:
                 stale += 1
                 if stale > STALE_ROUNDS and not self._computing(running):
-                    raise Deadlock(report.deadlock(running))
+                    raise report.deadlock(self.warpgroups)
                 seen = self.events
                 self.time_out(running)
 
@@ -116,9 +116,7 @@ class Cluster:
     def check_limit(self) -> None:
         done = sum(w.instructions for w in self.warpgroups)
         if done > self.launch.instruction_limit:
-            limit = self.launch.instruction_limit
-            what = f"more than {limit} instructions in one cluster: an endless loop?"
-            raise Runaway(report.whereabouts(what, self.warpgroups))
+            raise report.runaway(self.warpgroups, self.launch.instruction_limit)
 
     @staticmethod
     def _computing(running) -> bool:

@@ -2,7 +2,8 @@
 
 A fragment is a set of lanes that share a pc.  A warpgroup starts as one fragment.  The runnable
 fragment with the lowest pc goes first, and fragments that meet at a pc merge.  Blocked ones are
-skipped, or spin loops would hang.  A `.sync.aligned` instruction holds a fragment until the
+skipped, or spin loops would hang, and one that runs on and on makes way for the others now and
+then, as they may be what it polls for.  A `.sync.aligned` instruction holds a fragment until the
 whole warp (for wgmma: warpgroup) has arrived, which copes with an elected lane blocking alone.
 
 A segment is a generated function (w, fr) -> next pc, or -1 when the fragment was blocked, split
@@ -19,11 +20,22 @@ from ..errors import Race
 
 RUNNING, WAITING, CONVERGING, AT_BARRIER = range(4)
 FAR = 1 << 30
+TURN = 5_000  # segments that a warpgroup runs at most before others get theirs
 _NEVER = bool  # bool() is False
 
 
 class Fragment:
-    __slots__ = ("pc", "mask", "state", "ready", "why", "timed_out", "barrier_pc", "moment")
+    __slots__ = (
+        "pc",
+        "mask",
+        "state",
+        "ready",
+        "why",
+        "timed_out",
+        "barrier_pc",
+        "moment",
+        "spent",
+    )
 
     def __init__(self, pc: int, mask: np.ndarray, moment=None):
         """moment: when it is, if the launch is profiled (profiling/clock.py)."""
@@ -33,6 +45,7 @@ class Fragment:
         self.why: Callable[[], str] = str
         self.timed_out = False
         self.barrier_pc = pc
+        self.spent = False  # has had its turn
         self.moment = moment
 
     def part(self, pc: int, mask: np.ndarray) -> Fragment:
@@ -72,13 +85,16 @@ class Fragment:
 
 
 def _next(fragments: list[Fragment]) -> Fragment | None:
-    """The runnable fragment with the lowest pc."""
+    """The runnable fragment with the lowest pc, of those that have not had their turn."""
     chosen = None
     for f in fragments:
         if f.state == WAITING and not f.awake():
             continue
-        if f.state == RUNNING and (chosen is None or f.pc < chosen.pc):
+        if f.state == RUNNING and (chosen is None or (f.spent, f.pc) < (chosen.spent, chosen.pc)):
             chosen = f
+    if chosen is not None and chosen.spent:
+        for f in fragments:
+            f.spent = False
     return chosen
 
 
@@ -98,7 +114,7 @@ def merge(fragments: list[Fragment], into: Fragment) -> int:
     return ahead
 
 
-def run(w, budget: int = 20_000) -> bool:
+def run(w, budget: int = TURN) -> bool:
     """Run a warpgroup until every fragment is blocked; True if anything executed."""
     ran = False
     while (fr := _next(w.fragments)) is not None:
@@ -106,6 +122,7 @@ def run(w, budget: int = 20_000) -> bool:
         ran = True
         budget = run_fragment(w, fr, ahead, budget)
         if budget <= 0:
+            fr.spent = True
             return True
     return ran
 
@@ -198,10 +215,13 @@ def leave(w, fr):
     """ret and exit.  Outstanding bulk stores are executed, not waited for."""
     for lane in w.lane_list(fr.mask) if w.groups_kept else ():
         w.bulk.commit(lane)
-        if w.bulk.drain(lane, 0) and w.races is not None:
+        operations = w.bulk.drain(lane, 0)
+        if operations and w.races is not None:
+            _, low, high, _ = operations[0].spans[0]
             raise Race(
                 f"thread {w.first_thread + lane} exits while its bulk store may still read shared "
-                "memory: no cp.async.bulk.wait_group"
+                f"memory {low:#x}..{high - 1:#x}: no cp.async.bulk.wait_group since "
+                f"{w.launch.lowered.place(operations[0].site)}"
             )
     w.live = w.live & ~fr.mask
     w.fragments.remove(fr)

@@ -11,7 +11,6 @@ import random
 
 import numpy as np
 
-from ..errors import Deadlock
 from . import report
 from .fragments import FAR, RUNNING, WAITING, Fragment, merge, run_fragment
 
@@ -63,7 +62,7 @@ class Interleaving:
             else:
                 stale = stale + 1 if cluster.events == seen else 0
                 if stale > STALE_ROUNDS:
-                    raise Deadlock(report.deadlock(self._running))
+                    raise report.deadlock(cluster.warpgroups)
                 seen = cluster.events
                 cluster.time_out(self._running)
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from ..errors import EmulatorError, KernelError
-from ..ptx import Instr
+import numpy as np
+
+from ..errors import Deadlock, EmulatorError, KernelError, Runaway
+from ..ptx import Instr, Kernel, Location
+from ..source import function_at
+from .fragments import RUNNING
+
+_LINES = 4  # of a loop that are named
 
 
 def place(instr: Instr | None) -> str:
-    """ "kernel.py:12 (PTX line 34: add.s32 ...)" """
+    """ "kernel.py:12 in store (PTX line 34: add.s32 ...)" """
     if instr is None:
         return "the end of the kernel"
     ptx = f"PTX line {instr.line}: {instr.text[:90]}"
-    return f"{instr.loc} ({ptx})" if instr.loc else ptx
+    return f"{_python(instr.loc)} ({ptx})" if instr.loc else ptx
+
+
+def _python(loc: Location) -> str:
+    function = function_at(*loc)
+    return f"{loc} in {function}" if function else str(loc)
 
 
 def _instruction(kernel, pc: int) -> Instr | None:
@@ -35,18 +46,56 @@ def located(error: Exception, w) -> EmulatorError:
     return found
 
 
-def deadlock(warpgroups) -> str:
-    return whereabouts("deadlock: every warp is blocked", warpgroups)
+def deadlock(warpgroups) -> Deadlock:
+    """Where each fragment is blocked, and which warps are gone."""
+    return Deadlock("\n".join(["deadlock: every warp is blocked", *_states(warpgroups)]))
 
 
-def whereabouts(what: str, warpgroups) -> str:
-    """What is wrong, and a line for each fragment that is still there."""
-    lines = [what]
+def runaway(warpgroups, limit: int) -> Runaway:
+    """Which loops the warps are in."""
+    lines = [f"more than {limit} instructions in one cluster: an endless loop?"]
+    error = Runaway("\n".join([*lines, *_states(warpgroups)]))
+    error.source = _source(warpgroups)
+    return error
+
+
+def _source(warpgroups) -> str:
+    """The first Python line of those that warps are running in."""
+    running = [(f.pc, w) for w in warpgroups for f in w.fragments if f.state == RUNNING]
+    pc, w = min(running, key=lambda x: x[0], default=(0, warpgroups[0]))
+    instr = _instruction(w.launch.kernel, pc)
+    return str(instr.loc) if running and instr is not None and instr.loc else ""
+
+
+def _states(warpgroups) -> list[str]:
+    """One line per fragment."""
+    lines = []
     for w in warpgroups:
+        kernel = w.launch.kernel
         for f in w.fragments:
-            instr = _instruction(w.launch.kernel, f.site)
+            where = place(_instruction(kernel, f.site))
             lines.append(
                 f"  CTA {w.cta.position} warps {w.warps(f.mask)} ({int(f.mask.sum())} "
-                f"lanes): {f.describe()} at {place(instr)}"
+                f"lanes): {f.describe()} at {where}{_loop(kernel, f.site)}"
             )
-    return "\n".join(lines)
+        if gone := w.warps(~w.live & (np.arange(w.lanes) < w.launch.threads - w.first_thread)):
+            lines.append(f"  CTA {w.cta.position} warps {gone}: lanes of them have left")
+    return lines
+
+
+def _loop(kernel: Kernel, pc: int) -> str:
+    """The Python lines of the innermost loop around pc."""
+    loops = (
+        (kernel.labels[i.args[0][1]], end)
+        for end, i in enumerate(kernel.code)
+        if i.parts[0] == "bra" and kernel.labels[i.args[0][1]] <= pc <= end
+    )
+    first, last = min(loops, key=lambda x: x[1] - x[0], default=(0, -1))
+    if last < first:
+        return ""
+    body = kernel.code[first : last + 1]
+    lines = list(dict.fromkeys(_python(i.loc) for i in body if i.loc))
+    text = ", ".join(lines[:_LINES]) + (", ..." if len(lines) > _LINES else "")
+    return f"\n    in the loop of PTX lines {body[0].line}..{body[-1].line}" + (
+        text and f": {text}"
+    )

@@ -11,10 +11,11 @@ NUM_BARRIERS = 16
 
 
 class _NamedBarrier:
-    __slots__ = ("arrived", "expected", "held", "clock")
+    __slots__ = ("arrived", "expected", "held", "clock", "warps")
 
     def __init__(self):
         self.arrived = 0  # threads
+        self.warps: list[int] = []  # that have arrived
         self.expected: int | None = None  # threads; None: all of the CTA
         self.held = []  # (fragment, warps as agents of the check "race") to release
         self.clock = None  # what it passes on (check "race")
@@ -84,6 +85,7 @@ def barrier(w, fr, number, count, arrive, pc, after):
     barriers, cta = w.cta.barriers, w.cta
     b = barriers.arrive(i, 32 * warps, expected)
     w.cluster.events += 1
+    b.warps += w.warps(fr.mask)
     agents = w.races.agents(w, fr.mask) if w.races is not None else []
     if agents:
         w.races.meet(agents)
@@ -92,7 +94,10 @@ def barrier(w, fr, number, count, arrive, pc, after):
         fr.hold_at_barrier(
             pc,
             after,
-            lambda: f"barrier {i}: {b.arrived} of {b.expected or cta.live} threads arrived",
+            lambda: (
+                f"barrier {i}: {b.arrived} of {b.expected or cta.live} threads arrived, those "
+                f"of warps {sorted(b.warps)}; {(b.expected or cta.live) - b.arrived} are missing"
+            ),
         )
         b.held.append((fr, agents))
     barriers.release(i, cta.live)

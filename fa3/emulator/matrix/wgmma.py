@@ -163,7 +163,7 @@ def issue(w, shape: Shape, a, b, accumulate):
     """wgmma.mma_async; a and b are rows with descriptors (a None: registers)."""
     if w.registers is not None:
         form = shape.n, shape.k, shape.types[0]
-        w.registers.issue(*shape.registers, form, w.launch.lowered)
+        w.registers.issue(*shape.registers, form, w.launch.lowered, shape.site)
     issued = Issued(
         shape,
         None if a is None else int(a[0]),

@@ -27,6 +27,7 @@ class MBarrier:
         "site",
         "waiting",
         "unfenced",
+        "arrived",
     )
 
     def __init__(self, count: int):
@@ -34,9 +35,11 @@ class MBarrier:
         self.tx = self.phase = 0
         # what the last completed phase passes on, and the current one so far (check "race")
         self.clock = self.arriving = None
-        self.unfenced: int | None = None  # thread whose initialisation no fence has published
+        # thread and pc of the initialisation, until a fence publishes it
+        self.unfenced: tuple[int, int] | None = None
         self.site: int | None = None  # pc of the last that expected bytes
         self.waiting: dict = {}  # fragment -> phase it waits for the end of, warpgroup, pc
+        self.arrived = [], []  # in the last phase and this one: (warpgroup, lanes)
 
     def settle(self) -> bool:
         """Complete the phase if nothing is outstanding."""
@@ -44,6 +47,7 @@ class MBarrier:
             self.phase += 1
             self.pending = self.count
             self.clock, self.arriving = self.arriving, None
+            self.arrived = self.arrived[1], []
             if self.waiting:
                 self._require_observed()
             return True
@@ -66,11 +70,29 @@ class MBarrier:
         """Whether a wait for a parity (or for the phase of a token) succeeds."""
         return (self.phase & 1) != (value & 1) if parity else self.phase > value
 
+    def arrive(self, w, lanes, count: int) -> None:
+        """Threads of a warpgroup arrive; the phase may be complete then."""
+        now = self.arrived[1]
+        if not now or now[-1][1] is not lanes:
+            now.append((w, lanes))
+        self.pending -= count
+        self.settle()
+
     def __str__(self):
         return (
             f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes "
-            "outstanding"
+            f"outstanding{_arrivals('in it', self.arrived[1])}"
+            f"{_arrivals('in the phase before', self.arrived[0])}"
         )
+
+
+def _arrivals(when: str, arrived: list) -> str:
+    """ "; arrived WHEN: warps [4, 5] of CTA (0, 0, 0)" """
+    warps: dict[tuple, set] = {}
+    for w, lanes in arrived:
+        warps.setdefault(w.cta.position, set()).update(w.warps(lanes))
+    text = ", ".join(f"warps {sorted(found)} of CTA {cta}" for cta, found in warps.items())
+    return text and f"; arrived {when}: {text}"
 
 
 def find(w, address: int) -> MBarrier:
@@ -89,7 +111,8 @@ def complete(w, address: int, nbytes: int, clock=None) -> None:
     if barrier.unfenced is not None and nbytes > 0:
         raise MissingProxyFence(
             f"the async proxy completes bytes at the mbarrier at {address & OFFSET:#x}, which "
-            f"thread {barrier.unfenced % 1024} initialised without a fence.mbarrier_init since"
+            f"thread {barrier.unfenced[0] % 1024} initialised without a fence.mbarrier_init since "
+            f"{w.launch.lowered.place(barrier.unfenced[1])}"
         )
     barrier.arriving = joined(barrier.arriving, clock)
     barrier.tx -= nbytes
@@ -115,7 +138,7 @@ def init(w, m, address, offset, count):
         memory.barriers[at] = barrier = MBarrier(n)
         threads = w.threads[w.lane_list(m)[:1]]
         if w.checks.proxy:
-            barrier.unfenced = int(threads[0])
+            barrier.unfenced = int(threads[0]), w.launch.lowered.pc_here()
         if w.races is not None:
             w.races.generic(memory, np.array([at]), 8, threads, writes=True)
         if memory.written is not None:
@@ -126,7 +149,7 @@ def publish(w, m):
     """fence.mbarrier_init and fence.proxy.async: the async proxy sees what a thread initialised."""
     threads = w.threads[w.lane_list(m)]
     for barrier in w.cta.smem.barriers.values():
-        if barrier.unfenced is not None and barrier.unfenced in threads:
+        if barrier.unfenced is not None and barrier.unfenced[0] in threads:
             barrier.unfenced = None
 
 
@@ -158,7 +181,7 @@ def arrive(w, m, row, address, offset, x, expect):
     """mbarrier.arrive [.expect_tx]: x is the arrival count, or with `expect` the bytes."""
     addresses = _addresses(w, m, address, offset)
     values = w.active(x, m).tolist() if x is not None else [1] * len(addresses)
-    tokens = []
+    tokens, lanes = [], w.live if m is None else m
     pass_on(w, m, address, offset)
     for at, value in zip(addresses, values, strict=True):
         barrier = find(w, at)
@@ -170,10 +193,9 @@ def arrive(w, m, row, address, offset, x, expect):
         if arrivals > barrier.pending:
             raise BarrierMisuse(
                 f"mbarrier at {at & OFFSET:#x}: more arrivals than its count of "
-                f"{barrier.count} in one phase"
+                f"{barrier.count} in one phase ({barrier})"
             )
-        barrier.pending -= arrivals
-        barrier.settle()
+        barrier.arrive(w, lanes, arrivals)
     w.cluster.events += 1
     if row is not None:
         row[slice(None) if m is None else m] = np.array(tokens, np.uint64)

@@ -72,7 +72,9 @@ class SharedMemory:
             self.generic.record(addresses, nbytes, threads)
         if w.checks.mbarrier and self.barriers:
             if hit := self.barriers.keys() & set((addresses & ~7).ravel().tolist()):
-                raise BarrierMisuse(f"ordinary store over the mbarrier at {min(hit):#x}")
+                raise BarrierMisuse(
+                    f"ordinary store over the mbarrier at {min(hit):#x} ({self.barriers[min(hit)]})"
+                )
 
     def async_write(self, words) -> None:
         """Note that the async proxy wrote these 4-byte words."""
