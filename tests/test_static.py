@@ -30,9 +30,12 @@ def inspected(signature: Signature) -> cli.Inspection:
     return cli.inspect(signature)
 
 
-@pytest.fixture(params=VARIANTS, ids=name_of)
+@pytest.fixture(params=VARIANTS, ids=name_of, scope="module")
 def inspection(request, device) -> cli.Inspection:
-    """`device` installs the emulator first, so that the accuracy tests share what is compiled."""
+    """A variant at a time: disassembling takes longest, and each worker keeps what it read.
+
+    `device` installs the emulator first, so that the accuracy tests share what is compiled.
+    """
     return inspected(request.param)
 
 
