@@ -49,7 +49,8 @@ def device() -> torch.device:
     from fa3 import emulator
 
     emulator.install()
-    emulator.configure(checks=emulator.ALL_CHECKS)
+    # several tests run at once, if any: the cores are busy
+    emulator.configure(checks=emulator.ALL_CHECKS, processes=1)
     return torch.device("cpu")
 
 

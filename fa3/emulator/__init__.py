@@ -54,7 +54,8 @@ __all__ = [
 # fmt: on
 
 launches: list[dict] = []
-"""One dict per launch: kernel, grid, block, cluster, smem, seconds, instructions, segments."""
+"""One dict per launch: kernel, grid, block, cluster, smem, seconds, instructions, segments, and
+processes, with the reason (serial) where it is one."""
 
 _device = None
 _arch = None

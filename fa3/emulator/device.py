@@ -200,6 +200,7 @@ class Device:
             chosen.timing(),
             chosen.accumulator,
             chosen.profile,
+            chosen.processes,
         )
         statistics = grid.run()
         self.launches.append(

@@ -14,29 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import Race
-
-
-class Window(NamedTuple):
-    """Bytes of a region: elements of `width` bytes in a strided box; all in bytes but the shape."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    width: int
-
-    def of(self, cells: np.ndarray) -> np.ndarray:
-        es = cells.itemsize
-        strides = tuple(x * es for x in (*self.strides, 1))
-        return np.ndarray((*self.shape, self.width), cells.dtype, cells, self.offset * es, strides)
-
-
-class Indices(NamedTuple):
-    """Single bytes of a region."""
-
-    at: np.ndarray
-
-    def of(self, cells: np.ndarray) -> np.ndarray:
-        return cells[self.at]
+from .memory.places import Access, Place
 
 
 class Event(NamedTuple):
@@ -80,32 +58,35 @@ class GlobalRaces:
             _join(told, knows)
             told[me] = self._epochs[me]
 
-    def access(self, w, region, where, writes: bool, site: int | None = None) -> None:
-        """A plain access to bytes of a region."""
-        number = self._event(w, site)
-        shadow = self._shadows.get(region.start)
+    def access(self, w, region, where: Place, writes: bool, site: int | None = None) -> None:
+        """A plain access to bytes of a region, by the instruction at site or the one that runs."""
+        pc = self._lowered.pc_here() if site is None else site
+        self.note(w.cluster.number, Access(region.start, len(region.bytes), where, writes, pc))
+
+    def note(self, cluster: int, access: Access) -> None:
+        start, nbytes, where, writes, pc = access
+        number = self._event(cluster, pc)
+        shadow = self._shadows.get(start)
         if not writes and shadow is None:
-            self._reads.setdefault(region.start, []).append((where, number))
+            self._reads.setdefault(start, []).append((where, number))
             return
         if shadow is None:
-            shadow = self._shadows[region.start] = _Shadow(region.end - region.start)
-            for earlier, its_number in self._reads.pop(region.start, ()):
-                _mark(shadow.reads, earlier, its_number)
-        self._require(where.of(shadow.writes), number, region, "writes" if writes else "reads")
+            shadow = self._shadows[start] = _Shadow(nbytes)
+            for earlier, its_number in self._reads.pop(start, ()):
+                earlier.put(shadow.reads, its_number)
+        self._require(where.of(shadow.writes), number, start, "writes" if writes else "reads")
         if writes:
-            self._require(where.of(shadow.reads), number, region, "writes")
-        _mark(shadow.writes if writes else shadow.reads, where, number)
+            self._require(where.of(shadow.reads), number, start, "writes")
+        where.put(shadow.writes if writes else shadow.reads, number)
 
-    def _event(self, w, site: int | None) -> int:
-        pc = self._lowered.pc_here() if site is None else site
-        me = w.cluster.number
+    def _event(self, me: int, pc: int) -> int:
         key = me, self._epochs.get(me, 0), pc
         if key not in self._numbers:
             self._numbers[key] = len(self._events)
             self._events.append(Event(*key[:2], self._lowered.place(pc)))
         return self._numbers[key]
 
-    def _require(self, numbers, mine: int, region, does: str) -> None:
+    def _require(self, numbers, mine: int, start: int, does: str) -> None:
         if not numbers.any():
             return
         me = self._events[mine].cluster
@@ -116,27 +97,11 @@ class GlobalRaces:
             if self._knows.get(me, {}).get(other.cluster, 0) <= other.epoch:
                 raise Race(
                     f"cluster {me} of the grid {does} global memory of the tensor at "
-                    f"{region.start:#x} that cluster {other.cluster} accesses at {other.place}, "
+                    f"{start:#x} that cluster {other.cluster} accesses at {other.place}, "
                     "one of them writing: no atomic leads from one to the other"
                 )
-
-
-def _mark(cells: np.ndarray, where, number: int) -> None:
-    if isinstance(where, Indices):
-        cells[where.at] = number
-    else:
-        where.of(cells)[...] = number
 
 
 def _join(into: dict[int, int], other: dict[int, int]) -> None:
     for key, value in other.items():
         into[key] = max(into.get(key, 0), value)
-
-
-def indices(offsets, nbytes: int) -> Indices:
-    """nbytes from each of these offsets into a region."""
-    return Indices((np.asarray(offsets)[:, None] + np.arange(nbytes)).ravel())
-
-
-def span(offset: int, nbytes: int) -> Window:
-    return Window(offset, (nbytes,), (1,), 1)

@@ -77,6 +77,9 @@ class Options:
     """How wgmma adds, see ACCUMULATORS."""
     profile: Profile | None = None
     """Gets counters and a timeline of each launch; needs the eager schedule."""
+    processes: int | None = None
+    """Over how many processes a launch may spread its clusters (execution/processes.py).  None: as
+    many as there are cores, where that pays."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 
@@ -90,6 +93,8 @@ class Options:
             )
         if self.sms < 1:
             raise ValueError(f"sms must be at least 1, not {self.sms}")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"processes must be at least 1, not {self.processes}")
         if self.timing().kind != "eager" and self.profile is not None:
             raise ValueError(
                 f'a profile needs schedule="eager", not {self.timing().kind!r} (which the check '

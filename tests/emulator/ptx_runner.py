@@ -20,7 +20,7 @@ HEADER = """.version 9.0
 """
 
 
-def launch(
+def prepared(
     body,
     array,
     threads=128,
@@ -32,8 +32,8 @@ def launch(
     limit=100_000,
     profile=None,
     **options,
-):
-    """Run one kernel whose parameter is the address of array; %rd0 holds it, %r0 is %tid.x.
+) -> Launch:
+    """A launch of a kernel; %rd0 holds its parameter, the address of array, and %r0 is %tid.x.
 
     options: further fields of Launch.
     """
@@ -54,7 +54,12 @@ def launch(
         limit,
         record=profile,
         **options,
-    ).run()
+    )
+
+
+def launch(body, array, threads=128, **options) -> dict:
+    """Run what prepared() makes of the same arguments; returns the statistics."""
+    return prepared(body, array, threads, **options).run()
 
 
 def lanes(instructions, result="%r9", inputs=(), threads=128, size=4):

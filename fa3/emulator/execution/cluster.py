@@ -47,6 +47,13 @@ class Cluster:
             )
         return self.ctas[number - 1].smem
 
+    def counts(self) -> dict[str, int]:
+        """What it adds to the statistics of its launch."""
+        return {
+            "instructions": sum(w.instructions for w in self.warpgroups),
+            "segments": sum(w.segments for w in self.warpgroups),
+        }
+
     def issue(self, operation: Operation, waited_for: bool) -> None:
         """Complete an operation now or, as the schedule says, later.
 

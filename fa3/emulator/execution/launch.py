@@ -1,4 +1,4 @@
-"""One launch: the grid cut into clusters, which run one after another."""
+"""One launch: the grid cut into clusters, which run one after another (but see processes.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from ..errors import KernelError
 from ..global_races import GlobalRaces
 from ..lowering import Form, lower
 from ..memory.regions import GlobalMemory
+from ..numerics import blas
 from ..profiling import Profile
 from ..ptx import Kernel
 from ..settings import Schedule
+from . import processes
 from .cluster import Cluster
 
 MAX_SMEM = 232_448  # bytes a CTA may have on compute capability 9.0
@@ -37,6 +39,7 @@ class Launch:
     schedule: Schedule | None = None  # None: late if that check is on, else eager
     accumulator: str = "fp32"
     record: Profile | None = None  # gets the profile of the launch
+    processes: int | None = 1  # None: as many as pay
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]
@@ -56,7 +59,7 @@ class Launch:
             profiled=self.profile is not None,
         )
         self.lowered = lower(self.kernel, form)
-        self.races = GlobalRaces(self) if self.checks.across else None
+        self.observe(GlobalRaces(self) if self.checks.across else None)
 
     def _validate(self) -> None:
         if any(d % c for d, c in zip(self.grid, self.cluster, strict=True)):
@@ -76,18 +79,24 @@ class Launch:
         self.events += 1
         return self.events
 
+    def observe(self, observer, reads: bool = True) -> None:
+        """Tell an observer (memory/places.py) of accesses to global memory, or of writes alone."""
+        self.read_observer = observer if reads else None
+        self.write_observer = observer
+
     def run(self) -> dict:
         """Run every CTA; returns statistics."""
-        instructions = segments = 0
-        with np.errstate(all="ignore"):
-            for number, positions in enumerate(self._clusters()):
-                cluster = Cluster(self, positions, number)
-                cluster.run()
-                instructions += sum(w.instructions for w in cluster.warpgroups)
-                segments += sum(w.segments for w in cluster.warpgroups)
+        with np.errstate(all="ignore"), blas.one_thread():
+            statistics = processes.run(self, list(self._clusters()))
         if self.profile is not None:
             self.profile.finish()
-        return {"instructions": instructions, "segments": segments}
+        return statistics
+
+    def run_cluster(self, number: int, positions: list[Dim3]) -> dict[str, int]:
+        """The CTAs at these positions; returns what it adds to the statistics."""
+        cluster = Cluster(self, positions, number)
+        cluster.run()
+        return cluster.counts()
 
     def _clusters(self):
         """The CTA positions of each cluster, x fastest."""

@@ -22,6 +22,14 @@ def _space(i) -> str:
     return "generic"
 
 
+def communicates(i) -> bool:
+    """Whether CTAs may tell each other something by it: atomics, and what counts as one."""
+    kind, shared = i.parts[0], any(part.startswith("shared") for part in i.parts)
+    if kind == "cp":
+        return "reduce" in i.parts
+    return (kind in ("atom", "red") or kind in ("ld", "st") and _is_strong(i)) and not shared
+
+
 def _is_strong(i) -> bool:
     return not _STRONG.isdisjoint(i.parts)
 

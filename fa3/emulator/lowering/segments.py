@@ -115,6 +115,13 @@ class Lowered:
             frame = frame.f_back
         return 0
 
+    def keys(self) -> set[tuple[int, bool]]:
+        """(pc, whether for all lanes) of each segment so far."""
+        return {(pc, True) for pc in self.whole} | {(pc, False) for pc in self.masked}
+
+    def segment(self, pc: int, whole: bool) -> Segment:
+        return (self.whole if whole else self.masked).get(pc) or self.build(pc, whole)
+
     def build(self, pc: int, whole: bool) -> Segment:
         body, end = self._body(pc, whole)
         segment = self._compile(pc, whole, body, max(1, end - pc))

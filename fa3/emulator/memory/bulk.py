@@ -11,9 +11,9 @@ from functools import partial
 import numpy as np
 
 from ..errors import Misaligned, OutOfBounds, Unsupported
-from ..global_races import span
 from . import mbarrier, tensormap
 from .operations import Operation
+from .places import span
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
 
 _CHUNK = 16  # bytes; swizzles permute chunks
@@ -109,10 +109,10 @@ def _raced(w, mask, kind: str, what: str, spans, site: int | None):
 
 
 def _tensor_load(w, site, box, coords, dst, barrier, multicast, clock):
-    seen = [] if w.launch.races is not None else None
+    seen = [] if w.launch.read_observer is not None else None
     raw = box.read(coords, seen)
     for place in seen or ():
-        w.launch.races.access(w, *place, writes=False, site=site)
+        w.launch.read_observer.access(w, *place, writes=False, site=site)
     for memory, at, bar in destinations(w, dst, barrier, multicast):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
@@ -140,10 +140,10 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
 
 def _tensor_store(w, site, box, coords, at, reduction):
     raw = _collect(w.cta.smem, at, box.box_bytes, box.swizzle, "TMA store")
-    seen = [] if w.launch.races is not None else None
+    seen = [] if w.launch.write_observer is not None else None
     box.write(coords, raw, reduction, seen)
     for place in seen or ():
-        w.launch.races.access(w, *place, writes=True, site=site)
+        w.launch.write_observer.access(w, *place, writes=True, site=site)
     w.cluster.events += 1
 
 
@@ -181,9 +181,9 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
 def _load(w, site, dst, src, nbytes, barrier, multicast, clock):
     region = w.memory.find(src, src + nbytes, "bulk read")
     raw = region.bytes[src - region.start : src - region.start + nbytes].copy()
-    if w.launch.races is not None:
+    if w.launch.read_observer is not None:
         window = span(src - region.start, nbytes)
-        w.launch.races.access(w, region, window, writes=False, site=site)
+        w.launch.read_observer.access(w, region, window, writes=False, site=site)
     for memory, at, bar in destinations(w, dst, barrier, multicast):
         _deliver(memory, at, raw, 0)
         mbarrier.complete(w, bar, nbytes, clock)
@@ -219,9 +219,9 @@ def _store(w, site, dst, at, nbytes, reduction):
     out = region.bytes[dst - region.start : dst - region.start + nbytes]
     w.cluster.events += 1
     if reduction is None:
-        if w.launch.races is not None:
+        if w.launch.write_observer is not None:
             window = span(dst - region.start, nbytes)
-            w.launch.races.access(w, region, window, writes=True, site=site)
+            w.launch.write_observer.access(w, region, window, writes=True, site=site)
         out[:] = raw
         return
     op, kind = reduction

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from .. import global_races
 from ..numerics.formats import rows
 from . import mbarrier, shared
 from .groups import Groups
 from .operations import Operation
+from .places import Indices, indices
 
 
 def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
@@ -22,7 +22,7 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
     if m is not None and not m.any():
         return
     if not w.groups_kept:
-        return _copy(w, m, size, dst, dst_offset, src, src_offset, src_size)
+        return _copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size)
     dst, src, src_size = (
         None if x is None else rows(x, w.lanes).copy() for x in (dst, src, src_size)
     )
@@ -31,7 +31,7 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
         own = np.zeros_like(mask)
         own[warp] = mask[warp]
         lanes = own.reshape(-1)
-        work = partial(_copy, w, lanes, size, dst, dst_offset, src, src_offset, src_size)
+        work = partial(_copy, w, lanes, site, size, dst, dst_offset, src, src_offset, src_size)
         a = w.active(dst, lanes).astype(np.int64) + dst_offset
         span = (w.cta.smem, int(a.min()), int(a.max()) + size, True)
         clock = None
@@ -45,7 +45,7 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
         w.cluster.issue(operation, waited_for=True)
 
 
-def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
+def _copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
     memory, a = shared.locate(w, m, dst, dst_offset, size)
     g = w.active(src, m).astype(np.int64) + src_offset
     n = (
@@ -58,13 +58,14 @@ def _copy(w, m, size, dst, dst_offset, src, src_offset, src_size):
     some = n > 0
     if some.any():
         out[some] = _read(w, g[some], n[some], size)
-        if w.launch.races is not None:
+        if w.launch.read_observer is not None:
             region = w.memory.find(int(g[some].min()), int((g[some] + n[some]).max()))
             at = [
-                global_races.indices([s - region.start], k).at
+                indices([s - region.start], k).at
                 for s, k in zip(g[some].tolist(), n[some].tolist(), strict=True)
             ]
-            w.launch.races.access(w, region, global_races.Indices(np.concatenate(at)), writes=False)
+            where = Indices(np.concatenate(at))
+            w.launch.read_observer.access(w, region, where, writes=False, site=site)
     memory.raw[: len(memory.raw) // size * size].reshape(-1, size)[a // size] = out
 
 

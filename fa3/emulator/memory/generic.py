@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import global_races
 from ..errors import Misaligned, OutOfBounds
-from . import shared
+from . import places, shared
 
 GLOBAL, SHARED, PARAMETERS = range(3)
 WINDOW_SHIFT = 56
@@ -65,8 +64,8 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
         index = (w.active(address & _OFFSET, m).astype(np.int64) + offset) // es
     else:
         array, index = locate(w, m, dtype, address, offset, es * len(rows), "read")
-        if w.launch.races is not None:
-            _across(w, m, address, offset, es * len(rows), strong, False)
+        if w.launch.read_observer is not None:
+            _observe(w, m, address, offset, es * len(rows), strong, False)
     lanes = slice(None) if m is None else m
     for i, row in enumerate(rows):
         if row is None:
@@ -78,16 +77,17 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
             row[lanes] = np.array([x[j] for x, j in found], dtype)
 
 
-def _across(w, m, address, offset, nbytes: int, strong: bool, writes: bool) -> None:
-    """Check "global": an access of the active lanes."""
+def _observe(w, m, address, offset, nbytes: int, strong: bool, writes: bool) -> None:
+    """Tell of an access of the active lanes to global memory."""
+    observer = w.launch.write_observer if writes else w.launch.read_observer
     a = w.active(address, m).astype(np.int64) + offset
     if strong:
-        return w.launch.races.synchronise(w, a)
+        return observer.synchronise(w, a)
     while len(a):  # usually all lie in one region
         region = w.memory.find(int(a[0]), int(a[0]) + nbytes)
         here = (a >= region.start) & (a < region.end)
-        where = global_races.indices(a[here] - region.start, nbytes)
-        w.launch.races.access(w, region, where, writes)
+        where = places.indices(a[here] - region.start, nbytes)
+        observer.access(w, region, where, writes)
         a = a[~here]
 
 
@@ -99,8 +99,8 @@ def store(w, m, dtype, rows, address, offset, strong: bool = False):
         return shared.store(w, m, dtype, rows, shared_offset(address), offset)
     es = np.dtype(dtype).itemsize
     array, index = locate(w, m, dtype, address, offset, es * len(rows), "write")
-    if w.launch.races is not None:
-        _across(w, m, address, offset, es * len(rows), strong, True)
+    if w.launch.write_observer is not None:
+        _observe(w, m, address, offset, es * len(rows), strong, True)
     w.cluster.events += 1
     for i, row in enumerate(rows):
         values = w.active(row, m)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import KernelError, OutOfBounds, Unsupported
-from ..global_races import Window
 from ..numerics.formats import bf16_to_f32, f32_to_bf16
 from ..numerics.reductions import REDUCTIONS
 from .generic import PARAMETERS, WINDOW_SHIFT
+from .places import Window
 from .shared import OFFSET
 
 BYTES = 128

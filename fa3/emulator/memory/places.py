@@ -1,0 +1,64 @@
+"""Where in global memory an access lies, for those who observe accesses.
+
+An observer has
+    access(w, region, where, writes, site=None)    a plain access; site: pc of its instruction
+    synchronise(w, addresses)                      an atomic, or an access that counts as one
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Window(NamedTuple):
+    """Bytes of a region: elements of `width` bytes in a strided box; all in bytes but the shape."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    width: int
+
+    def of(self, cells: np.ndarray) -> np.ndarray:
+        """The cells, one per byte of the region, that belong to these bytes."""
+        es = cells.itemsize
+        strides = tuple(x * es for x in (*self.strides, 1))
+        return np.ndarray((*self.shape, self.width), cells.dtype, cells, self.offset * es, strides)
+
+    def put(self, cells: np.ndarray, values) -> None:
+        self.of(cells)[...] = values
+
+
+class Indices(NamedTuple):
+    """Single bytes of a region."""
+
+    at: np.ndarray
+
+    def of(self, cells: np.ndarray) -> np.ndarray:
+        return cells[self.at]
+
+    def put(self, cells: np.ndarray, values) -> None:
+        cells[self.at] = values
+
+
+Place = Window | Indices
+
+
+class Access(NamedTuple):
+    """A plain access of the instruction at pc, to a region of global memory."""
+
+    start: int  # of the region: address
+    nbytes: int  # of the region
+    where: Place
+    writes: bool
+    pc: int
+
+
+def indices(offsets, nbytes: int) -> Indices:
+    """nbytes from each of these offsets into a region."""
+    return Indices((np.asarray(offsets)[:, None] + np.arange(nbytes)).ravel())
+
+
+def span(offset: int, nbytes: int) -> Window:
+    return Window(offset, (nbytes,), (1,), 1)
