@@ -16,6 +16,12 @@ FORMS = (
     "fma.rn.f32 {d}, {a}, {b}, {c};",
     "max.f32 {d}, {a}, {b};",
     "ex2.approx.ftz.f32 {d}, {a};",
+    "add.ftz.f32 {d}, {a}, {b};",
+    "mul.rn.ftz.f32 {d}, {a}, 0f00800000;",
+    "fma.rn.ftz.f32 {d}, {a}, {b}, {c};",
+    "min.ftz.f32 {d}, {a}, {b};",
+    "setp.lt.ftz.f32 {p}, {a}, {b};",
+    "mul.f32 {d}, {a}, 0f00800000;",
     "mul.f32 {d}, {a}, 0f3F000000;",
     "mul.f32 {d}, {a}, 0fBE800000;",
     "cvt.rn.bf16x2.f32 {d}, {a}, {b};",
@@ -75,7 +81,7 @@ def test_an_interleaved_softmax_becomes_a_few_operations():
     )
     joined = [line for line in lines_of(body) if line.startswith("w.floats")]
     assert joined == [
-        "w.floats[10:41:2]=(w.floats[10:41:2].astype(f8)*w.floats[1]+w.floats[2]).astype(f4)",
+        "w.floats[10:41:2]=fma(w.floats[10:41:2],w.floats[1],w.floats[2])",
         "w.floats[11:42:2]=flush(exp2(w.floats[10:41:2]))",
     ]
 

@@ -210,16 +210,44 @@ EXACT = {
     ),
     "cvt.rmi.f32.f32 %r9, %r1;": lambda x, y: float(np.floor(x)),
 }
+# of each approximation: model, operands, and the bound on its error that the manual states
+ULP, RELATIVE, ABSOLUTE = "ulp", "relative", "absolute"
+TINY, HUGE = 2.0**-126, 2.0**126
+EVERYWHERE = TINY * 2.0**-10, 2.0**127
 APPROXIMATE = {
-    "div.full.f32 %r9, %r1, %r2;": lambda x, y: x * inverse(y),
-    "rcp.approx.ftz.f32 %r9, %r1;": lambda x, y: inverse(x),
-    "sqrt.approx.f32 %r9, %r1;": lambda x, y: math.sqrt(x) if x >= 0 else math.nan,
-    "rsqrt.approx.f32 %r9, %r1;": lambda x, y: inverse(math.sqrt(x)) if x >= 0 else math.nan,
-    "lg2.approx.f32 %r9, %r1;": lambda x, y: log2(x),
-    "ex2.approx.f32 %r9, %r1;": lambda x, y: 2.0**x if x < 128 or x != x else math.inf,
-    "tanh.approx.f32 %r9, %r1;": lambda x, y: math.tanh(x),
-    "sin.approx.f32 %r9, %r2;": lambda x, y: math.sin(y) if math.isfinite(y) else math.nan,
-    "cos.approx.f32 %r9, %r2;": lambda x, y: math.cos(y) if math.isfinite(y) else math.nan,
+    "div.full.f32 %r9, %r1, %r2;": (lambda x, y: x / y, (2.0**-60, 2.0**60), ULP, 2),
+    "div.approx.f32 %r9, %r1, %r2;": (lambda x, y: x / y, (2.0**-60, 2.0**60), ULP, 2),
+    "rcp.approx.f32 %r9, %r1;": (lambda x, y: 1 / x, (TINY, HUGE), ULP, 1),
+    "rcp.approx.ftz.f32 %r9, %r1;": (lambda x, y: 1 / x, (TINY, HUGE), ULP, 1),
+    "sqrt.approx.f32 %r9, %r1;": (lambda x, y: math.sqrt(x), EVERYWHERE, RELATIVE, 2**-23),
+    "rsqrt.approx.f32 %r9, %r1;": (
+        lambda x, y: 1 / math.sqrt(x),
+        EVERYWHERE,
+        RELATIVE,
+        2**-22.9,
+    ),
+    "lg2.approx.f32 %r9, %r1;": (lambda x, y: math.log2(x), (0.5, 2), ABSOLUTE, 2**-22),
+    "lg2.approx.ftz.f32 %r9, %r1;": (lambda x, y: math.log2(x), (2, HUGE), RELATIVE, 2**-22),
+    "ex2.approx.f32 %r9, %r1;": (lambda x, y: 2.0**x, (2.0**-20, 127), ULP, 2),
+    "neg.f32 %r1, %r1; ex2.approx.ftz.f32 %r9, %r1;": (
+        lambda x, y: 2.0**-x,
+        (2.0**-20, 125),
+        ULP,
+        2,
+    ),
+    "tanh.approx.f32 %r9, %r1;": (lambda x, y: math.tanh(x), EVERYWHERE, RELATIVE, 2**-11),
+    "sin.approx.f32 %r9, %r1;": (
+        lambda x, y: math.sin(x),
+        (2.0**-20, 2 * math.pi),
+        ABSOLUTE,
+        2**-20.5,
+    ),
+    "cos.approx.ftz.f32 %r9, %r1;": (
+        lambda x, y: math.cos(x),
+        (2.0**-20, 2 * math.pi),
+        ABSOLUTE,
+        2**-20.5,
+    ),
 }
 BITS = {
     "cvt.rni.s32.f32 %r9, %r1;": rounded(round),
@@ -253,11 +281,115 @@ def test_floats(code):
 
 
 @pytest.mark.parametrize("code", APPROXIMATE)
-def test_approximations(code):
-    found = lanes(code, inputs=(F, G)).view(np.float32)
-    expected = pairs(APPROXIMATE[code])
-    with np.errstate(all="ignore"):
-        np.testing.assert_allclose(found, expected.astype(np.float32), rtol=2**-21, atol=1e-6)
+def test_approximations_stay_within_the_error_of_the_manual(code):
+    model, (low, high), measure, bound = APPROXIMATE[code]
+    x = 2.0 ** RNG.uniform(math.log2(low), math.log2(high), 128)
+    x, y = x.astype(np.float32), (2.0 ** RNG.uniform(-60, 60, 128)).astype(np.float32)
+    found = lanes(code, inputs=(x, y)).view(np.float32).astype(float)
+    expected = np.array([model(*v) for v in zip(x.tolist(), y.tolist(), strict=True)])
+    error = np.abs(found - expected)
+    if measure == ULP:
+        error /= np.spacing(np.abs(expected).astype(np.float32))
+    elif measure == RELATIVE:
+        error /= np.abs(expected)
+    assert error.max() <= bound
+
+
+# of the special values of the tables of the manual, in this order
+CORNERS = np.array([-math.inf, -1.5, -0.0, 0.0, math.inf, math.nan], np.float32)
+NAN, INF = math.nan, math.inf
+AT_CORNERS = {
+    "rcp.approx.f32 %r9, %r1;": [-0.0, -1 / 1.5, -INF, INF, 0.0, NAN],
+    "sqrt.approx.f32 %r9, %r1;": [NAN, NAN, -0.0, 0.0, INF, NAN],
+    "rsqrt.approx.f32 %r9, %r1;": [NAN, NAN, -INF, INF, 0.0, NAN],
+    "lg2.approx.f32 %r9, %r1;": [NAN, NAN, -INF, -INF, INF, NAN],
+    "ex2.approx.f32 %r9, %r1;": [0.0, 2**-1.5, 1.0, 1.0, INF, NAN],
+    "tanh.approx.f32 %r9, %r1;": [-1.0, math.tanh(-1.5), -0.0, 0.0, 1.0, NAN],
+    "sin.approx.f32 %r9, %r1;": [NAN, math.sin(-1.5), -0.0, 0.0, NAN, NAN],
+    "cos.approx.f32 %r9, %r1;": [NAN, math.cos(-1.5), 1.0, 1.0, NAN, NAN],
+}
+
+
+@pytest.mark.parametrize("code", AT_CORNERS)
+def test_approximations_of_special_values(code):
+    found = lanes(code, inputs=(CORNERS,)).view(np.float32)[: len(CORNERS)]
+    np.testing.assert_allclose(found, AT_CORNERS[code], rtol=2**-22)
+    expected = np.array(AT_CORNERS[code])
+    assert (np.signbit(found) == np.signbit(expected))[~np.isnan(expected)].all()
+
+
+SMALL = np.float32(2.0**-127)  # subnormal
+LEAST = np.float32(2.0**-126)  # normal
+# with .ftz: %r1, %r2, and what an instruction makes of them, the signs of zeros included
+FLUSHED = [
+    ("add.ftz.f32 %r9, %r1, %r2;", -SMALL, SMALL, 0.0),
+    ("add.ftz.f32 %r9, %r1, %r2;", -SMALL, -0.0, -0.0),
+    ("add.rn.ftz.f32 %r9, %r1, %r2;", LEAST, -1.5 * LEAST, -0.0),
+    ("add.f32 %r9, %r1, %r2;", LEAST, -1.5 * LEAST, -SMALL),
+    ("sub.ftz.f32 %r9, %r1, %r2;", LEAST, SMALL, LEAST),
+    ("mul.ftz.f32 %r9, %r1, %r2;", LEAST, -0.5, -0.0),
+    ("mul.ftz.f32 %r9, %r1, %r2;", SMALL, -4.0, -0.0),
+    ("mul.ftz.sat.f32 %r9, %r1, %r2;", SMALL, 4.0, 0.0),
+    ("fma.rn.ftz.f32 %r9, %r1, %r2, %r1;", SMALL, 8.0, 0.0),
+    ("fma.rn.ftz.f32 %r9, %r1, %r2, %r2;", -0.25, LEAST, 0.0),
+    ("fma.rn.f32 %r9, %r1, %r2, %r2;", -0.5, LEAST, SMALL),
+    ("fma.rn.sat.f32 %r9, %r1, %r2, %r2;", 4.0, 2.0, 1.0),
+    ("mad.rn.ftz.f32 %r9, %r1, %r2, %r1;", -SMALL, 8.0, -0.0),
+    ("div.rn.ftz.f32 %r9, %r1, %r2;", -LEAST, 2.0, -0.0),
+    ("div.full.ftz.f32 %r9, %r1, %r2;", 1.0, -SMALL, -INF),
+    ("abs.ftz.f32 %r9, %r1;", -SMALL, 0.0, 0.0),
+    ("neg.ftz.f32 %r9, %r1;", SMALL, 0.0, -0.0),
+    ("neg.f32 %r9, %r1;", SMALL, 0.0, -SMALL),
+    ("min.ftz.f32 %r9, %r1, %r2;", SMALL, 1.0, 0.0),
+    ("max.ftz.f32 %r9, %r1, %r2;", -SMALL, -1.0, -0.0),
+    ("max.NaN.ftz.f32 %r9, %r1, %r2;", -SMALL, -1.0, -0.0),
+    ("rcp.approx.ftz.f32 %r9, %r1;", -SMALL, 0.0, -INF),
+    ("rcp.approx.ftz.f32 %r9, %r1;", -(2.0**127), 0.0, -0.0),
+    ("rcp.approx.f32 %r9, %r1;", 2.0**127, 0.0, SMALL),
+    ("rcp.rn.ftz.f32 %r9, %r1;", SMALL, 0.0, INF),
+    ("sqrt.approx.ftz.f32 %r9, %r1;", -SMALL, 0.0, -0.0),
+    ("sqrt.rn.ftz.f32 %r9, %r1;", SMALL, 0.0, 0.0),
+    ("rsqrt.approx.ftz.f32 %r9, %r1;", -SMALL, 0.0, -INF),
+    ("lg2.approx.ftz.f32 %r9, %r1;", SMALL, 0.0, -INF),
+    ("lg2.approx.f32 %r9, %r1;", SMALL, 0.0, -127.0),
+    ("ex2.approx.ftz.f32 %r9, %r1;", -127.0, 0.0, 0.0),
+    ("ex2.approx.f32 %r9, %r1;", -127.0, 0.0, SMALL),
+    ("ex2.approx.ftz.f32 %r9, %r1;", -SMALL, 0.0, 1.0),
+    ("sin.approx.ftz.f32 %r9, %r1;", -SMALL, 0.0, -0.0),
+    ("cos.approx.ftz.f32 %r9, %r1;", SMALL, 0.0, 1.0),
+    ("tanh.approx.f32 %r9, %r1;", SMALL, 0.0, SMALL),
+    ("setp.gt.ftz.f32 %p1, %r1, %r2; selp.f32 %r9, 0f3F800000, %r2, %p1;", SMALL, 0.0, 0.0),
+    ("setp.ne.ftz.f32 %p1|%p2, %r1, %r2; selp.f32 %r9, %r1, %r2, %p2;", SMALL, -SMALL, SMALL),
+    ("set.lt.ftz.f32.f32 %r9, %r2, %r1;", SMALL, 0.0, 0.0),
+    ("slct.ftz.f32.f32 %r9, %r2, 0f00000000, %r1;", -SMALL, 5.0, 5.0),
+    ("cvt.ftz.f32.f32 %r9, %r1;", -SMALL, 0.0, -0.0),
+    ("cvt.rpi.ftz.f32.f32 %r9, %r1;", SMALL, 0.0, 0.0),
+    ("cvt.rpi.ftz.s32.f32 %r9, %r1;", SMALL, 0.0, 0.0),
+    ("cvt.f64.f32 %fd1, %r1; cvt.rn.ftz.f32.f64 %r9, %fd1;", SMALL, 0.0, 0.0),
+    ("cvt.ftz.f64.f32 %fd1, %r1; cvt.rn.f32.f64 %r9, %fd1;", SMALL, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("code, x, y, expected", FLUSHED)
+def test_subnormal_values_and_ftz(code, x, y, expected):
+    """Bundled and one by one, guarded and not."""
+    x, y, expected = (np.full(128, v, np.float32) for v in (x, y, expected))
+    several = code.replace("%r9", "%r20") + code.replace("%r9", "%r30")
+    for body in (code, f"@%p8 mov.b32 %r9, 0; {code}", several * 2 + code):
+        found = lanes("setp.ne.u32 %p8, %r0, %r0;" + body, inputs=(x, y))
+        assert found.tolist() == expected.view(np.uint32).tolist()
+
+
+@pytest.mark.parametrize("code, x, expected", [
+    ("add.ftz.f16x2 %r9, %r1, %r2;", 2.0**-15, 0.0),
+    ("add.f16x2 %r9, %r1, %r2;", 2.0**-15, 2.0**-15),
+    ("fma.rn.ftz.f16x2 %r9, %r1, %r1, %r2;", -(2.0**-15), 0.0),
+    ("max.ftz.f16x2 %r9, %r1, %r1;", -(2.0**-15), -0.0),
+])  # fmt: skip
+def test_subnormal_halves(code, x, expected):
+    pair, zero = (np.full((128, 2), v, np.float16).view(np.uint32).ravel() for v in (x, -0.0))
+    wanted = np.full((128, 2), expected, np.float16).view(np.uint32).ravel()
+    assert lanes(code, inputs=(pair, zero)).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("code", BITS)

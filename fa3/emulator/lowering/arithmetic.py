@@ -14,12 +14,20 @@ def _is_half(t: str) -> bool:
     return t.endswith("x2") or t == "bf16"
 
 
+def flushes(i) -> bool:
+    return "ftz" in i.parts and instr_type(i) != "f64"
+
+
 def _elementwise(e: Emitter, i, for_floats: str, for_integers: str) -> None:
     t = instr_type(i)
     d, sources = e.dst(i.args[0], t), [e.src(x, t) for x in i.args[1:]]
+    f = f"flushing({for_floats})" if flushes(i) else for_floats
     if _is_half(t):
-        return e.put(d, f"halves.apply({for_floats},'{t}',{','.join(sources)})")
-    e.ufunc(for_floats if KIND[t] == "f" else for_integers, d, *sources)
+        return e.put(d, f"halves.apply({f},'{t}',{','.join(sources)})")
+    if flushes(i):
+        e.put(d, f"{f}({','.join(sources)})")
+    else:
+        e.ufunc(f if KIND[t] == "f" else for_integers, d, *sources)
     if "sat" in i.parts and KIND[t] == "f":
         e.put(d, f"fmin(fmax({d},{DTYPE[t]}(0)),{DTYPE[t]}(1))")
 
@@ -67,21 +75,24 @@ def fma(e, i):
     t = instr_type(i)
     a, b, c = (e.src(x, t) for x in i.args[1:])
     d = e.dst(i.args[0], t)
-    if t == "f32":  # the product is exact in double
-        e.put(d, f"({a}.astype(f8)*{b}+{c}).astype(f4)")
+    if t == "f32" and flushes(i):
+        e.put(d, f"flushing(fma)({a},{b},{c})")
+    elif t == "f32":
+        e.put(d, f"fma({a},{b},{c})")
     elif t == "f64":
         e.put(d, f"{a}*{b}+{c}")
     else:
-        e.put(d, f"halves.fma('{t}',{a},{b},{c},{'relu' in i.parts})")
+        e.put(d, f"halves.fma('{t}',{a},{b},{c},{'relu' in i.parts},{flushes(i)})")
+    if "sat" in i.parts and t == "f32":
+        e.put(d, f"fmin(fmax({d},f4(0)),f4(1))")
 
 
 @lowers("div")
 def div(e, i):
     t = instr_type(i)
-    a, b = e.src(i.args[1], t), e.src(i.args[2], t)
-    e.put(
-        e.dst(i.args[0], t), f"divide({a},{b})" if KIND[t] == "f" else f"integers.divide({a},{b})"
-    )
+    if KIND[t] == "f":
+        return _elementwise(e, i, "divide", "")
+    e.put(e.dst(i.args[0], t), f"integers.divide({e.src(i.args[1], t)},{e.src(i.args[2], t)})")
 
 
 @lowers("rem")
@@ -105,9 +116,10 @@ def min_max(e, i):
     name = i.parts[0]
     f = f"{name}imum" if "NaN" in i.parts or KIND[t] != "f" and not _is_half(t) else f"f{name}"
     d, sources = e.dst(i.args[0], t), [e.src(x, t) for x in i.args[1:]]
+    f = f"flushing({f})" if flushes(i) else f
     if _is_half(t):
         return e.put(d, f"halves.apply({f},'{t}',{','.join(sources)})")
-    if len(sources) == 2 and "relu" not in i.parts:
+    if len(sources) == 2 and "relu" not in i.parts and not flushes(i):
         return e.ufunc(f, d, *sources)
     value = sources[0]
     for x in sources[1:]:
@@ -128,9 +140,8 @@ _FUNCTIONS = {
 
 @lowers(*_FUNCTIONS)
 def function(e, i):
-    """.ftz counts for ex2, whose results do get that small."""
     f = _FUNCTIONS[i.parts[0]]
-    if i.parts[0] == "ex2" and "ftz" in i.parts and i.parts[-1] == "f32":
+    if i.parts[0] == "ex2" and "ftz" in i.parts and i.parts[-1] == "f32":  # of tiny values is 1
         return e.put(e.dst(i.args[0], "f32"), f"flush(exp2({e.src(i.args[1], 'f32')}))")
     _elementwise(e, i, f, f)
 
@@ -138,4 +149,5 @@ def function(e, i):
 @lowers("rsqrt")
 def rsqrt(e, i):
     t = instr_type(i)
-    e.put(e.dst(i.args[0], t), f"reciprocal(sqrt({e.src(i.args[1], t)}))")
+    f = "flushing(inverse_sqrt)" if flushes(i) else "inverse_sqrt"
+    e.put(e.dst(i.args[0], t), f"{f}({e.src(i.args[1], t)})")

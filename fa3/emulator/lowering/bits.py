@@ -122,11 +122,10 @@ def selp(e, i):
 
 @lowers("slct")
 def slct(e, i):
-    t, u = i.parts[1], i.parts[-1]
-    e.put(
-        e.dst(i.args[0], t),
-        f"where({e.src(i.args[3], u)}>=0,{e.src(i.args[1], t)},{e.src(i.args[2], t)})",
-    )
+    t, u = i.parts[-2:]
+    sign = e.src(i.args[3], u)
+    sign = f"flushed({sign})" if "ftz" in i.parts else sign
+    e.put(e.dst(i.args[0], t), f"where({sign}>=0,{e.src(i.args[1], t)},{e.src(i.args[2], t)})")
 
 
 _COMPARE = {
@@ -163,12 +162,18 @@ def comparison(cmp: str, t: str, x: str, y: str) -> str:
     return f"{_COMPARE[cmp]}({x},{y})"
 
 
+def _compared(e, i, t: str) -> list[str]:
+    """The two operands of a comparison."""
+    operands = [e.src(x, t) for x in i.args[1:3]]
+    return [f"flushed({x})" for x in operands] if "ftz" in i.parts else operands
+
+
 @lowers("setp")
 def setp(e, i):
     t, cmp = instr_type(i), i.parts[1]
     if t == "bf16" or t.endswith("x2"):
         raise Unsupported("comparison of halves")
-    x, y = e.src(i.args[1], t), e.src(i.args[2], t)
+    x, y = _compared(e, i, t)
     first, second = pair(i.args[0])
     d = e.dst(first, "u32")
     plain = cmp in _COMPARE and not (KIND[t] == "f" and cmp == "ne")
@@ -189,5 +194,5 @@ def setp(e, i):
 def set_(e, i):
     t = instr_type(i)
     one = "0x3f800000" if i.parts[-2] == "f32" else "0xffffffff"
-    truth = comparison(i.parts[1], t, e.src(i.args[1], t), e.src(i.args[2], t))
+    truth = comparison(i.parts[1], t, *_compared(e, i, t))
     e.put(e.dst(i.args[0], "u32"), f"where({truth},u4({one}),u4(0))")

@@ -28,7 +28,7 @@ _FLOAT = {
     "add": "add({0},{1})",
     "sub": "subtract({0},{1})",
     "mul": "multiply({0},{1})",
-    "fma": "({0}.astype(f8)*{1}+{2}).astype(f4)",
+    "fma": "fma({0},{1},{2})",
     "max": "fmax({0},{1})",
     "min": "fmin({0},{1})",
     "ex2": "exp2({0})",
@@ -110,18 +110,28 @@ def _form(instr: Instr) -> tuple[str, list[str]]:
     array, _, expressions = _TYPES[kind]
     if head == "setp":
         expression = comparison(parts[1], kind, "{0}", "{1}") if len(instr.args) == 3 else ""
+        if "ftz" in parts:
+            expression = _of_flushed(expression)
         return expression, [_PREDICATES, array, array]
     if head == "cvt" and parts[-2] in _PACKED and set(parts[1:-2]) <= {"rn"}:
         return (
             f"convert.pack('{parts[-2]}',('rn',),{{0}}.reshape(-1),{{1}}.reshape(-1),"
             "{0}.size).reshape(-1,w.lanes)"
         ), ["words", array, array]
-    flushes = head == "ex2" and "ftz" in parts
-    expression = expressions.get(f"{head}.ftz" if flushes else head, "")
+    expression = expressions.get(head, "")
+    if "ftz" in parts and expression:
+        expression = expressions.get(f"{head}.ftz") or f"flush({_of_flushed(expression)})"
     if not set(parts[1:-1]) <= _MODIFIERS:
         return "", []
     arrays = [array] * (1 + sum(f"{{{i}}}" in expression for i in range(3)))
     return expression, [*arrays[:-1], _PREDICATES] if head == "selp" else arrays
+
+
+def _of_flushed(expression: str) -> str:
+    """The same of operands whose subnormal values are zeros (.ftz)."""
+    for i in range(3):
+        expression = expression.replace(f"{{{i}}}", f"flushed({{{i}}})")
+    return expression
 
 
 def _row(e: Emitter, operand: tuple, array: str) -> Row | str | None:

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import Unsupported
 from ..memory.generic import PARAMETERS, WINDOW_SHIFT
 from ..numerics import convert, halves, integers
-from ..numerics.formats import flush
+from ..numerics.formats import flush, flushed, flushing, fma, inverse_sqrt
 from ..ptx import Instr, Kernel
 
 BANK = {
@@ -69,7 +69,9 @@ class Emitter:
         """instead: what generated code calls in place of some functions."""
         self.kernel, self._instead = kernel, instead
         self.names = {n: getattr(np, n) for n in _UFUNCS}
-        self.names.update(np=np, convert=convert, flush=flush, halves=halves, integers=integers)
+        self.names.update(np=np, convert=convert, halves=halves, integers=integers)
+        self.names.update(flush=flush, flushed=flushed, flushing=flushing)
+        self.names.update(fma=fma, inverse_sqrt=inverse_sqrt)
         self.names.update(
             {
                 t: np.dtype(t).type

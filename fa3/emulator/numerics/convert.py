@@ -13,6 +13,8 @@ from .formats import (
     f32_to_bf16,
     f32_to_f16,
     f32_to_fp8,
+    flush,
+    flushed,
     halves,
     join_halves,
     rows,
@@ -52,6 +54,10 @@ def repack(dst: str, src: str, mods: tuple[str, ...], x):
 
 def scalar(dst: str, src: str, mods: tuple[str, ...], x):
     """One value per lane; x has the source's dtype, the result the destination's."""
+    if "ftz" in mods:
+        x = flushed(x) if src == "f32" else x
+        r = scalar(dst, src, tuple(m for m in mods if m != "ftz"), x)
+        return flush(r) if dst == "f32" else r
     if src == "bf16":
         x, src = bf16_to_f32(x), "f32"
     if src == "tf32":

@@ -6,7 +6,7 @@ import numpy as np
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 f2, f4, f8 = np.float16, np.float32, np.float64
-_SMALLEST_NORMAL = f4(2.0**-126)
+_SMALLEST_NORMAL = {np.dtype(t): np.finfo(t).tiny for t in (f2, f4)}
 
 
 def bf16_to_f32(x):
@@ -70,9 +70,28 @@ def f32_to_fp8(x, kind: str):
 
 
 def flush(x):
-    """.ftz on a fresh array of f32: subnormal values become zeros of their sign."""
-    x[np.abs(x) < _SMALLEST_NORMAL] *= f4(0)
+    """.ftz on a fresh array of f32 or f16: subnormal values become zeros of their sign."""
+    x[np.abs(x) < _SMALLEST_NORMAL[x.dtype]] *= x.dtype.type(0)
     return x
+
+
+def flushed(x):
+    """The same, on a copy."""
+    return flush(x.copy())
+
+
+def flushing(f):
+    """f on flushed operands, with its results flushed."""
+    return lambda *operands: flush(f(*map(flushed, operands)))
+
+
+def fma(a, b, c):
+    """Of f32: the product is exact in double, so that only the sum may be rounded twice."""
+    return (a.astype(f8) * b + c).astype(f4)
+
+
+def inverse_sqrt(x):
+    return np.reciprocal(np.sqrt(x))
 
 
 def rows(x, n: int):

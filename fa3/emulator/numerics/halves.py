@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .formats import bf16_to_f32, f2, f4, f32_to_bf16, halves, u2, unhalves
+from .formats import bf16_to_f32, f2, f4, f32_to_bf16, flushing, halves, u2, unhalves
 
 
 def apply(f, kind: str, *x):
@@ -17,9 +17,10 @@ def apply(f, kind: str, *x):
     return unhalves(f(*(p[0] for p in parts)), f(*(p[1] for p in parts)), kind[:-2])
 
 
-def fma(kind: str, a, b, c, relu: bool):
+def fma(kind: str, a, b, c, relu: bool, flushes: bool):
     def one(x, y, z):
         r = x.astype(f4) * y.astype(f4) + z.astype(f4)
-        return np.maximum(r, f4(0)) if relu else r
+        r = np.maximum(r, f4(0)) if relu else r
+        return r.astype(x.dtype)
 
-    return apply(one, kind, a, b, c)
+    return apply(flushing(one) if flushes else one, kind, a, b, c)
