@@ -252,3 +252,11 @@ def test_a_race_of_ctas_is_found(name):
 @pytest.mark.parametrize("name", GLOBAL)
 def test_ctas_that_do_not_race_pass(name):
     across(cured(GLOBAL[name][0]))
+
+
+def test_registers_at_launch_are_at_most_those_of_the_file():
+    """ptxas may choose fewer than 168 for 384 threads, from which 152 is more."""
+    grow = "setmaxnreg.inc.sync.aligned.u32 152;"
+    launch(SETUP + grow, np.zeros(1024, np.uint8), 384)
+    with pytest.raises(errors.KernelError, match="setmaxnreg.inc to 144 of warps that have 152"):
+        launch(SETUP + grow + grow.replace("152", "144"), np.zeros(1024, np.uint8), 384)

@@ -1,7 +1,7 @@
 """setmaxnreg: how the warps of a CTA share the registers of an SM.
 
-A launch gives every thread the same number of registers: here as many as the file has for the
-CTA's threads, as ptxas does for kernels with setmaxnreg.  .dec returns some, .inc waits until
+A launch gives every thread the same number of registers, chosen by ptxas: here as many as the file
+has for the CTA's threads, which is the most it can choose.  .dec returns some, .inc waits until
 others have returned enough.
 """
 
@@ -29,7 +29,8 @@ def change(w, fr, grows: bool, count: int, pc: int, after: int) -> int:
             f"setmaxnreg {count}: must be a multiple of {_UNIT} from {_LEAST} to {_MOST}"
         )
     now = {warp: file.of_warp.get(warp, file.at_launch) for warp in warps}
-    wrong = [n for n in now.values() if (n > count if grows else n < count)]
+    known = file.of_warp if grows else now  # ptxas may have chosen less than at_launch
+    wrong = [n for i, n in now.items() if i in known and (n > count if grows else n < count)]
     if wrong:
         raise KernelError(
             f"setmaxnreg.{'inc' if grows else 'dec'} to {count} of warps that have {wrong[0]} "
