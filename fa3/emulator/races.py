@@ -18,6 +18,7 @@ import numpy as np
 from .checks import bytes_of
 from .errors import MissingProxyFence, Race
 from .fences import UnfencedWrites
+from .lanes import LaneRaces, LaneShadow
 
 _AGENT, _TIME, _PC = 52, 24, (1 << 24) - 1
 _TIMES = (1 << 28) - 1
@@ -59,6 +60,7 @@ class Races:
         self._apart: dict[int, dict[int, np.ndarray]] = {}  # warp -> what single threads know more
         self._met = np.zeros(count, np.int64)  # own time of each warp then
         self._since: list[list[np.ndarray]] = [[] for _ in range(count)]  # threads with accesses
+        self._lanes = LaneRaces(count, self._name, self._place)
         self._unfenced = UnfencedWrites() if launch.checks.proxy else None
         self._fences_met = np.zeros(count, np.int64)  # as _met and _since, of fences
         self._fenced_since: list[list[np.ndarray]] = [[] for _ in range(count)]
@@ -101,6 +103,7 @@ class Races:
     def acquire(self, agents: list[int], clock: np.ndarray | None) -> None:
         if clock is not None:
             for agent in agents:
+                self._heard(agent, clock)
                 np.maximum(self.clocks[agent], clock, out=self.clocks[agent])
 
     def learn(self, w, lanes, clock: np.ndarray | None) -> None:
@@ -116,6 +119,7 @@ class Races:
             if len(own) == live:
                 self.acquire([agent], clock)
                 continue
+            self._heard(agent, clock)
             apart = self._apart.setdefault(agent, {})
             for thread in w.threads[own].tolist():
                 apart[thread] = joined(apart.get(thread), clock)
@@ -130,9 +134,15 @@ class Races:
             waited = self._shared.setdefault(agent, {}).setdefault(operation, set())
             waited.update(lanes[lanes // 32 == warp].tolist())
 
+    def _heard(self, agent: int, clock: np.ndarray) -> None:
+        """Lanes of a warp that wait for what others of it have passed on are ordered after them."""
+        if clock[agent] > self._met[agent]:
+            self._lanes.meet(agent)
+
     def meet(self, agents: list[int]) -> None:
         """The lanes of these warps tell each other what they know."""
         for agent in agents:
+            self._lanes.meet(agent)
             self._met[agent] = self.clocks[agent, agent]
             self.clocks[agent, agent] += 1
             self._since[agent].clear()
@@ -200,20 +210,27 @@ class Races:
 
     # accesses
 
-    def generic(self, memory, addresses, nbytes: int, threads, writes: bool) -> None:
-        """Accesses of nbytes at addresses by threads (arrays of one shape), now."""
+    def generic(self, memory, addresses, nbytes: int, threads, writes: bool, each=None) -> None:
+        """Accesses of nbytes at addresses by threads (arrays of one shape), now.
+
+        each: the threads of the words of each address, where those differ.
+        """
         addresses, threads = np.ravel(addresses), np.ravel(threads)
         agents = self._of_threads(threads)
         for agent in np.unique(agents).tolist():
-            words = self._words(addresses[agents == agent], nbytes)
-            own = threads[agents == agent]
+            here = agents == agent
+            words, own = self._words(addresses[here], nbytes), threads[here]
             access = self._of_warp(agent, own)
             _note(self._since[agent], own)
             (self.write if writes else self.read)(memory, words, access)
             if writes and self._unfenced is not None:
                 memory.shadow.fenced[words] = 0
-                each = np.repeat(own, max(1, nbytes // 4))
-                self._unfenced.add(agent, memory.shadow, words, each)
+                self._unfenced.add(agent, memory.shadow, words, np.repeat(own, max(1, nbytes // 4)))
+        words, lanes = self._words(addresses, nbytes), memory.shadow.lanes
+        if nbytes < 4:
+            return lanes.forget(words)
+        by = np.repeat(threads, nbytes // 4) if each is None else np.ravel(each)
+        self._lanes.access(lanes, words, self._of_threads(by), by % 32, access.epoch & _PC, writes)
 
     def fence(self, w, m) -> None:
         """fence.proxy.async"""
@@ -334,6 +351,7 @@ class Shadow:
 
     def __init__(self, nbytes: int):
         self.writes = np.zeros(nbytes // 4, np.int64)
+        self.lanes = LaneShadow(nbytes)
         self.reads: list[np.ndarray] = []  # a word's unordered reads lie in different layers
         self.fenced = np.zeros(nbytes // 4, np.int64)  # epoch of the fence after a generic write
         self.atomics: np.ndarray | None = None  # what atomics pass on

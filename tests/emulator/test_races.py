@@ -69,6 +69,29 @@ BUGS = {
         WRITE + "{{bar.sync 1, 128;}}" + WRITE_OTHER,
         "warp 0 writes .* unordered with the write by warp",
     ),
+    "write, read by another lane": (
+        WRITE + "xor.b32 %r6, %r1, 4; {{bar.warp.sync -1;}} ld.shared.b32 %r9, [%r6];",
+        r"lane 0 of warp 0 reads .* 0x4 that lane 1 of it wrote at PTX line \d+: st.shared",
+    ),
+    "read, then overwritten by another lane": (
+        "xor.b32 %r6, %r1, 4; ld.shared.b32 %r9, [%r6]; {{bar.warp.sync -1;}}" + WRITE,
+        r"lane 0 of warp 0 writes .* 0x0 that lane 1 of it read at PTX line \d+: ld.shared",
+    ),
+    "read by all lanes, then overwritten by one": (
+        "@%p2 ld.shared.b32 %r9, [buffer]; {{bar.warp.sync -1;}} @%p1 st.shared.b32 [buffer], %r0;",
+        "lane 0 of warp 0 writes .* that several lanes of it read",
+    ),
+    "written by two lanes": (
+        WRITE + "and.b32 %r6, %r1, -8; {{bar.warp.sync -1;}} st.shared.v2.b32 [%r6], {%r0, %r0};",
+        r"lane 0 of warp 0 writes .* 0x4 that lane 1 of it wrote",
+    ),
+    "an mbarrier between lanes": (
+        "st.shared.b32 [%r1], %r0; setp.eq.u32 %p4, %r0, 1; @!%p2 bra END; bar.warp.sync -1;"
+        "@%p4 st.shared.b32 [buffer], %r0; {{@%p4 mbarrier.arrive.shared.b64 _, [%r4];}}"
+        "@!%p1 bra END; [[mbarrier.arrive.shared.b64 _, [%r5];]] {{" + WAIT_FOR_LOAD + "}}"
+        "ld.shared.b32 %r9, [buffer]; END:",
+        r"lane 0 of warp 0 reads .* that lane 1 of it wrote",
+    ),
     "a barrier between the wrong warps": (
         # threads 0..63 and 64..127 meet apart, so that warps 1 and 2 do not
         "shr.u32 %r6, %r0, 6; add.u32 %r6, %r6, 1;"

@@ -53,7 +53,7 @@ RING = [
     ("store barrier", "race", "Race", "TMA store .* reads .* the write by warp", STORED, WRITTEN),
     ("early release", "race", "Race", "TMA load .* the read by wgmma", LOADED, MULTIPLIED),
     ("store wait", "race", "Race", "warp 0 writes .* the read by TMA store", WRITTEN, STORED),
-    ("wait barrier", "race", "Race", "warp 1 writes .* the read by TMA store", WRITTEN, STORED),
+    ("wait barrier", "race", "Race", "writes .* the read by TMA store", WRITTEN, STORED),
     ("consumer wait", "race", "Race", "warp 0 reads .* no wait on its mbarrier", DOUBLED, LOADED),
     ("lap", "race", "Race", "TMA load .* the write by TMA load", LOADED),
     ("exit", "race", "Race", "thread 0 exits while its bulk store may still read"),
@@ -65,6 +65,7 @@ RING = [
     ("early next a", "wgmma", "RegisterInFlight", "A operand .* overwritten while", FETCHED),
     ("wgmma fence", "fence", "MissingWgmmaFence", "no wgmma.fence before it", MULTIPLIED),
     ("accumulate", "poison", "WrongResult"),
+    ("accumulate", "uninit", "Uninitialized", "use register .* not written", MULTIPLIED),
     # schedules
     ("wait group", "late", "WrongResult"),
     ("wait group", "", "ScheduleDifference", "wgmma of CTA", MULTIPLIED),
@@ -89,6 +90,7 @@ ADDED = "_add", "total[0] = total[0] + value"
 LOCKED = "_add", "while cute.arch.atomic_cas"
 FILLED = "_total", "sums[t] = x[mine]"
 SUMMED = "_total", "sums[other]"
+ADDED_UP = "_total", "result + sums[i]"
 
 TOTAL = [
     # named barriers
@@ -97,6 +99,7 @@ TOTAL = [
     ("disagreement", "", "BarrierMisuse", "participants disagree on the thread count", COUNT),
     # memory
     ("no barrier", "race", "Race", "warp 0 reads .* the write by warp 1", SUMMED, FILLED),
+    ("no warp barrier", "race", "Race", "lane 0 .* reads .* lane 1 .* wrote", ADDED_UP, SUMMED),
     ("not locked", "global", "Race", "cluster 1 .* no atomic leads from one", ADDED),
     ("not written", "uninit", "Uninitialized", "ld reads uninitialised .* 0x180", SUMMED),
     ("outside of x", "", "OutOfBounds", "global read at .* outside every registered", FILLED),

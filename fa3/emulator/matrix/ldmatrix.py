@@ -26,7 +26,7 @@ def load(w, m, registers, address, offset, transposed):
         smem.written.require(a.ravel(), 16, "ldmatrix")
     if w.races is not None:
         threads = w.threads[warps * 32][:, None] + np.arange(8 * n)  # who gave the addresses
-        w.races.generic(smem, a, 16, threads, writes=False)
+        w.races.generic(smem, a, 16, threads, writes=False, each=_each(w, warps, n))
     x = smem.chunks[a >> 4].view(np.uint16)  # (warps, n, 8, 8)
     if transposed:
         x = np.ascontiguousarray(x.swapaxes(2, 3))
@@ -54,4 +54,11 @@ def _note_writes(w, smem, warps, a):
     for c in range(4):
         smem.note(w, a + 4 * c, 4, everyone + c, raced=False)
     if w.races is not None:
-        w.races.generic(smem, a, 16, everyone, writes=True)
+        each = _each(w, warps, a.shape[1])
+        w.races.generic(smem, a, 16, everyone, writes=True, each=each)
+
+
+def _each(w, warps, n: int) -> np.ndarray:
+    """(8 n rows of each warp, 4): lane 4 r + c has word c of row r of every matrix."""
+    lanes = np.tile(np.arange(32).reshape(8, 4), (n, 1))
+    return (w.threads[warps * 32][:, None, None] + lanes).reshape(-1, 4)
