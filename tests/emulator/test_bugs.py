@@ -117,7 +117,7 @@ BUGS = {
         "proxy race",
         WRITE + PROXY_FENCE + "[[" + WRITE + "]] bar.sync 0;" + STORE + DRAIN,
         errors.MissingProxyFence,
-        "by thread 0 without a fence.proxy.async since",
+        "by thread 0, without fence.proxy.async since",
     ),
     "a second initialisation": (
         "mbarrier",
