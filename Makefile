@@ -3,6 +3,7 @@
 # make lint       ruff
 # make sweep      TFLOPs/s beside other kernels; needs a Hopper GPU
 # make device     all that a GPU can tell (docs/device.md); needs a Hopper GPU
+# make figures    draws the timelines of docs/algorithm.md
 # make evidence   rewrites the table of docs/evidence.md
 #
 # Each makes the virtual environment .venv first. Needs Python 3.10 to 3.13 with venv, and a C compiler
@@ -23,7 +24,7 @@ DEVICE_FLAGS ?= --out perf/out/device
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: test demo lint sweep device evidence clean
+.PHONY: test demo lint sweep device evidence figures clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
@@ -43,6 +44,9 @@ device: $(VENV)/.installed
 
 evidence: $(VENV)/.installed
 	$(BIN)/python -m perf.evidence
+
+figures: $(VENV)/.installed
+	$(BIN)/python -m perf.figures
 
 clean:
 	rm -rf $(VENV) build dist fa3.egg-info

@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from .. import dispatch, jit, tuning
+from .. import dispatch, emulator, jit, tuning
+from ..emulator.profiling import LaunchProfile
 from ..jit import Artifacts
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
-from ..layout import Layout
-from ..problem import Options, Problem
-from ..scales import Descales
+from . import run
+from .call import DTYPES, SCALES, Call, Lengths
 from .model import cli as model_cli
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
@@ -26,19 +24,6 @@ from .report import Report, analyse
 from .sass import DisassemblerMissing
 
 HOPPER = dispatch.Target("gpu", "an sm_90a GPU", (9, 0), 132)
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "e4m3": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-# --scales: shapes of q_descale, k_descale and v_descale for one head and 256 rows of each
-SCALES = {
-    "block": ((1, 1, 2), (1, 1, 2), (1, 1, 2)),
-    "block64": ((1, 1, 2), (1, 1, 4), (1, 1, 4)),
-    "head": ((1, 1),) * 3,
-}
-ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -101,23 +86,7 @@ class Inspection:
 
 def signature_of(args: argparse.Namespace) -> Signature:
     """What the public function would compile for such tensors; its errors are that function's."""
-    head_dim_v = args.head_dim if args.head_dim_v is None else args.head_dim_v
-    dtype = DTYPES.get(args.dtype, getattr(torch, args.dtype, None))
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"--dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
-
-    def layout(*shape: int, dtype: torch.dtype) -> Layout:
-        strides = torch.empty(shape, device="meta").stride()
-        return Layout(shape, strides, dtype, torch.device("meta"))
-
-    q = layout(1, ROWS, 1, args.head_dim, dtype=dtype)
-    v_dtype = torch.float8_e4m3fn if dtype == torch.int8 else dtype
-    v = layout(1, ROWS, 1, head_dim_v, dtype=v_dtype)
-    options = Options(causal=args.causal, window_left=args.window[0], window_right=args.window[1])
-    if dtype.itemsize > 1:
-        return Problem.of(q, q, v, options).signature
-    descales = Descales(*(layout(*shape, dtype=torch.float32) for shape in SCALES[args.scales]))
-    return Problem.of(q, q, v, options, descales).signature
+    return Call.of(args).problem(Lengths()).signature
 
 
 def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
@@ -184,8 +153,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     p.add_argument("--dump", type=Path, metavar="DIR", help="write .ptx, .cubin and .sass there")
     p.add_argument("--json", action="store_true", help="print JSON")
+    run.add_arguments(p)
     model_cli.add_arguments(commands.add_parser("predict", help="the speed of kernels in cubins"))
     return parser.parse_args(argv)
+
+
+def _json(inspection: Inspection, launch: LaunchProfile | None) -> str:
+    found = inspection.as_dict()
+    if launch is not None:
+        found["run"] = launch.as_dict()
+    return json.dumps(found, indent=1)
+
+
+def _text(inspection: Inspection, launch: LaunchProfile | None) -> str:
+    return str(inspection) if launch is None else f"{inspection}\nrun on the emulator: {launch}"
 
 
 def main(argv: list[str]) -> int:
@@ -193,16 +174,23 @@ def main(argv: list[str]) -> int:
     if args.command == "predict":
         return model_cli.run(args)
     try:
+        lengths = run.lengths_of(args)
+        if args.run or args.timeline:
+            emulator.install()  # before anything is compiled
         signature = signature_of(args)
         inspection = inspect(signature, config_of(signature, args.config))
-        print(json.dumps(inspection.as_dict(), indent=1) if args.json else inspection)
+        launch = run.run(inspection, Call.of(args), lengths) if args.run or args.timeline else None
+        print(_json(inspection, launch) if args.json else _text(inspection, launch))
+        if args.timeline:
+            run.write_timeline(launch, args.timeline)
+            print(f"wrote {args.timeline}", file=sys.stderr)
         if args.dump:
             for path in dump(inspection, args.dump):
                 print(f"wrote {path}", file=sys.stderr)
     except (TypeError, ValueError, NotImplementedError) as error:
         print(f"fa3 inspect: {error}", file=sys.stderr)
         return 2
-    except (DisassemblerMissing, OSError) as error:
+    except (DisassemblerMissing, emulator.EmulatorError, OSError) as error:
         print(f"fa3 inspect: {error}", file=sys.stderr)
         return 1
     return 0

@@ -26,8 +26,11 @@ def call(device, capsys):
 
 
 def test_it_prints_what_the_call_would_run(call):
-    status, out, _ = call("--head-dim", "64", "--dtype", "bf16", "--causal")
+    run = "--run", "--seqlen-q", "100", "--seqlen-k", "300"
+    status, out, _ = call("--head-dim", "64", "--dtype", "bf16", "--causal", *run)
     assert status == 0
+    out, _, table = out.partition("run on the emulator: ")
+    _check_counters(table)
     lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
     assert lines["call"] == "bf16, head dim 64, of v 64 (tiles), mask causal"
     assert lines["served by"] == "forward sm90, fa3.kernels.sm90.fwd:ForwardSm90"
@@ -38,10 +41,21 @@ def test_it_prints_what_the_call_would_run(call):
     assert "of 64x64x16" in out  # P V at head dim 64
 
 
+def _check_counters(table: str) -> None:
+    """Of one tile and three key blocks."""
+    rows = {line[2:36].strip(): line[36:].split() for line in table.splitlines()}
+    assert rows["warps of a CTA"] == ["12", "1", "3"]
+    assert rows["MMA FLOPs"] == [f"{2 * 192 * 128 * (64 + 64) * 3:,}", "0", "0"]
+    assert rows["bytes:   read from global memory"][1] == f"{(100 + 2 * 300) * 64 * 2:,}"
+    assert "hand-overs in the longest chain of waits" in table
+
+
 def test_json_and_dump_agree_with_each_other(call, tmp_path):
-    status, out, err = call("--head-dim", "64", "--causal", "--json", "--dump", str(tmp_path / "d"))
+    arguments = "--json", "--run", "--seqlen-k", "130", "--dump", str(tmp_path / "d")
+    status, out, err = call("--head-dim", "64", "--causal", *arguments)
     assert status == 0
     found = json.loads(out)
+    assert found["run"]["counters"]["mma"]["flops"] == 2 * 192 * 128 * (64 + 64) * 3
     expected = {"dtype": "bf16", "head_dim": 64, "head_dim_v": 64, "mask": "causal"}
     assert found["signature"] == expected | {"quantised": None}
     assert 989 > found["prediction"]["tflops"] > 100  # TFLOPs/s; 989 is the dense peak

@@ -171,7 +171,7 @@ class Observer:
         step = Step("load latency", step.end, step.end + clock.COPY_LATENCY, step)
         for barrier in barriers:
             self._phase(barrier).add(step, moment.depth)
-        group = id(self._phase(barriers[0])) if barriers else 0
+        group = tuple((id(barrier), barrier.phase) for barrier in barriers)
         at = self._at(w, mask)
         self.timeline.note("load", name, moment.time, step.end, *at, group=group)
 

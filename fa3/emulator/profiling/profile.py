@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from . import drawing, table, trace
 from .counters import Counters, Tally, by_role, total
+from .drawing import View
 from .observer import Observer, Recording
 from .timeline import Event
 
@@ -35,6 +39,23 @@ class LaunchProfile:
     def total(self) -> Counters:
         return total(self.warps)
 
+    def write_trace(self, path: Path | str, labels: Mapping[str, str] | None = None) -> None:
+        """A Chrome trace (JSON), which https://ui.perfetto.dev shows.
+
+        labels: other names of events, for those that a person knows.
+        """
+        trace.write(self, path, labels or {})
+
+    def write_png(self, path: Path | str, **view) -> None:
+        """A picture of one CTA; view: fields of drawing.View.
+
+        Raises SetupError without matplotlib, ValueError for a CTA that did not run.
+        """
+        drawing.write(self, path, View(**view))
+
+    def __str__(self) -> str:
+        return "\n".join(table.lines(self))
+
     def as_dict(self) -> dict:
         """For JSON, without the events."""
         return {
@@ -53,6 +74,19 @@ class Profile:
     """Counters and timelines of launches; see options(profile=...) and emulator.profile()."""
 
     launches: list[LaunchProfile] = field(default_factory=list)
+
+    def write_trace(self, path: Path | str, labels: Mapping[str, str] | None = None) -> None:
+        """Of the last launch, see LaunchProfile."""
+        self._last().write_trace(path, labels)
+
+    def write_png(self, path: Path | str, **view) -> None:
+        """Of the last launch, see LaunchProfile."""
+        self._last().write_png(path, **view)
+
+    def _last(self) -> LaunchProfile:
+        if not self.launches:
+            raise ValueError("the profile has no launch yet")
+        return self.launches[-1]
 
     def start(self, launch) -> Running:
         return Running(self, launch)

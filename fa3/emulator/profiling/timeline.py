@@ -29,7 +29,7 @@ class Event:
     cta: int  # its number in the grid
     warps: tuple[int, ...]  # of the CTA, that did it or had it done
     place: Location | None  # in the kernel's Python source
-    group: int = 0  # loads: equal for those that the same phase of an mbarrier stands for
+    group: tuple = ()  # loads: equal for those that complete the same phase of an mbarrier
 
 
 class Timeline:
@@ -52,6 +52,6 @@ class Timeline:
         if moment.span is not None:
             moment.span.end = moment.time
 
-    def note(self, *event, group: int = 0) -> None:
+    def note(self, *event, group: tuple = ()) -> None:
         """The fields of an Event."""
         self.events.append(Event(*event, group=group))

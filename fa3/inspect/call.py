@@ -1,0 +1,104 @@
+"""The call that the command line describes: its tensors, as shapes or with numbers in them."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import Layout
+from ..problem import Options, Problem
+from ..scales import Descales, num_blocks
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+# --scales: queries or keys per scale of q, k and v; 0: one per head
+SCALES = {"block": (128, 128, 128), "block64": (128, 64, 64), "head": (0, 0, 0)}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the kernel does not depend on."""
+
+    s_q: int = 256
+    s_k: int = 256
+    heads: int = 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """All of a call but its lengths."""
+
+    dtype: torch.dtype  # of q and k
+    head_dim: int
+    head_dim_v: int
+    options: Options
+    scales: str  # of one-byte inputs, a key of SCALES
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Call":
+        dtype = DTYPES.get(args.dtype, getattr(torch, args.dtype, None))
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"--dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
+        left, right = args.window
+        return cls(
+            dtype,
+            args.head_dim,
+            args.head_dim if args.head_dim_v is None else args.head_dim_v,
+            Options(causal=args.causal, window_left=left, window_right=right),
+            args.scales,
+        )
+
+    @property
+    def v_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.dtype == torch.int8 else self.dtype
+
+    def shapes(self, lengths: Lengths) -> dict[str, tuple[int, ...]]:
+        """Of q, k and v."""
+        s_q, s_k, heads = lengths.s_q, lengths.s_k, lengths.heads
+        return {
+            "q": (1, s_q, heads, self.head_dim),
+            "k": (1, s_k, heads, self.head_dim),
+            "v": (1, s_k, heads, self.head_dim_v),
+        }
+
+    def descale_shapes(self, lengths: Lengths) -> list[tuple[int, ...]]:
+        """Of those of q, k and v; none for 16-bit inputs."""
+        if self.dtype.itemsize > 1:
+            return []
+        rows = lengths.s_q, lengths.s_k, lengths.s_k
+        return [
+            (1, lengths.heads, num_blocks(n, block)) if block else (1, lengths.heads)
+            for n, block in zip(rows, SCALES[self.scales], strict=True)
+        ]
+
+    def problem(self, lengths: Lengths) -> Problem:
+        """Its errors are those of the public function."""
+        shapes = self.shapes(lengths)
+        q, k = (_layout(shapes[name], self.dtype) for name in "qk")
+        v = _layout(shapes["v"], self.v_dtype)
+        scales = (_layout(shape, torch.float32) for shape in self.descale_shapes(lengths))
+        return Problem.of(q, k, v, self.options, Descales(*scales))
+
+    def tensors(self, lengths: Lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """q, k and v, about normal, and the descales: ones."""
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for name, shape in self.shapes(lengths).items():
+            values = torch.randn(shape, generator=generator)
+            dtype = self.v_dtype if name == "v" else self.dtype
+            found.append(
+                (32 * values).clamp(-127, 127).to(dtype)
+                if dtype == torch.int8
+                else values.to(dtype)
+            )
+        descales = [torch.ones(shape) for shape in self.descale_shapes(lengths)]
+        return found, descales
+
+
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    strides = torch.empty(shape, device="meta").stride()
+    return Layout(shape, strides, dtype, torch.device("meta"))

@@ -1,0 +1,75 @@
+"""`--run`: the inspected kernel on the emulator, for a small case, with counters and a timeline."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .. import jit
+from ..emulator import profile
+from ..emulator.profiling import LaunchProfile
+from ..ops import LOG2_E
+from .call import Call, Lengths
+
+NUM_CTAS = 132  # at most
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", action="store_true", help="on the emulator: print its counters")
+    parser.add_argument("--seqlen-q", type=int, default=256, help="of --run (%(default)s)")
+    parser.add_argument("--seqlen-k", type=int, default=1024, help="of --run (%(default)s)")
+    parser.add_argument("--heads", type=int, default=1, help="of --run (%(default)s)")
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE.json|FILE.png",
+        help="of --run, in nominal time: a trace for https://ui.perfetto.dev or a picture of CTA 0",
+    )
+
+
+def lengths_of(args: argparse.Namespace) -> Lengths:
+    """Raises ValueError for what cannot be run."""
+    for name in ("seqlen_q", "seqlen_k", "heads"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(args, name)}, expected at least 1")
+    if args.timeline and args.timeline.suffix not in (".json", ".png"):
+        raise ValueError(f"--timeline {args.timeline}: expected a name that ends in .json or .png")
+    return Lengths(args.seqlen_q, args.seqlen_k, args.heads)
+
+
+def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
+    """Needs the emulator installed before anything was compiled."""
+    problem = call.problem(lengths)
+    if problem.signature != inspection.signature:
+        raise ValueError(f"{lengths} needs another kernel: {problem.signature}")
+    (q, k, v), descales = call.tensors(lengths)
+    out = torch.empty(problem.out_shape, dtype=problem.out_dtype)
+    lse = torch.empty(problem.lse_shape)
+    views = problem.scales.views(q.device, *descales) if problem.scales else ()
+    scalars = problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, NUM_CTAS
+    kernel = jit.compile(
+        inspection.kernel.where, inspection.signature, inspection.config, "emulator"
+    )
+    with profile() as found:
+        kernel(q, k, v, out, lse, *views, *scalars)
+    return found.launches[-1]
+
+
+def names_of(launch: LaunchProfile) -> dict[str, str]:
+    """Names that a person knows for the events of a forward kernel."""
+    found = {}
+    loads = {e.name for e in launch.events if e.kind == "load"}
+    parameters = sorted(loads, key=lambda name: int(name.split()[-1]))
+    found.update(zip(parameters, "QKV", strict=True))
+    for e in launch.events:
+        if e.kind == "mma":
+            found[e.name] = "Q K\u1d40" if "shared memory" in e.name else "P V"
+    return found
+
+
+def write_timeline(launch: LaunchProfile, path: Path) -> None:
+    if path.suffix == ".png":
+        launch.write_png(path, labels=names_of(launch))
+    else:
+        launch.write_trace(path, labels=names_of(launch))

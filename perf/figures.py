@@ -1,0 +1,69 @@
+"""`python -m perf.figures` (make figures): the timelines of docs/algorithm.md, from the emulator.
+
+Nominal times (fa3/emulator/profiling/clock.py): which order things have and what waits for what,
+not how long they take on a GPU.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from fa3 import emulator
+from fa3.inspect import cli, run
+from fa3.inspect.call import Call, Lengths
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A stretch of the first tile of a kernel, in the words of `fa3 inspect`."""
+
+    name: str
+    arguments: tuple[str, ...]
+    start: int
+    end: int  # nominal cycles
+    lengths: Lengths = Lengths(s_q=192, s_k=2048)
+
+    def write(self, folder: Path) -> Path:
+        args = cli.arguments(["inspect", *self.arguments])
+        inspection = cli.inspect(cli.signature_of(args))
+        launch = run.run(inspection, Call.of(args), self.lengths)
+        path = folder / f"{self.name}.png"
+        launch.write_png(
+            path,
+            start=self.start,
+            end=self.end,
+            labels=run.names_of(launch),
+            title=f"{_title(inspection)}: nominal times of the emulator, not measured",
+        )
+        return path
+
+
+def _title(inspection) -> str:
+    s, c = inspection.signature, inspection.config
+    return (
+        f"{s.dtype}, head dim {s.head_dim}, {c.num_mma_warpgroups} consumer warpgroups, "
+        f"{c.tile_m} queries x {c.tile_n} keys, {c.num_stages} stages"
+    )
+
+
+TIMELINES = (
+    Timeline("forward_d128", ("--head-dim", "128"), 4800, 14_700),
+    Timeline("forward_d64", ("--head-dim", "64"), 4800, 9800),
+    Timeline("forward_fp8_d128", ("--head-dim", "128", "--dtype", "e4m3"), 8300, 14_300),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m perf.figures", description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder (docs/figures)")
+    args = parser.parse_args()
+    emulator.install()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for timeline in TIMELINES:
+        print(timeline.write(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The inspected kernel on the emulator; test_cli has the command line of it."""
+
+import json
+
+import pytest
+
+from fa3.inspect import cli, run
+from fa3.inspect.call import Call, Lengths
+
+SMALL = Lengths(s_q=100, s_k=300)
+
+
+@pytest.fixture
+def ran(device):
+    """(inspection, profile of its launch); `device` installs the emulator."""
+
+    def run_it(*arguments: str, lengths: Lengths = SMALL):
+        args = cli.arguments(["inspect", *arguments])
+        inspection = cli.inspect(
+            cli.signature_of(args), cli.config_of(cli.signature_of(args), args.config)
+        )
+        return inspection, run.run(inspection, Call.of(args), lengths)
+
+    return run_it
+
+
+def test_a_config_of_ones_own_runs_too(ran):
+    inspection, launch = ran(
+        "--head-dim", "64", "--causal", "--config", "tile_n=112", "num_stages=2"
+    )
+    assert launch.total.flops == 2 * 192 * 112 * (64 + 64) * 3  # one tile, three key blocks
+    assert inspection.config.tile_n == 112
+
+
+def test_one_byte_inputs_and_the_names_of_their_events(ran, tmp_path):
+    inspection, launch = ran("--head-dim", "64", "--dtype", "e4m3", "--scales", "head")
+    tile_m, tile_n = inspection.config.tile_m, inspection.config.tile_n
+    assert launch.total.flops == 2 * tile_m * tile_n * (64 + 64 + 8) * -(-SMALL.s_k // tile_n)
+    assert set(launch.counters) == {"mma", "load", "other"}
+    run.write_timeline(launch, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"Q", "K", "V", "Q K\u1d40", "P V"} <= {e["name"] for e in events}
+    run.write_timeline(launch, tmp_path / "cta.png")
+    assert (tmp_path / "cta.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_call_that_needs_another_kernel_is_refused(ran):
+    inspection, _ = ran("--head-dim", "64", "--causal")
+    other = Call.of(cli.arguments(["inspect", "--head-dim", "64"]))
+    with pytest.raises(ValueError, match="needs another kernel: Signature"):
+        run.run(inspection, other, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seqlen-k", "0"), "--seqlen-k is 0, expected at least 1"),
+        (("--timeline", "x.svg"), "--timeline x.svg: expected a name that ends in .json or .png"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(capsys, arguments, message):
+    assert cli.main(["inspect", "--head-dim", "64", "--run", *arguments]) == 2
+    assert capsys.readouterr() == ("", f"fa3 inspect: {message}\n")
