@@ -91,9 +91,12 @@ def test_bank_conflicts(stride, kind, wavefronts, conflicts):
         mov.u32 %r9, buffer; mad.lo.u32 %r1, %r0, {stride}, %r9;
         st.shared.{kind} [%r1], {registers[kind]}; ld.shared.{kind} {registers[kind]}, [%r1];
     """
-    for found in counted(body, threads=32).shared.values():
+    launch = profiled(body, threads=32)
+    for found in launch.total.shared.values():
         assert (found.instructions, found.wavefronts) == (1, wavefronts)
         assert found.conflicts == conflicts
+    assert sum(launch.conflicts.values()) == 2 * conflicts
+    assert all(place.startswith("PTX line ") for place in launch.conflicts)
 
 
 def test_lanes_that_are_off_cause_no_conflict():

@@ -28,6 +28,7 @@ class Recording:
     timeline: Timeline = field(default_factory=Timeline)
     stretches: dict = field(default_factory=dict)  # (pc, instructions) -> Stretch
     lanes: dict = field(default_factory=dict)  # mask as bytes -> active lanes by warp
+    conflicts: dict[int, int] = field(default_factory=dict)  # pc -> wavefronts too many
     last: Step | None = None  # of the warp that exits last
     depth: int = 0
 
@@ -125,6 +126,9 @@ class Observer:
     def _wavefronts(self, w, warp: int, kind: str, found: banks.Wavefronts) -> None:
         self.tally.warps[4 * w.index + warp].access(kind, found.taken, found.conflicts)
         self.timeline.prolong(w.current.moment, found.taken)
+        if found.conflicts:
+            pc, conflicts = w.launch.lowered.pc_here(), self.recording.conflicts
+            conflicts[pc] = conflicts.get(pc, 0) + found.conflicts
 
     def count_bytes(self, w, m, kind: str, nbytes: int) -> None:
         """nbytes per lane; kind is a field of counters.Bytes."""

@@ -24,6 +24,7 @@ class LaunchProfile:
     block: Dim3
     warps: list[Counters]  # of each warp of a CTA, over all CTAs
     events: list[Event]
+    conflicts: dict[str, int]  # wavefronts beyond the fewest, by place in the kernel's source
     cycles: float  # nominal, of the CTA that takes longest
     longest_chain: int
     """Of hand-overs: waits for what another warp or a copy did, each after the one before."""
@@ -65,6 +66,7 @@ class LaunchProfile:
             "cycles": self.cycles,
             "longest_chain": self.longest_chain,
             "critical_path": self.critical_path,
+            "conflicts": self.conflicts,
             "counters": {role: x.as_dict() for role, x in self.counters.items()},
         }
 
@@ -114,8 +116,17 @@ class Running:
                 launch.block,
                 warps[: -(-launch.threads // 32)],
                 recording.timeline.events,
+                self._conflicts(),
                 recording.last.end,
                 recording.depth,
                 recording.last.shares(),
             )
         )
+
+    def _conflicts(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for pc, n in self._recording.conflicts.items():
+            instr = self._launch.kernel.code[pc]
+            place = str(instr.loc or f"PTX line {instr.line}")
+            found[place] = found.get(place, 0) + n
+        return found

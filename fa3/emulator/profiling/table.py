@@ -21,15 +21,15 @@ _NAME, _COLUMN = 34, 14
 
 def lines(launch) -> list[str]:
     columns = launch.counters
-    found = [
+    return [
         f"grid {launch.grid}, block {launch.block}",
         _line("", list(columns)),
         *(_line(name, [f(c) for c in columns.values()]) for name, f in _rows(launch.total)),
+        *(f"  {n:,} conflicts at {place}" for place, n in launch.conflicts.items()),
         f"{launch.cycles:,.0f} nominal cycles, {launch.longest_chain} hand-overs in the longest "
         "chain of waits",
         f"what the last warp waited for: {_path(launch)}",
     ]
-    return found
 
 
 def _rows(total: Counters) -> list[tuple[str, Callable[[Counters], str]]]:
