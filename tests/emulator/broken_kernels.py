@@ -75,7 +75,7 @@ def total(
 
 
 @cute.kernel
-def _reverse(x: cute.Tensor, out: cute.Tensor, broken: cutlass.Constexpr[str]):
+def _mirror(x: cute.Tensor, out: cute.Tensor, broken: cutlass.Constexpr[str]):
     t = cute.arch.thread_idx()[0]
     layout = cute.make_layout(THREADS * VECTOR)
     start = memory.SmemAllocator().allocate_array(cutlass.Int32, THREADS * VECTOR + 1)
@@ -98,9 +98,9 @@ def _reverse(x: cute.Tensor, out: cute.Tensor, broken: cutlass.Constexpr[str]):
 
 
 @cute.jit
-def reverse(x: cute.Tensor, out: cute.Tensor, stream, broken: cutlass.Constexpr[str] = ""):
+def mirror(x: cute.Tensor, out: cute.Tensor, stream, broken: cutlass.Constexpr[str] = ""):
     """out = x (512) int32, reversed, through shared memory and cp.async."""
-    _reverse(x, out, broken).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+    _mirror(x, out, broken).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
 @cute.kernel

@@ -37,16 +37,14 @@ def _reverse(a: cute.Tensor, sync: cutlass.Constexpr[int]):
     s = memory.SmemAllocator().allocate_tensor(cutlass.Int32, cute.make_layout(THREADS))
     if cutlass.const_expr(sync != -1) or t < THREADS // 2:
         s[t] = a[t]
-    if cutlass.const_expr(sync > 0):
-        cute.arch.barrier(barrier_id=1, number_of_threads=sync)
-    elif cutlass.const_expr(sync == 0):
+    if cutlass.const_expr(sync != -2):
         cute.arch.sync_threads()
     a[t] = s[THREADS - 1 - t]
 
 
 @cute.jit
 def reverse(a: cute.Tensor, stream, sync: cutlass.Constexpr[int] = 0):
-    """a reversed through shared memory; sync -1 leaves half of it unwritten, n > 0 waits for n."""
+    """a reversed through shared memory; sync -1 leaves half of it unwritten, -2 does not wait."""
     _reverse(a, sync).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
@@ -110,13 +108,10 @@ def _double(
             cute.arch.mbarrier_arrive_and_expect_tx(full, expected)
         cute.copy(load, g, s, tma_bar_ptr=full)
     if cutlass.const_expr(broken != "wait"):
-        cute.arch.mbarrier_wait(full, 1 if cutlass.const_expr(broken == "phase") else 0)
+        cute.arch.mbarrier_wait(full, 0)
     for i in cutlass.range_constexpr(TILE * TILE // THREADS):
         row, column = (i * THREADS + t) // TILE, t % TILE
         tile[row, column] = tile[row, column] * cutlass.Float16(2)
-    if cutlass.const_expr(broken == "barrier"):
-        barriers = cute.make_tensor(cute.recast_ptr(full, dtype=cutlass.Int32), cute.make_layout(2))
-        barriers[t % 2] = 7
     if cutlass.const_expr(broken != "fence"):
         cute.arch.fence_proxy("async.shared", space="cta")
     cute.arch.sync_threads()
@@ -135,7 +130,7 @@ def double(
 ):
     """target = 2 * source, fp16, through TMA both ways.
 
-    broken: "fence", "wait" leave that out; "expect_tx", "phase", "barrier" get it wrong.
+    broken: "fence", "wait" leave that out; "expect_tx" gets it wrong.
     """
     layout = cute.make_layout((TILE, TILE), stride=(TILE, 1))
     load, s = cpasync.make_tiled_tma_atom(
