@@ -8,6 +8,8 @@ and whole classes as arrays (registers, lanes): words, ints, floats, predicates.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ..matrix.wgmma import Queue
@@ -20,6 +22,12 @@ from .fragments import Fragment
 from .special import SpecialRegisters
 
 LANES = 128
+
+
+@functools.lru_cache(4096)
+def _warps(mask: bytes) -> tuple[int, ...]:
+    """The warps, from 0, with a lane in a mask of one byte per lane."""
+    return tuple(i // 32 for i in range(0, len(mask), 32) if any(mask[i : i + 32]))
 
 
 class Warpgroup:
@@ -84,7 +92,7 @@ class Warpgroup:
     def warps(self, m) -> list[int]:
         """Numbers, in the CTA, of the warps with an active lane."""
         mask = self.live if m is None else m
-        return (np.flatnonzero(mask.reshape(-1, 32).any(1)) + 4 * self.index).tolist()
+        return [4 * self.index + warp for warp in _warps(mask.tobytes())]
 
     def clock(self, dtype):
         self.launch.ticks += 100

@@ -51,8 +51,8 @@ def _note_writes(w, smem, warps, a):
     """Lane 4 r + c wrote word c of row r of every matrix."""
     first = w.threads[warps * 32][:, None, None] + 4 * np.arange(8)[None, None, :]
     everyone = np.broadcast_to(first, a.shape)
-    for c in range(4):
-        smem.note(w, a + 4 * c, 4, everyone + c, raced=False)
+    words = np.arange(4)
+    smem.note(w, a[..., None] + 4 * words, 4, everyone[..., None] + words, raced=False)
     if w.races is not None:
         each = _each(w, warps, a.shape[1])
         w.races.generic(smem, a, 16, everyone, writes=True, each=each)

@@ -15,6 +15,7 @@ FP8, where that is noticeable, options(accumulator="short") does as the hardware
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,6 @@ class Queue:
         self.w = w
         self.issued: list[Issued] = []
         self.group: list[Issued] = []  # since the last commit, for the check "race"
-        self._words: dict[tuple, np.ndarray] = {}
         self.committed: list[Operation] = []  # groups, oldest first
         self.deferred = w.launch.schedule.defers
 
@@ -111,11 +111,7 @@ class Queue:
         if w.races is None or not group:
             return None
         self.group = []
-        key = tuple((i.shape.site, i.a, i.b) for i in group)
-        words = self._words.get(key)
-        if words is None:
-            chunks = np.unique(np.concatenate([c.ravel() for i in group for c in operands(i)]))
-            words = self._words[key] = (chunks[:, None] * 4 + np.arange(4)).ravel()
+        words = _words_read(tuple(group))
         site = group[0].shape.site
         access = w.races.begin(w, w.live, "wgmma", "wgmma", site)
         try:
@@ -157,6 +153,13 @@ def operands(issued: Issued) -> list[np.ndarray]:
         if desc is not None:
             found.append(descriptors.chunks((desc,), rows, ELEMENT[kind][0], mn_major))
     return found
+
+
+@functools.lru_cache(4096)
+def _words_read(group: tuple[Issued, ...]) -> np.ndarray:
+    """Indices of the 4-byte words of shared memory that a group reads."""
+    chunks = np.unique(np.concatenate([c.ravel() for i in group for c in operands(i)]))
+    return (chunks[:, None] * 4 + np.arange(4)).ravel()
 
 
 def issue(w, shape: Shape, a, b, accumulate):

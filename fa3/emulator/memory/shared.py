@@ -71,7 +71,9 @@ class SharedMemory:
         if self.generic is not None:
             self.generic.record(addresses, nbytes, threads)
         if w.checks.mbarrier and self.barriers:
-            if hit := self.barriers.keys() & set((addresses & ~7).ravel().tolist()):
+            low, high = int(addresses.min()) & ~7, int(addresses.max())
+            near = {at for at in self.barriers if low <= at <= high}
+            if near and (hit := near & set((addresses & ~7).ravel().tolist())):
                 raise BarrierMisuse(
                     f"ordinary store over the mbarrier at {min(hit):#x} ({self.barriers[min(hit)]})"
                 )

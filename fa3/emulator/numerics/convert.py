@@ -46,10 +46,8 @@ def repack(dst: str, src: str, mods: tuple[str, ...], x):
         lo, hi = (v.astype(f4) for v in halves(x, src[:-2]))
         return pack(dst, mods, hi, lo, len(x))
     table = FP8[src[:4]]
-    lo, hi = table[x & u2(0xFF)], table[x >> u2(8)]
-    if "relu" in mods:
-        lo, hi = np.maximum(lo, f4(0)), np.maximum(hi, f4(0))
-    return unhalves(lo, hi, dst[:-2])
+    both = table[np.stack([x & u2(0xFF), x >> u2(8)])]
+    return unhalves(np.maximum(both, f4(0)) if "relu" in mods else both, dst[:-2])
 
 
 def scalar(dst: str, src: str, mods: tuple[str, ...], x):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
@@ -58,6 +60,18 @@ _FP8_NAN = u1(0x7F)
 
 def f32_to_fp8(x, kind: str):
     """Round to nearest even; overflow saturates (PTX requires .satfinite), NaN becomes 0x7F."""
+    b = np.ascontiguousarray(x, f4).view(u4)
+    # the upper half decides, and whether anything is below it: that is no tie then
+    return _fp8_of_upper_half(kind)[(b >> u4(16)) | ((b & u4(0xFFFF)) != 0)]
+
+
+@functools.cache
+def _fp8_of_upper_half(kind: str):
+    """The code of each f32 whose lower 16 bits are zero."""
+    return _round_to_fp8((np.arange(1 << 16, dtype=u4) << u4(16)).view(f4), kind)
+
+
+def _round_to_fp8(x, kind: str):
     top = _LARGEST[kind]
     grid = FP8[kind][: top + 1].astype(f8)
     middle = (grid[:-1] + grid[1:]) / 2
@@ -113,14 +127,12 @@ def join_halves(lo, hi):
 
 
 def halves(x, kind: str):
-    """32-bit lanes -> (low, high) as float arrays to compute in."""
-    lo, hi = low_half(x), high_half(x)
+    """32-bit lanes -> (low and high, lanes) floats to compute in."""
     if kind == "bf16":
-        return bf16_to_f32(lo), bf16_to_f32(hi)
-    return lo.view(f2), hi.view(f2)
+        return np.stack([x << u4(16), x & u4(0xFFFF0000)]).view(f4)
+    return np.stack([low_half(x), high_half(x)]).view(f2)
 
 
-def unhalves(lo, hi, kind: str):
-    if kind == "bf16":
-        return join_halves(f32_to_bf16(lo), f32_to_bf16(hi))
-    return join_halves(lo.astype(f2).view(u2), hi.astype(f2).view(u2))
+def unhalves(x, kind: str):
+    """(low and high, lanes) floats -> 32-bit lanes"""
+    return join_halves(*(f32_to_bf16(x) if kind == "bf16" else x.astype(f2).view(u2)))

@@ -13,8 +13,7 @@ def apply(f, kind: str, *x):
         return f(*(v.view(f2) if v.dtype == u2 else v for v in x)).astype(f2)
     if kind == "bf16":
         return f32_to_bf16(f(*(bf16_to_f32(v) for v in x)))
-    parts = [halves(v, kind[:-2]) for v in x]
-    return unhalves(f(*(p[0] for p in parts)), f(*(p[1] for p in parts)), kind[:-2])
+    return unhalves(f(*(halves(v, kind[:-2]) for v in x)), kind[:-2])
 
 
 def fma(kind: str, a, b, c, relu: bool, flushes: bool):

@@ -72,6 +72,7 @@ def lop3(a, b, c, table: int):
 
 
 # prmt mode -> selector of the default mode, by the two low bits of its own
+_NIBBLES = np.arange(0, 16, 4, dtype=u4)
 PERMUTE_MODES = {
     "f4e": (0x3210, 0x4321, 0x5432, 0x6543),
     "b4e": (0x5670, 0x6701, 0x7012, 0x0123),
@@ -86,14 +87,12 @@ def permute_bytes(a, b, selector, mode: str | None = None):
     """prmt; in the default mode four selectors of four bits, of which bit 3 replicates the sign."""
     if mode is not None:
         selector = np.array(PERMUTE_MODES[mode], u4)[selector & u4(3)]
-    x = a.astype(u8) | (b.astype(u8) << u8(32))
-    r = u4(0)
-    for j in range(4):
-        s = (selector >> u4(4 * j)) & u4(15)
-        byte = (x >> (u8(8) * (s & u4(7)).astype(u8))).astype(u4) & u4(255)
-        byte = np.where(s & u4(8), np.where(byte & u4(128), u4(255), u4(0)), byte)
-        r = r | (byte << u4(8 * j))
-    return r
+    both = (a.astype(u8) | (b.astype(u8) << u8(32))).view(u1).reshape(-1, 8)
+    chosen = (selector[:, None] >> _NIBBLES) & u4(15)
+    found = np.take_along_axis(both, (chosen & u4(7)).astype(np.intp), 1)
+    if (signs := chosen >= 8).any():
+        found = np.where(signs, np.where(found & u1(128), u1(255), u1(0)), found)
+    return found.view(u4)[:, 0]
 
 
 def leading_zeros(a):
