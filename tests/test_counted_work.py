@@ -137,6 +137,9 @@ def test_counted_work_is_that_of_the_tiles(work, device):
     assert counters["mma"].exponentials == work.exponentials
     assert counters["load"].bytes.bulk_loaded == total.bytes.bulk_loaded == work.loaded
     assert counters["load"].bytes.bulk_read == work.read
+    waits = len(work.tiles) + 2 * work.blocks  # for Q of each tile, K and V of each block
+    assert counters["load"].waits["mbarrier"].executed == waits
+    assert counters["mma"].waits["mbarrier"].executed == waits * counters["mma"].warps
     rows = work.s_q * work.heads
     if work.quantised:
         assert total.bytes.bulk_written == 0

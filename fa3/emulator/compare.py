@@ -42,7 +42,7 @@ def compare_schedules(
     first = None
     for schedule, seed in [("eager", 0), ("late", 0), *(("random", s) for s in seeds)]:
         trace: list = []
-        with settings.options(checks=base, schedule=schedule, seed=seed, trace=trace):
+        with settings.options(checks=base, schedule=schedule, seed=seed, trace=trace, profile=None):
             outputs = [_copied(x) for x in run()]
         if first is None:
             first = outputs

@@ -167,6 +167,21 @@ def test_a_picture_needs_matplotlib(loaded, tmp_path, monkeypatch):
         loaded.write_png(tmp_path / "x.png")
 
 
+def test_schedules_can_be_compared_inside_of_a_profile(emulator, compiled):
+    a = torch.arange(128, dtype=torch.int32)
+
+    def run():
+        x = a.clone()
+        compiled("reverse", x)(x)
+        return [x]
+
+    with emulator.profile() as profile:
+        (result,) = emulator.compare_schedules(run, seeds=(0,), checks=())
+        run()
+    assert torch.equal(result, a.flip(0))
+    assert len(profile.launches) == 1 and "events" not in repr(profile)
+
+
 def test_an_empty_profile_says_so(tmp_path):
     with pytest.raises(ValueError, match="no launch yet"):
         Profile().write_trace(tmp_path / "x.json")

@@ -22,8 +22,8 @@ class LaunchProfile:
     kernel: str
     grid: Dim3
     block: Dim3
-    warps: list[Counters]  # of each warp of a CTA, over all CTAs
-    events: list[Event]
+    warps: list[Counters] = field(repr=False)  # of each warp of a CTA, over all CTAs
+    events: list[Event] = field(repr=False)
     conflicts: dict[str, int]  # wavefronts beyond the fewest, by place in the kernel's source
     cycles: float  # nominal, of the CTA that takes longest
     longest_chain: int
