@@ -98,9 +98,9 @@ class GenericWrites:
             )
 
 
-def bytes_of(first: int, words) -> str:
-    """ "0x80..0xff": the bytes of a 4-byte word and of those of `words` that follow it."""
+def bytes_of(first: int, words, size: int = 4) -> str:
+    """ "0x80..0xff": the bytes of a word of `size` bytes and of those of `words` that follow it."""
     following = np.unique(words)
     following = following[np.searchsorted(following, first) :]
     run = following - np.arange(len(following)) == first
-    return f"{first * 4:#x}..{(first + int(run.sum())) * 4 - 1:#x}"
+    return f"{first * size:#x}..{(first + int(run.sum())) * size - 1:#x}"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import bytes_of
 from .errors import Race
 from .memory.places import Access, Place
 
@@ -74,9 +75,9 @@ class GlobalRaces:
             shadow = self._shadows[start] = _Shadow(nbytes)
             for earlier, its_number in self._reads.pop(start, ()):
                 earlier.put(shadow.reads, its_number)
-        self._require(where.of(shadow.writes), number, start, "writes" if writes else "reads")
+        self._require(shadow.writes, where, number, start, "writes" if writes else "reads")
         if writes:
-            self._require(where.of(shadow.reads), number, start, "writes")
+            self._require(shadow.reads, where, number, start, "writes")
         where.put(shadow.writes if writes else shadow.reads, number)
 
     def _event(self, me: int, pc: int) -> int:
@@ -86,7 +87,8 @@ class GlobalRaces:
             self._events.append(Event(*key[:2], self._lowered.place(pc)))
         return self._numbers[key]
 
-    def _require(self, numbers, mine: int, start: int, does: str) -> None:
+    def _require(self, cells, where: Place, mine: int, start: int, does: str) -> None:
+        numbers = where.of(cells)
         if not numbers.any():
             return
         me = self._events[mine].cluster
@@ -95,10 +97,12 @@ class GlobalRaces:
             if number == 0 or other.cluster == me:
                 continue
             if self._knows.get(me, {}).get(other.cluster, 0) <= other.epoch:
+                at = np.ravel(where.of(np.arange(len(cells))))[np.ravel(numbers) == number]
+                place = bytes_of(start + int(at[0]), start + at, 1)
                 raise Race(
-                    f"cluster {me} of the grid {does} global memory of the tensor at "
-                    f"{start:#x} that cluster {other.cluster} accesses at {other.place}, "
-                    "one of them writing: no atomic leads from one to the other"
+                    f"cluster {me} of the grid {does} global memory {place} (from byte {at[0]} of "
+                    f"the tensor on) that cluster {other.cluster} accesses at {other.place}, one "
+                    "of them writing: no atomic leads from one to the other"
                 )
 
 

@@ -11,6 +11,7 @@ An epoch is an access in one number: agent << 52 | time of the agent << 24 | pc.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -216,21 +217,27 @@ class Races:
         each: the threads of the words of each address, where those differ.
         """
         addresses, threads = np.ravel(addresses), np.ravel(threads)
-        agents = self._of_threads(threads)
-        for agent in np.unique(agents).tolist():
-            here = agents == agent
-            words, own = self._words(addresses[here], nbytes), threads[here]
-            access = self._of_warp(agent, own)
-            _note(self._since[agent], own)
-            (self.write if writes else self.read)(memory, words, access)
+        for agent, mine, access in self.by_warp(threads):
+            words = self._words(addresses[mine], nbytes)
+            (self.write if writes else self.read)(memory.shadow, words, access)
             if writes and self._unfenced is not None:
                 memory.shadow.fenced[words] = 0
-                self._unfenced.add(agent, memory.shadow, words, np.repeat(own, max(1, nbytes // 4)))
+                own = np.repeat(threads[mine], max(1, nbytes // 4))
+                self._unfenced.add(agent, memory.shadow, words, own)
         words, lanes = self._words(addresses, nbytes), memory.shadow.lanes
         if nbytes < 4:
             return lanes.forget(words)
         by = np.repeat(threads, nbytes // 4) if each is None else np.ravel(each)
         self._lanes.access(lanes, words, self._of_threads(by), by % 32, access.epoch & _PC, writes)
+
+    def by_warp(self, threads) -> Iterator[tuple[int, np.ndarray, Access]]:
+        """(warp, its part of the threads, their access) where threads make an access each."""
+        agents = self._of_threads(threads)
+        for agent in np.unique(agents).tolist():
+            mine = agents == agent
+            access = self._of_warp(agent, threads[mine])
+            _note(self._since[agent], threads[mine])
+            yield agent, mine, access
 
     def fence(self, w, m) -> None:
         """fence.proxy.async"""
@@ -250,7 +257,7 @@ class Races:
         for agent in np.unique(agents).tolist():
             self.acquire([agent], memory.shadow.atomics)
             words = self._words(addresses[agents == agent], nbytes)
-            self.write(memory, words, self._of_warp(agent))
+            self.write(memory.shadow, words, self._of_warp(agent))
             memory.shadow.atomics = self.release([agent])
 
     def _of_warp(self, agent: int, threads=None) -> Access:
@@ -262,10 +269,10 @@ class Races:
         words = addresses >> 2
         return words if nbytes <= 4 else (words[:, None] + np.arange(nbytes // 4)).ravel()
 
-    def read(self, memory, words, access: Access) -> None:
-        shadow = memory.shadow
-        self._require(shadow.writes[words], words, access, "reads", "write")
-        if access.epoch >> _AGENT >= self._count and self._unfenced is not None:
+    def read(self, shadow, words, access: Access) -> None:
+        self._require(shadow, shadow.writes, words, access, "reads")
+        asynchronous = access.epoch >> _AGENT >= self._count
+        if asynchronous and self._unfenced is not None and shadow.fenced is not None:
             self._require_fences(shadow.fenced[words], words, access)
         for layer in shadow.reads:
             known = ~_unknown(layer[words], access.clock)
@@ -277,11 +284,12 @@ class Races:
         shadow.reads.append(np.zeros_like(shadow.writes))
         shadow.reads[-1][words] = access.epoch
 
-    def write(self, memory, words, access: Access) -> None:
-        shadow = memory.shadow
-        self._require(shadow.writes[words], words, access, "writes", "write")
+    def write(self, shadow, words, access: Access, suspects=None) -> None:
+        """suspects: those of the words that must not race, default all."""
+        suspects = words if suspects is None else suspects
+        self._require(shadow, shadow.writes, suspects, access, "writes")
         for layer in shadow.reads:
-            self._require(layer[words], words, access, "writes", "read")
+            self._require(shadow, layer, suspects, access, "writes")
             layer[words] = 0
         shadow.writes[words] = access.epoch
 
@@ -289,30 +297,33 @@ class Races:
         """An arrival or a wait: the barrier must have been initialised before it."""
         words = np.array([address >> 2])
         access = self._of_warp(agent)
-        self._require(memory.shadow.writes[words], words, access, "uses the mbarrier in", "write")
+        shadow = memory.shadow
+        self._require(shadow, shadow.writes, words, access, "uses the mbarrier in")
 
     def span_write(self, memory, start: int, end: int, access: Access) -> None:
         if end <= memory.size:  # otherwise the operation itself will complain
-            self.write(memory, np.arange(start >> 2, end + 3 >> 2), access)
+            self.write(memory.shadow, np.arange(start >> 2, end + 3 >> 2), access)
 
     def span_read(self, memory, start: int, end: int, access: Access) -> None:
         if end <= memory.size:
-            self.read(memory, np.arange(start >> 2, end + 3 >> 2), access)
+            self.read(memory.shadow, np.arange(start >> 2, end + 3 >> 2), access)
 
-    def _require(self, epochs, words, access: Access, does: str, before: str) -> None:
-        """Raise Race unless the access is ordered after all of these."""
+    def _require(self, shadow, cells, words, access: Access, does: str) -> None:
+        """Raise Race unless an access is ordered after those in the cells of its words."""
+        epochs = cells[words]
         bad = _unknown(epochs, access.clock)
         if not bad.any():
             return
         first = int(bad.argmax())
         epoch = int(epochs[first])
-        place = bytes_of(int(words[first]), words[epochs == epoch])
+        place = shadow.named(int(words[first]), words[epochs == epoch])
+        before = "write" if cells is shadow.writes else "read"
         agent = epoch >> _AGENT
         missing = "no barrier leads from there to here"
         if agent >= self._count:
             missing = f"{_WAITS[self._names[agent][0]]}, or no barrier after it, leads to here"
         raise Race(
-            f"{access.who} {does} shared memory {place} unordered with the "
+            f"{access.who} {does} {place} unordered with the "
             f"{before} by {self._name(agent)} at {self._place(epoch & _PC)}: {missing}"
         )
 
@@ -355,6 +366,11 @@ class Shadow:
         self.reads: list[np.ndarray] = []  # a word's unordered reads lie in different layers
         self.fenced = np.zeros(nbytes // 4, np.int64)  # epoch of the fence after a generic write
         self.atomics: np.ndarray | None = None  # what atomics pass on
+
+    @staticmethod
+    def named(first: int, others) -> str:
+        """A word and those of others that follow it."""
+        return f"shared memory {bytes_of(first, others)}"
 
 
 def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..checks import ProxyClock
+from ..cluster_races import ClusterRaces
 from ..errors import EmulatorError, KernelError
 from ..memory import mbarrier
 from ..memory.operations import Operation
@@ -25,6 +26,8 @@ class Cluster:
         self.launch, self.number = launch, number
         self.proxy = ProxyClock(launch.lowered)
         self.races = Races(self) if launch.checks.race else None
+        across = launch.checks.across and self.races is not None
+        self.global_races = ClusterRaces(self.races) if across else None
         self.clock = self.arriving = None  # what the cluster barrier passes on (check "race")
         self.profile = launch.profile and launch.profile.observer(len(positions))
         self.events = 0  # counts whatever may wake a waiting fragment

@@ -116,7 +116,7 @@ class Queue:
         access = w.races.begin(w, w.live, "wgmma", "wgmma", site)
         try:
             if words[-1] < len(w.cta.smem.shadow.writes):  # otherwise the product will complain
-                w.races.read(w.cta.smem, words, access)
+                w.races.read(w.cta.smem.shadow, words, access)
         except KernelError as error:
             error.site = site
             raise

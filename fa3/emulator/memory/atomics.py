@@ -28,8 +28,7 @@ def atomic(w, m, how, row, address, offset, b, c):
         array, index = memory.view[dtype], a // es
     else:
         array, index = generic.locate(w, m, dtype, address, offset, es, "atomic")
-        if w.launch.write_observer is not None:
-            w.launch.write_observer.synchronise(w, w.active(address, m).astype(np.int64) + offset)
+        generic.synchronise(w, m, w.active(address, m).astype(np.int64) + offset)
         if array is None:
             raise Unsupported("atomic whose lanes address different tensors")
     w.cluster.events += 1

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import Misaligned, OutOfBounds, Unsupported
 from . import mbarrier, tensormap
 from .operations import Operation
-from .places import span
+from .places import observe, span
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
 
 _CHUNK = 16  # bytes; swizzles permute chunks
@@ -90,34 +90,38 @@ def tensor_load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, mu
 
 
 def _issue_load(w, lane: int, site: int, what: str, work, targets, nbytes: int) -> None:
-    """work takes what it passes on as its argument (check "race")."""
+    """work takes its access as an argument (check "race")."""
     spans = [(memory, at, at + nbytes, True) for memory, at, _ in targets]
     mask = np.arange(w.lanes) == lane
-    clock = _raced(w, mask, "load", what, spans, site)
-    operation = Operation(w, site, mask, what, spans, partial(work, clock), clock)
+    access = _raced(w, mask, "load", what, spans, site)
+    operation = Operation(w, site, mask, what, spans, partial(work, access), _clock(access))
     w.cluster.issue(operation, waited_for=False)
 
 
 def _raced(w, mask, kind: str, what: str, spans, site: int | None):
-    """Check "race": the clock of an operation over these spans."""
+    """Check "race": the access of an operation to these spans."""
     if w.races is None:
         return None
     access = w.races.begin(w, mask, kind, what, site)
     for memory, low, high, writes in spans:
         (w.races.span_write if writes else w.races.span_read)(memory, low, high, access)
-    return access.clock
+    return access
 
 
-def _tensor_load(w, site, box, coords, dst, barrier, multicast, clock):
+def _clock(access):
+    return None if access is None else access.clock
+
+
+def _tensor_load(w, site, box, coords, dst, barrier, multicast, access):
     seen = [] if w.launch.read_observer is not None else None
     raw = box.read(coords, seen)
     for place in seen or ():
-        w.launch.read_observer.access(w, *place, writes=False, site=site)
+        observe(w, *place, False, site, access)
     for memory, at, bar in destinations(w, dst, barrier, multicast):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
         _deliver(memory, at, raw, box.swizzle)
-        mbarrier.complete(w, bar, len(raw), clock)
+        mbarrier.complete(w, bar, len(raw), _clock(access))
 
 
 def tensor_store(w, m, site, target, src, src_offset, reduction):
@@ -138,24 +142,27 @@ def tensor_store(w, m, site, target, src, src_offset, reduction):
         seen[same] = _issue_store(w, lane, site, "TMA store", work, at, box.box_bytes)
 
 
-def _tensor_store(w, site, box, coords, at, reduction):
+def _tensor_store(w, site, box, coords, at, reduction, access):
     raw = _collect(w.cta.smem, at, box.box_bytes, box.swizzle, "TMA store")
     seen = [] if w.launch.write_observer is not None else None
     box.write(coords, raw, reduction, seen)
     for place in seen or ():
-        w.launch.write_observer.access(w, *place, writes=True, site=site)
+        observe(w, *place, True, site, access)
     w.cluster.events += 1
 
 
 def _issue_store(w, lane: int, site: int, what: str, work, at: int, nbytes: int):
-    """Complete now or, as the schedule says, up to the wait for the lane's bulk group."""
+    """Complete now or, as the schedule says, up to the wait for the lane's bulk group.
+
+    work as in _issue_load().
+    """
     if not w.groups_kept:
-        work()
+        work(None)
         return None
     spans = [(w.cta.smem, at, at + nbytes, False)]
     mask = np.arange(w.lanes) == lane
-    clock = _raced(w, mask, "store", what, spans, site)
-    operation = Operation(w, site, mask, what, spans, work, clock)
+    access = _raced(w, mask, "store", what, spans, site)
+    operation = Operation(w, site, mask, what, spans, partial(work, access), _clock(access))
     operation.lanes.append(lane)
     w.bulk.add(lane, operation)
     w.cluster.issue(operation, waited_for=True)
@@ -178,15 +185,14 @@ def load(w, m, site, dst, dst_offset, source, barrier, barrier_offset, multicast
         _issue_load(w, lane, site, "bulk load", work, destinations(w, d, b, mask), n)
 
 
-def _load(w, site, dst, src, nbytes, barrier, multicast, clock):
+def _load(w, site, dst, src, nbytes, barrier, multicast, access):
     region = w.memory.find(src, src + nbytes, "bulk read")
     raw = region.bytes[src - region.start : src - region.start + nbytes].copy()
     if w.launch.read_observer is not None:
-        window = span(src - region.start, nbytes)
-        w.launch.read_observer.access(w, region, window, writes=False, site=site)
+        observe(w, region, span(src - region.start, nbytes), False, site, access)
     for memory, at, bar in destinations(w, dst, barrier, multicast):
         _deliver(memory, at, raw, 0)
-        mbarrier.complete(w, bar, nbytes, clock)
+        mbarrier.complete(w, bar, nbytes, _clock(access))
 
 
 def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_offset):
@@ -197,11 +203,11 @@ def between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_
         targets = destinations(w, d, b, None)
         spans = [(w.cta.smem, s & OFFSET, (s & OFFSET) + n, False)]
         spans += [(memory, at, at + n, True) for memory, at, _ in targets]
-        clock = _raced(w, np.arange(w.lanes) == lane, "load", "bulk copy", spans, None)
+        access = _raced(w, np.arange(w.lanes) == lane, "load", "bulk copy", spans, None)
         raw = _collect(w.cta.smem, s & OFFSET, n, 0, "bulk copy")
         for memory, at, bar in targets:
             _deliver(memory, at, raw, 0)
-            mbarrier.complete(w, bar, n, clock)
+            mbarrier.complete(w, bar, n, _clock(access))
 
 
 def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
@@ -213,16 +219,14 @@ def store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
         _issue_store(w, lane, site, "bulk store", work, s & OFFSET, n)
 
 
-def _store(w, site, dst, at, nbytes, reduction):
+def _store(w, site, dst, at, nbytes, reduction, access):
     raw = _collect(w.cta.smem, at, nbytes, 0, "bulk store")
     region = w.memory.find(dst, dst + nbytes, "bulk write")
     out = region.bytes[dst - region.start : dst - region.start + nbytes]
     w.cluster.events += 1
     if reduction is None:
-        if w.launch.write_observer is not None:
-            window = span(dst - region.start, nbytes)
-            w.launch.write_observer.access(w, region, window, writes=True, site=site)
         out[:] = raw
+        observe(w, region, span(dst - region.start, nbytes), True, site, access)
         return
     op, kind = reduction
     if op != "add" or kind not in _REDUCIBLE:

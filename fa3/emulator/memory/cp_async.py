@@ -14,7 +14,7 @@ from ..numerics.formats import rows
 from . import mbarrier, shared
 from .groups import Groups
 from .operations import Operation
-from .places import Indices, indices
+from .places import Indices, indices, observe
 
 
 def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
@@ -34,18 +34,18 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
         work = partial(_copy, w, lanes, site, size, dst, dst_offset, src, src_offset, src_size)
         a = w.active(dst, lanes).astype(np.int64) + dst_offset
         span = (w.cta.smem, int(a.min()), int(a.max()) + size, True)
-        clock = None
+        access = None
         if w.races is not None:
             access = w.races.begin(w, lanes, "cp.async", "cp.async", site)
             words = (a[:, None] + np.arange(0, size, 4) >> 2).ravel()
-            w.races.write(w.cta.smem, words, access)
-            clock = access.clock
+            w.races.write(w.cta.smem.shadow, words, access)
+        work, clock = partial(work, access=access), None if access is None else access.clock
         operation = Operation(w, site, lanes, "cp.async", [span], work, clock)
         w.cp_async.add(warp, operation)
         w.cluster.issue(operation, waited_for=True)
 
 
-def _copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
+def _copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size, access=None):
     memory, a = shared.locate(w, m, dst, dst_offset, size)
     g = w.active(src, m).astype(np.int64) + src_offset
     n = (
@@ -64,8 +64,7 @@ def _copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
                 indices([s - region.start], k).at
                 for s, k in zip(g[some].tolist(), n[some].tolist(), strict=True)
             ]
-            where = Indices(np.concatenate(at))
-            w.launch.read_observer.access(w, region, where, writes=False, site=site)
+            observe(w, region, Indices(np.concatenate(at)), False, site, access)
     memory.raw[: len(memory.raw) // size * size].reshape(-1, size)[a // size] = out
 
 

@@ -65,7 +65,7 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
     else:
         array, index = locate(w, m, dtype, address, offset, es * len(rows), "read")
         if w.launch.read_observer is not None:
-            _observe(w, m, address, offset, es * len(rows), strong, False)
+            _observe(w, m, address, offset, es * len(rows), strong)
     lanes = slice(None) if m is None else m
     for i, row in enumerate(rows):
         if row is None:
@@ -77,18 +77,36 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
             row[lanes] = np.array([x[j] for x, j in found], dtype)
 
 
-def _observe(w, m, address, offset, nbytes: int, strong: bool, writes: bool) -> None:
-    """Tell of an access of the active lanes to global memory."""
+def _observe(w, m, address, offset, nbytes: int, strong: bool, written=None) -> None:
+    """Tell of an access of the active lanes to global memory; written: rows of a store."""
+    writes = written is not None
     observer = w.launch.write_observer if writes else w.launch.read_observer
     a = w.active(address, m).astype(np.int64) + offset
     if strong:
-        return observer.synchronise(w, a)
+        return synchronise(w, m, a)
+    threads = w.threads[w.lane_list(m)]
+    a, values = np.broadcast_to(a, threads.shape), None
+    if writes and w.cluster.global_races is not None:
+        columns = [np.broadcast_to(w.active(row, m), a.shape) for row in written]
+        values = np.stack(columns, 1).view(np.uint8)
     while len(a):  # usually all lie in one region
         region = w.memory.find(int(a[0]), int(a[0]) + nbytes)
         here = (a >= region.start) & (a < region.end)
-        where = places.indices(a[here] - region.start, nbytes)
-        observer.access(w, region, where, writes)
-        a = a[~here]
+        offsets = a[here] - region.start
+        observer.access(w, region, places.indices(offsets, nbytes), writes)
+        if w.cluster.global_races is not None:
+            own = None if values is None else values[here]
+            w.cluster.global_races.plain(region, offsets, nbytes, threads[here], own)
+        a, threads = a[~here], threads[~here]
+        values = None if values is None else values[~here]
+
+
+def synchronise(w, m, addresses) -> None:
+    """Tell of atomics of the active lanes on global memory, or of what counts as such."""
+    if w.launch.write_observer is not None:
+        w.launch.write_observer.synchronise(w, addresses)
+    if w.cluster.global_races is not None:
+        w.cluster.global_races.synchronise(w, np.array(w.lane_list(m)))
 
 
 def store(w, m, dtype, rows, address, offset, strong: bool = False):
@@ -100,7 +118,7 @@ def store(w, m, dtype, rows, address, offset, strong: bool = False):
     es = np.dtype(dtype).itemsize
     array, index = locate(w, m, dtype, address, offset, es * len(rows), "write")
     if w.launch.write_observer is not None:
-        _observe(w, m, address, offset, es * len(rows), strong, True)
+        _observe(w, m, address, offset, es * len(rows), strong, rows)
     w.cluster.events += 1
     for i, row in enumerate(rows):
         values = w.active(row, m)

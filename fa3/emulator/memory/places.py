@@ -55,6 +55,18 @@ class Access(NamedTuple):
     pc: int
 
 
+def observe(w, region, where: Place, writes: bool, site: int, operation=None) -> None:
+    """Tell the launch of an access, and the cluster, to which of its operations it belongs.
+
+    operation: a races.Access, None if the check "race" is off.
+    """
+    observer = w.launch.write_observer if writes else w.launch.read_observer
+    if observer is not None:
+        observer.access(w, region, where, writes=writes, site=site)
+    if operation is not None and w.cluster.global_races is not None:
+        w.cluster.global_races.access(region, where, writes, operation)
+
+
 def indices(offsets, nbytes: int) -> Indices:
     """nbytes from each of these offsets into a region."""
     return Indices((np.asarray(offsets)[:, None] + np.arange(nbytes)).ravel())
