@@ -21,12 +21,6 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
-    (
-        "fp8",
-        "wait fwd_load.py:load: fill_v(n_block + 1",
-        "V's slot is free before K's, which was just waited for: it was transposed before the last "
-        "product that K's slot waited for",
-    ),
 ]
 _REDUNDANT_FENCE = (
     "redundant: no instruction used the registers of the wgmmas after it since the last fence"

@@ -77,6 +77,11 @@ class FwdPlan:
         return self.o_space == "kv"
 
     @property
+    def frees_v_first(self) -> bool:
+        """A slot of V is free before that of the K ahead of it: V has been transposed by then."""
+        return self.signature.quantised is not None
+
+    @property
     def elements(self) -> tuple[int, int, int, int]:
         """Of Q, O, a K stage and a V stage."""
         return self.config.elements(self.signature)

@@ -11,6 +11,8 @@ from .rings import FwdRings
 def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
     """Fill the rings, tile after tile: K of block n travels beside V of block n + 1.
 
+    Whichever has the earlier free slot goes first, or it would wait for the other's.
+
     The first K of a tile goes ahead of its Q, which may have to wait until the O of the tile
     before has left the same space (config.OSpace).
     """
@@ -26,6 +28,9 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
         fill_q(tile.m_block, q.acquire_and_advance())
         for i in cutlass.range(blocks.count - 1, unroll=1):
             n_block = blocks.n_max - 2 - i
+            if cutlass.const_expr(plan.frees_v_first):
+                fill_v(n_block + 1, v.acquire_and_advance())
             fill_k(n_block, k.acquire_and_advance())
-            fill_v(n_block + 1, v.acquire_and_advance())
+            if cutlass.const_expr(not plan.frees_v_first):
+                fill_v(n_block + 1, v.acquire_and_advance())
         fill_v(blocks.n_min, v.acquire_and_advance())
