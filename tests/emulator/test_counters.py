@@ -1,10 +1,13 @@
 """Counters of tiny programs: classes of instructions, banks of shared memory, bytes, waits."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 from fa3.emulator import Options, Profile
 from fa3.emulator.profiling import clock
+from fa3.emulator.profiling.instruments import INSTRUMENTS
 
 from .ptx_runner import launch
 
@@ -208,3 +211,12 @@ def test_other_schedules_than_the_eager_one_are_refused():
         with pytest.raises(ValueError, match='a profile needs schedule="eager"'):
             Options(profile=Profile(), **wrong)
     assert Options(profile=Profile(), schedule="eager", checks=("late",)).profile is not None
+
+
+@pytest.mark.parametrize("original", INSTRUMENTS, ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_an_instrument_is_called_as_its_original_is(original):
+    parameters = [
+        [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (original, INSTRUMENTS[original])
+    ]
+    assert parameters[0] == parameters[1]
