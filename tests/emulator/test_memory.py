@@ -186,3 +186,17 @@ def test_tensor_maps_that_are_refused(matrix, word, value, error, message):
     blob.view(np.uint32)[word] = value
     with pytest.raises(error, match=message):
         TensorMap(blob, matrix.memory)
+
+
+@pytest.mark.parametrize("checks, start", [((), 0), (("poison",), 0xFFFFFFFF)])
+def test_a_cta_finds_no_registers_of_the_one_before(checks, start):
+    """Only CTA 0 writes %r9; and %rd8, which starts as 0; all store both."""
+    out = np.full((3, 2), 7, np.uint64)
+    body = """
+        mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 bra STORE;
+        mov.u32 %r9, 5; mov.u64 %rd8, 6;
+        STORE: mad.wide.u32 %rd1, %r1, 16, %rd0;
+        cvt.u64.u32 %rd2, %r9; st.global.b64 [%rd1], %rd2; st.global.b64 [%rd1+8], %rd8;
+    """
+    launch(body, out, 32, grid=3, checks=checks)
+    assert out.tolist() == [[5, 6], [start, 0], [start, 0]]

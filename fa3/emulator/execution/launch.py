@@ -17,6 +17,7 @@ from ..profiling import Profile
 from ..ptx import Kernel
 from ..settings import Schedule
 from . import processes
+from .banks import Banks
 from .cluster import Cluster
 
 MAX_SMEM = 232_448  # bytes a CTA may have on compute capability 9.0
@@ -45,6 +46,7 @@ class Launch:
         self.threads = self.block[0] * self.block[1] * self.block[2]
         self.smem_bytes = self.kernel.static_smem + self.dynamic_smem
         self.tensor_maps: dict = {}
+        self._banks: dict[tuple[int, int], Banks] = {}
         self.events = 0  # issues and completions of asynchronous operations
         self.ticks = 0  # of %clock and %globaltimer
         if self.schedule is None:
@@ -73,6 +75,13 @@ class Launch:
             raise KernelError(
                 f"{self.smem_bytes} bytes of shared memory requested, {MAX_SMEM} available"
             )
+
+    def banks(self, rank: int, index: int, lanes: int) -> Banks:
+        """Registers for a warpgroup of a cluster; that of the next cluster gets the same."""
+        key = rank, index
+        if key not in self._banks:
+            self._banks[key] = Banks(self.kernel.counts, lanes)
+        return self._banks[key]
 
     def tick(self) -> int:
         """The number of this event of asynchronous operations."""

@@ -42,7 +42,7 @@ class Warpgroup:
         self.first_thread = LANES * index
         threads = min(LANES, self.launch.threads - self.first_thread)
         self.lanes = (threads + 31) // 32 * 32
-        self._allocate_registers(self.launch.kernel.counts)
+        self._clear_registers()
         self.sp = SpecialRegisters(self)
         self.all = np.ones(self.lanes, bool)
         self.ones, self.zeros = b"\1" * self.lanes, b"\0" * self.lanes
@@ -61,20 +61,12 @@ class Warpgroup:
         self.groups_kept = self.launch.schedule.defers or self.races is not None
         self.bulk, self.cp_async = Groups(), Groups()  # by lane, by warp; empty unless kept
 
-    def _allocate_registers(self, counts: dict[str, int]) -> None:
-        n = self.lanes
-        poison = 0xFFFFFFFF if self.checks.poison else 0
-        w32 = np.full((counts.get("w", 0), n), poison, np.uint32)
-        w64 = np.zeros((counts.get("d", 0), n), np.uint64)
-        w16 = np.zeros((counts.get("h", 0), n), np.uint16)
-        self.words, self.ints, self.floats = w32, w32.view(np.int32), w32.view(np.float32)
-        self.predicates = np.zeros((counts.get("p", 0), n), bool)
-        self.U, self.S, self.F = list(self.words), list(self.ints), list(self.floats)
-        self.D, self.Q, self.E = list(w64), list(w64.view(np.int64)), list(w64.view(np.float64))
-        self.H, self.J, self.G = list(w16), list(w16.view(np.int16)), list(w16.view(np.float16))
-        self.P = list(self.predicates)
+    def _clear_registers(self) -> None:
+        banks = self.launch.banks(self.cta.rank, self.index, self.lanes)
+        banks.clear(self.checks.poison)
+        vars(self).update(banks.named)  # where generated code looks for them
         if (watch := self.launch.lowered.watch) is not None:
-            self.defined = np.zeros((watch.count, n), np.uint8)
+            self.defined = np.zeros((watch.count, self.lanes), np.uint8)
 
     def active(self, row, m):
         """The values of the active lanes (a constant stays a row of one when all are active)."""
