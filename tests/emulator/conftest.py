@@ -13,6 +13,7 @@ def emulator():
     from fa3 import emulator
 
     emulator.install()
+    emulator.configure(processes=1)  # as in the device fixture
     return emulator
 
 
