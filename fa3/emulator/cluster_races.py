@@ -14,30 +14,33 @@ from .checks import bytes_of
 from .memory.places import Place, indices
 from .races import Access, Races, joined
 
+_PART = 22  # bits of an offset into a part of a region: tensors may be larger than memory
+
 
 class _Shadow:
-    """The last write of each byte of a region, and the reads since: epochs, as in races.Shadow."""
+    """Of a part of a region: the last write of each byte and the reads since, as races.Shadow."""
 
     fenced = None
 
-    def __init__(self, region):
-        nbytes = region.end - region.start
-        self.start = region.start
-        self.numbers = np.arange(nbytes, dtype=np.int32)
-        self.values = region.bytes.copy()  # as the last write left them
-        self.writes = np.zeros(nbytes, np.int64)
+    def __init__(self, start: int, before: int):
+        """start: address of the region.  before: bytes of it before the part."""
+        self.start, self.before = start, before
+        self.values = np.zeros(1 << _PART, np.uint8)  # as the last write left them
+        self.writes = np.zeros(1 << _PART, np.int64)
         self.reads: list[np.ndarray] = []
 
     def named(self, first: int, others) -> str:
-        place = bytes_of(self.start + first, self.start + others.astype(np.int64), 1)
-        return f"global memory {place} (from byte {first} of the tensor on)"
+        at = self.start + self.before
+        place = bytes_of(at + first, at + others.astype(np.int64), 1)
+        return f"global memory {place} (from byte {self.before + first} of the tensor on)"
 
 
 class ClusterRaces:
     def __init__(self, races: Races):
         self._races = races
-        self._shadows: dict[int, _Shadow] = {}  # by start of the region, once it is written
-        self._reads: dict[int, list[tuple[Place, Access]]] = {}  # before that
+        self._shadows: dict[tuple[int, int], _Shadow] = {}  # by start of the region and part
+        self._written: set[int] = set()  # regions, by start
+        self._reads: dict[int, list[tuple[Place, Access]]] = {}  # of those that are not, yet
         self._atomics: np.ndarray | None = None  # what they pass on
 
     def plain(self, region, offsets, nbytes: int, threads, values=None) -> None:
@@ -52,21 +55,42 @@ class ClusterRaces:
 
     def access(self, region, where: Place, writes: bool, access: Access, values=None) -> None:
         """values: bytes that are about to be written; None: they are there, or it is a load."""
-        shadow = self._shadows.get(region.start)
-        if shadow is None:
-            if not writes:
-                kept = access._replace(clock=access.clock.copy())
-                self._reads.setdefault(region.start, []).append((where, kept))
-                return
-            shadow = self._shadows[region.start] = _Shadow(region)
-            for its_place, earlier in self._reads.pop(region.start, ()):
-                self._races.read(shadow, np.ravel(its_place.of(shadow.numbers)), earlier)
-        at = np.ravel(where.of(shadow.numbers))
-        if not writes:
-            return self._races.read(shadow, at, access)
-        changed = at if values is None else at[shadow.values[at] != values]
+        start = region.start
+        if writes and start not in self._written:
+            self._written.add(start)
+            for its_place, earlier in self._reads.pop(start, ()):
+                for shadow, _, at in self._parts(start, its_place.flat()):
+                    self._races.read(shadow, at, earlier)
+        if start not in self._written:
+            kept = access._replace(clock=access.clock.copy())
+            self._reads.setdefault(start, []).append((where, kept))
+            return
+        offsets = where.flat()
+        for shadow, mine, at in self._parts(start, offsets):
+            if writes:
+                there = region.bytes[offsets[mine]]
+                self._write(shadow, at, access, there, None if values is None else values[mine])
+            else:
+                self._races.read(shadow, at, access)
+
+    def _write(self, shadow: _Shadow, at, access: Access, there, values) -> None:
+        """there: the bytes in memory."""
+        changed = None
+        if values is not None:  # lanes of one instruction may have written since
+            old = np.where(shadow.writes[at] != 0, shadow.values[at], there)
+            changed = at[old != values]
         self._races.write(shadow, at, access, changed)
-        shadow.values[at] = region.bytes[at] if values is None else values
+        shadow.values[at] = there if values is None else values
+
+    def _parts(self, start: int, offsets):
+        """(shadow, those of the offsets that lie there, where in it they lie)"""
+        parts = offsets >> _PART
+        for part in [int(parts[0])] if (parts == parts[0]).all() else np.unique(parts).tolist():
+            mine = parts == part
+            key = start, part
+            if key not in self._shadows:
+                self._shadows[key] = _Shadow(start, part << _PART)
+            yield self._shadows[key], mine, offsets[mine] & (1 << _PART) - 1
 
     def synchronise(self, w, lanes: np.ndarray) -> None:
         """Atomics by these lanes of a warpgroup."""

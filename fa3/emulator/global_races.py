@@ -97,7 +97,7 @@ class GlobalRaces:
             if number == 0 or other.cluster == me:
                 continue
             if self._knows.get(me, {}).get(other.cluster, 0) <= other.epoch:
-                at = np.ravel(where.of(np.arange(len(cells))))[np.ravel(numbers) == number]
+                at = where.flat()[np.ravel(numbers) == number]
                 place = bytes_of(start + int(at[0]), start + at, 1)
                 raise Race(
                     f"cluster {me} of the grid {does} global memory {place} (from byte {at[0]} of "

@@ -224,7 +224,7 @@ def _from_memory(w, descs, rows, kind, mn_major, name) -> np.ndarray:
     except IndexError:
         raise OutOfBounds(f"wgmma operand {name} reaches outside shared memory") from None
     if smem.tracked:
-        smem.async_read((chunks[..., None] * 4 + np.arange(4)).ravel(), f"wgmma operand {name}")
+        smem.async_read_chunks(chunks, f"wgmma operand {name}")
     x = x.reshape(len(chunks), -1).view(dtype)
     return decode(x.T if mn_major else x, kind)
 

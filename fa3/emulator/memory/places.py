@@ -29,6 +29,13 @@ class Window(NamedTuple):
     def put(self, cells: np.ndarray, values) -> None:
         self.of(cells)[...] = values
 
+    def flat(self) -> np.ndarray:
+        """The offsets of the bytes in the region."""
+        at = np.array([self.offset])
+        for count, stride in zip((*self.shape, self.width), (*self.strides, 1), strict=True):
+            at = (at[:, None] + np.arange(count) * stride).ravel()
+        return at
+
 
 class Indices(NamedTuple):
     """Single bytes of a region."""
@@ -40,6 +47,9 @@ class Indices(NamedTuple):
 
     def put(self, cells: np.ndarray, values) -> None:
         cells[self.at] = values
+
+    def flat(self) -> np.ndarray:
+        return self.at
 
 
 Place = Window | Indices
