@@ -1,6 +1,7 @@
 """The inspected kernel on the emulator; test_cli has the command line of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,11 +45,13 @@ def test_one_byte_inputs_and_the_names_of_their_events(ran, tmp_path):
     assert (tmp_path / "cta.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_call_that_needs_another_kernel_is_refused(ran):
-    inspection, _ = ran("--head-dim", "64", "--causal")
-    other = Call.of(cli.arguments(["inspect", "--head-dim", "64"]))
+def test_a_call_that_needs_another_kernel_is_refused():
+    causal, full = (
+        cli.arguments(["inspect", "--head-dim", "64", *mask]) for mask in (["--causal"], [])
+    )
+    inspection = SimpleNamespace(signature=cli.signature_of(causal))
     with pytest.raises(ValueError, match="needs another kernel: Signature"):
-        run.run(inspection, other, SMALL)
+        run.run(inspection, Call.of(full), SMALL)
 
 
 @pytest.mark.parametrize(
