@@ -275,7 +275,7 @@ class Observer:
 
 
 def _product(shapes: list) -> str:
-    """A group of wgmmas as one product: "64x128x64 of shared memory", by where A is."""
+    """A group of wgmmas as one product, "64x128x64, A in shared memory"."""
     k = sum(s.k for s in shapes)
     if len({(s.n, s.a_registers is None) for s in shapes}) > 1:
         return f"{len(shapes)} wgmmas"
