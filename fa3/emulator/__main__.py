@@ -22,9 +22,6 @@ Run = Callable[[], Sequence]
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
 ]
-_REDUNDANT_FENCE = (
-    "redundant: no instruction used the registers of the wgmmas after it since the last fence"
-)
 
 
 def _forward(*lengths, dtype="bfloat16", d=128, **options) -> Callable[[], Run]:
@@ -97,8 +94,6 @@ def reason(case: str, judge: Judge, mutant: Mutant) -> str:
     """Why a survivor was not caught; "" if that is not known."""
     if not judge.reaches(mutant):
         return "never run in this case"
-    if mutant.instruction.startswith("wgmma.fence"):
-        return _REDUNDANT_FENCE
     what = f"{mutant.kind} {mutant.source}"
     return next(
         (why for cases, w, why in EQUIVALENT if what.startswith(w) and re.match(cases, case)), ""
