@@ -95,8 +95,6 @@ class ClusterRaces:
     def synchronise(self, w, lanes: np.ndarray) -> None:
         """Atomics by these lanes of a warpgroup."""
         self._races.learn(w, lanes, self._atomics)
-        for warp in np.unique(lanes // 32).tolist():
-            mine = lanes[lanes // 32 == warp]
-            agents = self._races.agents(w, np.arange(w.lanes) // 32 == warp)
-            told = self._races.release(agents, w.threads[mine])
+        for agent, mine in self._races.by_agent(w, lanes):
+            told = self._races.release([agent], w.threads[mine])
             self._atomics = joined(self._atomics, told)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+_WARP = 32  # threads
 _MANY = 50  # writes of a warp kept one by one
 
 
@@ -28,7 +29,9 @@ class UnfencedWrites:
         """These threads of a warp fence: notes the epoch at each word they wrote."""
         left = []
         for shadow, words, writers in self._of.pop(agent, ()):
-            fenced = np.isin(writers, threads)
+            fenced = (
+                np.isin(writers, threads) if len(threads) < _WARP else np.ones(len(words), bool)
+            )
             shadow.fenced[words[fenced]] = epoch
             if not fenced.all():
                 left.append((shadow, words[~fenced], writers[~fenced]))

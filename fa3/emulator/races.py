@@ -23,8 +23,9 @@ from .lanes import LaneRaces, LaneShadow
 
 _AGENT, _TIME, _PC = 52, 24, (1 << 24) - 1
 _TIMES = (1 << 28) - 1
+_BIT = 1 << np.arange(32)
 _ASYNCHRONOUS = 256  # agents for operations in flight at once, of a cluster
-_MANY = 50  # accesses of a warp kept one by one
+_FEW = 1024  # epochs that are looked at one by one
 _WAITS = {  # kind of operation -> what would have ordered it
     "load": "no wait on its mbarrier",
     "store": "no cp.async.bulk.wait_group of its thread",
@@ -60,11 +61,11 @@ class Races:
         # Lanes of a warp know of each other what they did up to the last time they met.
         self._apart: dict[int, dict[int, np.ndarray]] = {}  # warp -> what single threads know more
         self._met = np.zeros(count, np.int64)  # own time of each warp then
-        self._since: list[list[np.ndarray]] = [[] for _ in range(count)]  # threads with accesses
+        self._since = [0] * count  # lanes with accesses since, as bits
         self._lanes = LaneRaces(count, self._name, self._place)
         self._unfenced = UnfencedWrites() if launch.checks.proxy else None
         self._fences_met = np.zeros(count, np.int64)  # as _met and _since, of fences
-        self._fenced_since: list[list[np.ndarray]] = [[] for _ in range(count)]
+        self._fenced_since = [0] * count
         # warp -> operations that its lanes share, and the lanes that have waited
         self._shared: dict[int, dict] = {}
 
@@ -73,6 +74,12 @@ class Races:
     def agents(self, w, m) -> list[int]:
         """The warps of a warpgroup with an active lane."""
         return [self._warps * w.cta.rank + warp for warp in w.warps(m)]
+
+    def by_agent(self, w, lanes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(warp, those of the lanes of a warpgroup that are its)"""
+        warps = lanes >> 5
+        for warp in sorted(set(warps.tolist())):
+            yield self._warps * w.cta.rank + 4 * w.index + warp, lanes[warps == warp]
 
     def _of_threads(self, threads) -> np.ndarray:
         return threads // 1024 * self._warps + threads % 1024 // 32
@@ -113,10 +120,9 @@ class Races:
             return
         if len(lanes) == np.count_nonzero(w.live):
             return self.acquire(self.agents(w, w.live), clock)
-        for warp in set((lanes // 32).tolist()):
-            own = lanes[lanes // 32 == warp]
-            agent = self._warps * w.cta.rank + 4 * w.index + warp
-            live = int(w.live[32 * warp : 32 * warp + 32].sum())
+        for agent, own in self.by_agent(w, lanes):
+            first = int(own[0]) & ~31
+            live = int(np.count_nonzero(w.live[first : first + 32]))
             if len(own) == live:
                 self.acquire([agent], clock)
                 continue
@@ -130,10 +136,9 @@ class Races:
     def learn_shared(self, w, lanes, operation) -> None:
         """As learn(), of an operation of which every lane issued a part and waits for that alone:
         it is over when all have waited and met."""
-        for warp in set((lanes // 32).tolist()):
-            agent = self._warps * w.cta.rank + 4 * w.index + warp
+        for agent, own in self.by_agent(w, lanes):
             waited = self._shared.setdefault(agent, {}).setdefault(operation, set())
-            waited.update(lanes[lanes // 32 == warp].tolist())
+            waited.update(own.tolist())
 
     def _heard(self, agent: int, clock: np.ndarray) -> None:
         """Lanes of a warp that wait for what others of it have passed on are ordered after them."""
@@ -146,11 +151,10 @@ class Races:
             self._lanes.meet(agent)
             self._met[agent] = self.clocks[agent, agent]
             self.clocks[agent, agent] += 1
-            self._since[agent].clear()
+            self._since[agent] = self._fenced_since[agent] = 0
             for clock in self._apart.pop(agent, {}).values():
                 self.acquire([agent], clock)
             self._fences_met[agent] = self.clocks[agent, self._fences + agent]
-            self._fenced_since[agent].clear()
             shared = self._shared.get(agent, {})
             for operation in [o for o, waited in shared.items() if waited.issuperset(o.lanes)]:
                 self.acquire([agent], operation.clock)
@@ -162,7 +166,7 @@ class Races:
             (agent, self._since, self._met),
             (self._fences + agent, self._fenced_since, self._fences_met),
         ):
-            if any(not np.isin(x, threads).all() for x in since[agent]):
+            if since[agent] and since[agent] & ~_lanes(threads):
                 clock = clock.copy()
                 clock[column] = met[agent]
         return clock
@@ -236,7 +240,7 @@ class Races:
         for agent in np.unique(agents).tolist():
             mine = agents == agent
             access = self._of_warp(agent, threads[mine])
-            _note(self._since[agent], threads[mine])
+            self._since[agent] |= _lanes(threads[mine])
             yield agent, mine, access
 
     def fence(self, w, m) -> None:
@@ -249,7 +253,7 @@ class Races:
             own, column = threads[agents == agent], self._fences + agent
             self.clocks[agent, column] += 1
             self._unfenced.fence(agent, own, self._epoch(column, self.clocks[agent], None))
-            _note(self._fenced_since[agent], own)
+            self._fenced_since[agent] |= _lanes(own)
 
     def atomic(self, memory, addresses, nbytes: int, threads) -> None:
         """Atomic accesses: ordered among each other, and they pass clocks on."""
@@ -296,10 +300,10 @@ class Races:
 
     def use_mbarrier(self, memory, address: int, agent: int) -> None:
         """An arrival or a wait: the barrier must have been initialised before it."""
-        words = np.array([address >> 2])
-        access = self._of_warp(agent)
-        shadow = memory.shadow
-        self._require(shadow, shadow.writes, words, access, "uses the mbarrier in")
+        shadow, word = memory.shadow, address >> 2
+        if _unknown(shadow.writes[word], self.clocks[agent]):
+            access, words = self._of_warp(agent), np.array([word])
+            self._require(shadow, shadow.writes, words, access, "uses the mbarrier in")
 
     def span_write(self, memory, start: int, end: int, access: Access) -> None:
         if end <= memory.size:  # otherwise the operation itself will complain
@@ -346,10 +350,9 @@ class Races:
         return place(self._kernel.code[pc] if pc < len(self._kernel.code) else None)
 
 
-def _note(since: list, threads) -> None:
-    since.append(threads)
-    if len(since) > _MANY:
-        since[:] = [np.unique(np.concatenate(since))]
+def _lanes(threads) -> int:
+    """Threads of one warp as bits."""
+    return int(np.bitwise_or.reduce(_BIT[threads & 31]))
 
 
 def _unknown(epochs, clock):
@@ -357,11 +360,13 @@ def _unknown(epochs, clock):
 
 
 def _all_known(epochs, clock) -> bool:
-    """Whether a clock knows all of these epochs: one of each run of equal ones is looked at."""
-    if len(epochs) == 0:
-        return True
-    ends = np.flatnonzero(epochs[1:] != epochs[:-1])
-    return not _unknown(epochs[np.append(ends, len(epochs) - 1)], clock).any()
+    """Whether a clock knows all of these epochs; of many one of each run of equal ones will do."""
+    if len(epochs) > _FEW:
+        differs = np.empty(len(epochs), bool)
+        differs[-1] = True
+        np.not_equal(epochs[1:], epochs[:-1], out=differs[:-1])
+        epochs = epochs[differs]
+    return not _unknown(epochs, clock).any()
 
 
 def _listed(words) -> np.ndarray:

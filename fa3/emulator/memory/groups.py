@@ -22,7 +22,9 @@ class Groups:
 
     def drain(self, owner: Hashable, keep: int) -> list[Operation]:
         """Complete all but the `keep` youngest committed groups; returns their operations."""
-        groups = self._committed.get(owner, [])
+        groups = self._committed.get(owner)
+        if not groups:
+            return []
         done = groups[: max(0, len(groups) - keep)]
         del groups[: len(done)]
         operations = [operation for group in done for operation in group]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import BarrierMisuse, Misaligned, MissingProxyFence
+from ..numerics.formats import rows
 from ..races import joined
 from .shared import OFFSET, shared_at
 
@@ -262,15 +263,13 @@ def pass_on(w, m, address, offset) -> None:
     """What the active warps know goes to whoever waits for the phase (check "race")."""
     if w.races is None:
         return
-    lanes = np.array(w.lane_list(m))
-    addresses = np.broadcast_to(_addresses(w, m, address, offset), lanes.shape)
-    clocks = {}
-    for at, warp in dict.fromkeys(zip(addresses.tolist(), (lanes // 32).tolist(), strict=True)):
-        barrier, agents = find(w, at), w.races.agents(w, np.arange(w.lanes) // 32 == warp)
-        w.races.use_mbarrier(*shared_at(w, at), agents[0])
-        if warp not in clocks:
-            clocks[warp] = w.races.release(agents, w.threads[lanes[lanes // 32 == warp]])
-        barrier.arriving = joined(barrier.arriving, clocks[warp])
+    addresses = rows(address, w.lanes)
+    for agent, lanes in w.races.by_agent(w, np.flatnonzero(w.live if m is None else m)):
+        clock = w.races.release([agent], w.threads[lanes])
+        for at in set((addresses[lanes].astype(np.int64) + offset).tolist()):
+            w.races.use_mbarrier(*shared_at(w, at), agent)
+            barrier = find(w, at)
+            barrier.arriving = joined(barrier.arriving, clock)
 
 
 def _observe(w, mask, addresses, done) -> None:
@@ -279,9 +278,7 @@ def _observe(w, mask, addresses, done) -> None:
     addresses = np.broadcast_to(addresses, lanes.shape)
     for at in set(addresses[done].tolist()):
         mine = lanes[done & (addresses == at)]
-        own = np.zeros(w.lanes, bool)
-        own[mine] = True
-        for agent in w.races.agents(w, own):
+        for agent, _ in w.races.by_agent(w, mine):
             w.races.use_mbarrier(*shared_at(w, at), agent)
         w.races.learn(w, mine, find(w, at).clock)
 
