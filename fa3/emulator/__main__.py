@@ -134,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mutants.add_argument("--sample", type=int, metavar="N", help="only N mutants, drawn at random")
     mutants.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw")
     given = parser.parse_args(arguments)
+    if given.sample is not None and given.sample < 1:
+        mutants.error(f"--sample is {given.sample}, expected at least 1")
     os.environ["FA3_CPU"] = "emulate"
     return int(run_mutants(given.kernel or list(CASES), given.sample, given.seed) > 0)
 

@@ -45,7 +45,11 @@ def test_a_sample_of_the_kernels_mutants_is_caught(device, capsys):
         assert len(survivors) <= 2
 
 
-def test_a_kernel_must_be_known(capsys):
+@pytest.mark.parametrize(
+    "option, value, message",
+    [("--kernel", "nonsense", "forward-causal"), ("--sample", "0", "--sample is 0, expected at")],
+)
+def test_wrong_options_are_refused(option, value, message, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["mutants", "--kernel", "nonsense"])
-    assert "forward-causal" in capsys.readouterr().err
+        cli.main(["mutants", option, value])
+    assert message in capsys.readouterr().err
