@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from .checks import bytes_of
+from .clocks import Access, joined
 from .memory.places import Place, indices
-from .races import Access, Races, joined
+from .races import Races
 
 _PART = 22  # bits of an offset into a part of a region: tensors may be larger than memory
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..clocks import joined
 from ..errors import BarrierMisuse
 from ..numerics.formats import rows
-from ..races import joined
 from .fragments import AT_BARRIER, RUNNING
 
 NUM_BARRIERS = 16

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..clocks import joined
 from ..errors import BarrierMisuse, Misaligned, MissingProxyFence
 from ..numerics.formats import rows
-from ..races import joined
 from .shared import OFFSET, shared_at
 
 MAX_COUNT = 1 << 20
