@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fa3.emulator import errors, source
+from fa3.emulator import Profile, errors, source
+from fa3.emulator.settings import Schedule
 
 from .ptx_runner import HEADER, launch
 from .test_checks import line_of
+from .test_races import SETUP, WAIT_FOR_LOAD
 
 SOURCE = '''"""A kernel."""
 
@@ -159,3 +161,13 @@ def test_messages_of_kernels_name_their_functions(emulator, compiled):
         r"in flight \(no wait_group since \S*kernels.py:\d+ in _gemm \(PTX line \d+: wgmma.mma_",
         str(found.value),
     )
+
+
+def test_a_deadlock_reads_the_same_in_every_order():
+    body = SETUP + "setp.ge.u32 %p4, %r0, 128; @%p4 ret;" + WAIT_FOR_LOAD
+    texts = set()
+    for order in ({}, {"schedule": Schedule("random")}, {"profile": Profile()}):
+        with pytest.raises(errors.Deadlock) as found:
+            launch(body, np.zeros(1024, np.uint8), 256, **order)
+        texts.add(str(found.value))
+    assert len(texts) == 1 and "warps [4, 5, 6, 7]" in texts.pop()

@@ -31,6 +31,7 @@ class Cluster:
         self.clock = self.arriving = None  # what the cluster barrier passes on (check "race")
         self.profile = launch.profile and launch.profile.observer(len(positions))
         self.events = 0  # counts whatever may wake a waiting fragment
+        self._stale, self._seen = 0, -1  # rounds in which nothing moved, events at the last
         self.arrived = self.generation = 0  # of the cluster barrier
         self.in_flight: list[Operation] = []  # late: loads; random: whatever may complete now
         gx, gy, _ = launch.grid
@@ -91,24 +92,27 @@ class Cluster:
 
     def _run_in_order(self) -> None:
         running = self.warpgroups
-        stale, seen = 0, -1
         while True:
             ran = any([self.step(w, w.run) for w in running])
             running = [w for w in running if w.fragments]
             if not running:
                 break
             self.check_limit()
-            if ran and self.events != seen:
-                seen, stale = self.events, 0
+            if ran and self.events != self._seen:
+                self._seen, self._stale = self.events, 0
             elif self.in_flight:
                 self.land(0)
-                stale = 0
+                self._stale = 0
             else:
-                stale += 1
-                if stale > STALE_ROUNDS and not self._computing(running):
-                    raise report.deadlock(self.warpgroups)
-                seen = self.events
-                self.time_out(running)
+                self.stall(running)
+
+    def stall(self, running) -> None:
+        """Nothing can move: let waits give up, and call a cluster dead if that has not helped."""
+        self._stale = self._stale + 1 if self.events == self._seen else 0
+        if self._stale > STALE_ROUNDS and not self._computing(running):
+            raise report.deadlock(self.warpgroups)
+        self._seen = self.events
+        self.time_out(running)
 
     def step(self, w, run) -> bool:
         """run() on behalf of a warpgroup: errors get their place in the kernel."""

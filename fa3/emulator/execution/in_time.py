@@ -5,15 +5,12 @@ Everything completes at once, as in the eager schedule; only clocks say how long
 
 from __future__ import annotations
 
-from ..errors import Deadlock
-from . import report
 from .fragments import merge, run_fragment
-from .interleaving import STALE_ROUNDS, ahead_of, ready_of
+from .interleaving import ahead_of, ready_of
 
 
 def run_in_time(cluster) -> None:
     running = cluster.warpgroups
-    stale, seen = 0, -1
     while running := [w for w in running if w.fragments]:
         cluster.check_limit()
         ready = [
@@ -23,11 +20,7 @@ def run_in_time(cluster) -> None:
             _, _, w, f = min(ready, key=lambda x: x[:2])
             cluster.step(w, lambda w=w, f=f: _run(w, f))
             continue
-        stale = stale + 1 if cluster.events == seen else 0
-        if stale > STALE_ROUNDS:
-            raise Deadlock(report.deadlock(running))
-        seen = cluster.events
-        cluster.time_out(running)
+        cluster.stall(running)
 
 
 def _run(w, fr) -> None:

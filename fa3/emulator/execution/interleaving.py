@@ -11,10 +11,7 @@ import random
 
 import numpy as np
 
-from . import report
 from .fragments import FAR, RUNNING, WAITING, Fragment, merge, run_fragment
-
-STALE_ROUNDS = 50  # as in cluster.py
 
 
 class _Odds:
@@ -40,7 +37,6 @@ class Interleaving:
     def run(self) -> None:
         cluster, rng = self._cluster, self._rng
         position = {id(w): i for i, w in enumerate(self._running)}
-        stale, seen = 0, -1
         while True:
             self._odds.steps -= 1
             if self._odds.steps < 0:
@@ -60,11 +56,7 @@ class Interleaving:
                 if rng.random() < self._odds.spurious:
                     cluster.time_out(rng.sample(self._running, 1))
             else:
-                stale = stale + 1 if cluster.events == seen else 0
-                if stale > STALE_ROUNDS:
-                    raise report.deadlock(cluster.warpgroups)
-                seen = cluster.events
-                cluster.time_out(self._running)
+                cluster.stall(self._running)
 
     def _run(self, w, fr: Fragment) -> None:
         if len(w.fragments) > 1:
