@@ -38,12 +38,14 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         hidden = _hidden(mask, start, stop, s_q, s_k, window_left, window_right)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
-        row_lse = torch.logsumexp(scores, dim=-1)  # -inf where a row sees no key
-        lse[:, :, start:stop] = row_lse
-        shift = row_lse.masked_fill(row_lse == -math.inf, 0.0)
-        p = scores.sub_(shift[..., None]).exp_().view(b, h_k, group * (stop - start), s_k)
-        o = (p @ values).view(b, h_q, stop - start, -1)
-        out[:, start:stop] = o.transpose(1, 2)
+        # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
+        top = scores.amax(dim=-1, keepdim=True)
+        top.masked_fill_(top == -math.inf, 0.0)  # rows that see no key: p is 0
+        p = scores.sub_(top).exp_()
+        total = p.sum(dim=-1, keepdim=True)  # 0, or at least 1
+        lse[:, :, start:stop] = total.log().add_(top).squeeze(-1)
+        o = (p.view(b, h_k, -1, s_k) @ values).view(b, h_q, stop - start, -1)
+        out[:, start:stop] = o.div_(total.clamp_(min=1.0)).transpose(1, 2)
 
 
 def _forward_fp8(  # noqa: PLR0913

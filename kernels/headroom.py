@@ -9,3 +9,9 @@ LIMIT_LOG2 = {"bf16": 0.0, "fp16": 0.0, "e4m3": 8.75, "int8": 8.75}
 # below 2^-6 and is gone below 2^-10: a small headroom keeps small weights beside a leading key, at
 # the price of more moves (docs/accuracy.md); and a maximum at a power of two is not rounded.
 HEADROOM_LOG2 = {"bf16": 8.0, "fp16": 4.0, "e4m3": 2.75, "int8": 2.75}
+
+# A larger shift is not added to the scores in the steady loop: beside it they have less than 11
+# fraction bits left, should a later block bring the maximum back.  Rows whose maximum lies so far
+# from 0 take the slow way at every step; no model's scores are that large, but a bias that hides
+# keys may be.
+MAX_SHIFT_LOG2 = 2.0**12

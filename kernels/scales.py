@@ -19,6 +19,8 @@ from .arithmetic import minimum
 from .signature import Q_BLOCK, Quantised
 
 UNIT_STEP = 2.0**-60  # how far the unit of O may fall from one block of keys to the next
+# Added where a factor may not be 0: a hidden score, -inf, would become NaN, and O needs a unit.
+TINY = 2.0**-126  # changes no factor above 2^-102
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Scales:
         quantised = plan.signature.quantised
         if quantised.k_block == 0:
             q = q * k[0]
-        return TileScales(scale_log2 * q, k, v, plan.tile_n, quantised)
+        return TileScales(scale_log2 * q + TINY, k, v, plan.tile_n, quantised)
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ class TileScales:
     tile_n: cutlass.Constexpr[int]
     quantised: cutlass.Constexpr[Quantised]
 
-    def of_scores(self, n_block) -> tuple:
-        """A factor per equal part of a block's columns."""
+    def of_scores(self, n_block, is_masked: bool) -> tuple:
+        """A factor per equal part of a block's columns; above 0 if some scores are hidden."""
         block, tile_n = self.quantised.k_block, self.tile_n
         if block == 0:
             return (self.q_log2,)
         first = n_block * tile_n
         starts = range(0, tile_n, math.gcd(block, tile_n))
-        return tuple(self.q_log2 * self._at(self.k, (first + i) // block) for i in starts)
+        factors = tuple(self.q_log2 * self._at(self.k, (first + i) // block) for i in starts)
+        return tuple(factor + TINY for factor in factors) if is_masked else factors
 
     def of_values(self, n_block) -> Float32:
         """The scale of V in a block of keys; 1 if its scales belong to heads or channels."""
@@ -84,7 +87,7 @@ class OutputUnit:
 
     def start(self, scale: Float32):
         """Before a tile's first product."""
-        self.scale[0] = scale
+        self.scale[0] = scale + TINY
         self.change[0] = Float32(1.0)
 
     def become(self, scale: Float32):
@@ -94,5 +97,5 @@ class OutputUnit:
         that is smaller still counts too much, but no more than 2^-60 of what came before.
         """
         before = self.scale[0]
-        self.scale[0] = cute.arch.fmax(scale, before * UNIT_STEP)
+        self.scale[0] = cute.arch.fmax(scale, before * UNIT_STEP + TINY)
         self.change[0] = before * cute.arch.rcp_approx(self.scale[0])

@@ -8,10 +8,11 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from .exp2 import exp2 as exp2_polynomial
+from .headroom import MAX_SHIFT_LOG2
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
-NO_KEY, SOME_KEY = 0, -1  # bit patterns of OnlineSoftmax.seen; the sign bit says "seen"
+STEADY, LEAVING = -1, 2**31 - 1  # OnlineSoftmax.state, tested like the bits of a y
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,36 @@ class OnlineSoftmax:
     every element of O (FlashAttention-4's conditional rescale).  The test for a move takes one
     instruction for two scores, where a maximum would need one for each, and no exchange with the
     three threads that share the rows (_reaches_limit).
+
+    A small score beside a large shift has lost its bits before a move could give them back.  So a
+    shift beyond MAX_SHIFT_LOG2 is not added in the loop: the row is far, keeps the shift that it
+    had, and its warp leaves the loop at every step, where `far` is added to the rounded y.  Near
+    the maximum that sum is exact, and equal scores stay equal from block to block.
     """
 
     headroom: float  # compile-time, in log2
     limit: float  # compile-time, in log2
     polynomial: int  # compile-time: one of this many exponentials without the MUFU; 0: none
     shift: cute.Tensor  # (2,) 0 before the row has seen a key
-    seen: cute.Tensor  # (2,) Int32, NO_KEY or SOME_KEY
+    far: cute.Tensor  # (2,) what y lacks: 0 for near rows, -inf before the row has seen a key
+    state: cute.Tensor  # (1,) Int32, STEADY if both rows are near
     row_sum: cute.Tensor  # (2,) this thread's part of the sum of P
 
     @staticmethod
     def of(headroom: float, limit: float, polynomial: int) -> "OnlineSoftmax":
-        shift, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
-        seen = cute.make_rmem_tensor(2, Int32)
-        return OnlineSoftmax(headroom, limit, polynomial, shift, seen, row_sum)
+        shift, far, row_sum = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
+        state = cute.make_rmem_tensor(1, Int32)
+        return OnlineSoftmax(headroom, limit, polynomial, shift, far, state, row_sum)
 
     def start(self):
         self.shift.fill(0.0)
-        self.seen.fill(NO_KEY)
+        self.far.fill(-math.inf)
+        self.state.fill(LEAVING)
         self.row_sum.fill(0.0)
 
     @cute.jit
     def scale(self, acc_S: cute.Tensor, scales: tuple) -> Boolean:
-        """S -> y in place; true (warp-uniform) if the shift must move before P is computed.
+        """S -> y in place; true (warp-uniform) if move() is needed before P is computed.
 
         scales: a positive factor (in log2) per equal part of the columns.
         """
@@ -57,33 +65,42 @@ class OnlineSoftmax:
         for r in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
                 rows[r, i] = rows[r, i] * scales[i // part] + self.shift[r]
-        have_seen = self.seen[0] & self.seen[1]
-        return cute.arch.vote_any_sync(_reaches_limit(acc_S, have_seen, self.limit))
+        return cute.arch.vote_any_sync(_reaches_limit(acc_S, self.state[0], self.limit))
 
     @cute.jit
     def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):
         """Rows with a score beyond the limit take it as maximum: correct y, the sum and O.
 
-        The warp's other rows stay as they are, to the bit: a row's result is its own.
-        acc_O is None at a tile's first block, where there is no O yet.
+        Far rows get what their y lack.  The warp's other rows stay as they are, to the bit: a
+        row's result is its own.  acc_O is None at a tile's first block, where there is no O yet.
         """
         rows_S = rows_and_columns(acc_S)
         for r in cutlass.range_constexpr(2):
             top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
-            has_seen = self.seen[r] != NO_KEY
-            change, correction = Float32(0.0), Float32(1.0)
-            if has_seen:
-                if top > self.limit:
-                    change = self.limit - self.headroom - top
-                    correction = cute.math.exp2(change, fastmath=True)
-            elif top != -Float32.inf:
-                change = self.limit - self.headroom - top  # the sum and O are 0 so far
-                self.seen[r] = Int32(SOME_KEY)
-            self.shift[r] += change
-            self.row_sum[r] *= correction
+            change, correction = self.far[r], Float32(1.0)
+            moved = self.limit - self.headroom - top
+            moves = top != -Float32.inf
+            if change != -Float32.inf:  # else the sum and O are 0 so far
+                moves = top + change > self.limit
+                if moves:
+                    correction = cute.math.exp2(moved - change, fastmath=True)
+            if moves:
+                change = moved
+                self._set(r, moved)
             _add(rows_S[r, None], change)
             if cutlass.const_expr(acc_O is not None):
+                self.row_sum[r] *= correction
                 _multiply(rows_and_columns(acc_O)[r, None], correction)
+        are_near = self.far[0] == 0.0 and self.far[1] == 0.0
+        self.state[0] = Int32(STEADY) if are_near else Int32(LEAVING)
+
+    @cute.jit
+    def _set(self, r: cutlass.Constexpr, change: Float32):
+        """P of row r is computed from y + change from now on."""
+        shift = self.shift[r] + change
+        is_near = cute.arch.fmax(shift, -shift) <= MAX_SHIFT_LOG2
+        self.shift[r] = shift if is_near else self.shift[r]
+        self.far[r] = Float32(0.0) if is_near else change
 
     def exponentiate(self, acc_S: cute.Tensor):
         """y -> P in place, summed in two chains so that no addition waits for the one before."""
@@ -111,12 +128,13 @@ class OnlineSoftmax:
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
             is_empty = total == 0.0
             log2_sum = cute.math.log2(total, fastmath=True)
-            lse[r] = -Float32.inf if is_empty else (log2_sum - self.shift[r]) * LN2
+            log2_denominator = log2_sum - self.shift[r] - self.far[r]
+            lse[r] = -Float32.inf if is_empty else log2_denominator * LN2
             _multiply(rows[r, None], cute.arch.rcp_approx(Float32(1.0) if is_empty else total))
 
 
-def _reaches_limit(y: cute.Tensor, have_seen: Int32, limit: float) -> Boolean:
-    """Whether an element of y reaches the limit, or a row has not seen a key.
+def _reaches_limit(y: cute.Tensor, state: Int32, limit: float) -> Boolean:
+    """Whether an element of y reaches the limit, or the state is not STEADY.
 
     Limit 0: every sign bit is set iff the AND of all bits has it (LOP3 takes three operands).
     Another: bit patterns of floats order as integers do where one of them is positive, and a
@@ -125,10 +143,10 @@ def _reaches_limit(y: cute.Tensor, have_seen: Int32, limit: float) -> Boolean:
     bits = cute.recast_tensor(y, Int32)
     values = [bits[i] for i in range(cute.size(bits))]
     if limit == 0.0:
-        start = [have_seen, Int32(SOME_KEY), Int32(SOME_KEY), Int32(SOME_KEY)]
+        start = [state, Int32(STEADY), Int32(STEADY), Int32(STEADY)]
         return _in_chains(lambda a, b: a & b, start, values) >= 0
-    top = _in_chains(cutlass.max, values[:4], values[4:])
-    return (top >= Float32(limit).bitcast(Int32)) | (have_seen == NO_KEY)
+    top = _in_chains(cutlass.max, [state, *values[:3]], values[3:])
+    return top >= Float32(limit).bitcast(Int32)
 
 
 def _in_chains(combine, chains: list, values: list):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3.kernels.headroom import HEADROOM_LOG2, LIMIT_LOG2
+from fa3.kernels.headroom import HEADROOM_LOG2, LIMIT_LOG2, MAX_SHIFT_LOG2
 
 from .reference import visible
 
@@ -91,7 +91,7 @@ def attention(
     row_sum = rounded_sum if numerics.sums_rounded else softmax.row_sum
     channels = v_descale.repeat_interleave(h_q // h_k, dim=1) if is_by_channel else unit
     is_empty = row_sum == 0.0
-    lse = (torch.log2(row_sum) - softmax.shift) * LN2
+    lse = (torch.log2(row_sum) - softmax.shift - softmax.far) * LN2
     lse = lse.masked_fill(is_empty, -math.inf).squeeze(-1)
     return (O / row_sum.masked_fill(is_empty, 1.0) * channels).transpose(1, 2), lse
 
@@ -102,24 +102,28 @@ class _Softmax:
 
     numerics: Numerics
     shift: Tensor  # (b, h, rows, 1)
-    has_seen: Tensor
+    far: Tensor  # -inf before a row has seen a key
     row_sum: Tensor
 
     @staticmethod
     def of(rows: tuple[int, ...], numerics: Numerics) -> "_Softmax":
         shift = torch.zeros(*rows, 1)
-        return _Softmax(numerics, shift, torch.zeros_like(shift).bool(), shift.clone())
+        return _Softmax(numerics, shift, torch.full_like(shift, -math.inf), shift.clone())
 
     def exponentiate(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """P, and by what to multiply O."""
         limit, headroom = self.numerics.limit, self.numerics.headroom
-        top = y.amax(-1, keepdim=True)
-        first = ~self.has_seen & (top > -math.inf)
-        again = self.has_seen & (top > limit)
-        change = torch.where(first | again, limit - headroom - top, 0.0)
-        correction = torch.exp2(change).masked_fill(~again, 1.0)
+        top, far = y.amax(-1, keepdim=True), self.far
+        is_first = (far == -math.inf) & (top > -math.inf)
+        moves = is_first | (top + far > limit)
+        moved = limit - headroom - top
+        correction = torch.exp2((moved - far).clamp(max=0.0)).masked_fill(~moves, 1.0)
+        change = torch.where(moves, moved, far)
         P = self.numerics.exp2(y + change)
-        self.shift, self.has_seen = self.shift + change, self.has_seen | first
+        shift = self.shift + moved
+        is_near = shift.abs() <= MAX_SHIFT_LOG2
+        self.shift = torch.where(moves & is_near, shift, self.shift)
+        self.far = torch.where(moves, torch.where(is_near, 0.0, moved), far)
         self.row_sum = self.row_sum * correction + P.sum(-1, keepdim=True)
         return P, correction
 

@@ -45,7 +45,7 @@ class Attention:
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(b, s_q, h_q, dv)"""
         p = self.y.exp2()
-        return self._normalised(p @ self.v, p.sum(-1, keepdim=True), dtype)
+        return self.normalised(p @ self.v, p.sum(-1, keepdim=True), dtype)
 
     def baseline(self, dtype: torch.dtype, tile_n: int, sums_rounded: bool) -> Tensor:
         """P in e4m3; each block of keys in fp32, blocks added in fp32, the last one first.
@@ -66,7 +66,7 @@ class Attention:
             rounded = p.to(torch.float8_e4m3fn).float()
             out = change * out + rounded @ v.float()
             total = change * total + (rounded if sums_rounded else p.float()).sum(-1, keepdim=True)
-        return self._normalised(out, total, dtype)
+        return self.normalised(out, total, dtype)
 
     def lse_bounds(self) -> tuple[Tensor, Tensor]:
         """(b, h_q, s_q): what rounding P may do to the LSE at most, and its standard deviation.
@@ -84,7 +84,7 @@ class Attention:
         deviation = (E4M3_RMS**2 * p.square().sum(-1) + keys * step**2 / 3).sqrt() / total
         return worst, deviation
 
-    def _normalised(self, out, total, dtype) -> Tensor:
+    def normalised(self, out, total, dtype) -> Tensor:
         is_empty = total == 0.0
         out = out / total.masked_fill(is_empty, 1.0) + self.shift.masked_fill(is_empty, 0.0)
         return out.to(dtype).transpose(1, 2)

@@ -24,10 +24,11 @@ def visible(s_q, s_k, causal=False, window=(-1, -1), device=None):
     return seen
 
 
-def exact(q, k, v, softmax_scale=None, causal=False, window=(-1, -1)):
-    """fp32 throughout; only the result is rounded."""
+def exact(q, k, v, softmax_scale=None, causal=False, window=(-1, -1), precision=torch.float32):
+    """In this precision throughout; only the result is rounded."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse = _attention(q.float(), k.float(), v.float(), scale, 1.0, causal, window)
+    q_k_v = (x.to(precision) for x in (q, k, v))
+    out, lse = _attention(*q_k_v, scale, 1.0, causal, window)
     return out.to(q.dtype), lse
 
 
@@ -45,7 +46,7 @@ def _attention(q, k, v, q_scale, k_scale, causal, window):
     scores = (q * q_scale) @ (k * k_scale).transpose(-1, -2)  # (b, h_q, s_q, s_k)
     seen = visible(q.shape[2], k.shape[2], causal, window, q.device)
     scores = scores.masked_fill(~seen, -math.inf)
-    lse = torch.logsumexp(scores.float(), dim=-1)
+    lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
     blind = ~seen.any(dim=-1)[:, None]  # rows without a key would be 0 / 0
     p = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
     return (p @ v).transpose(1, 2), lse

@@ -75,7 +75,7 @@ class SoftmaxScale:
 
     scale_log2: Float32
 
-    def of_scores(self, n_block) -> tuple:
+    def of_scores(self, n_block, is_masked: bool) -> tuple:
         """A factor per equal part of a block's columns."""
         return (self.scale_log2,)
 
@@ -100,7 +100,7 @@ def attend(
     """
     softmax.start()
     frag.start(blocks.n_max - 1)
-    scales = factors.of_scores(blocks.n_max - 1)
+    scales = factors.of_scores(blocks.n_max - 1, is_masked=True)
     key = k.wait_and_advance()
     warpgroup.fence()
     frag.issue_scores(key.index)
@@ -121,7 +121,7 @@ def attend(
             moves = cutlass.Boolean(False)
             # Steps that move no maximum, which is nearly all of them, stay in this loop.
             while n_block >= phase.n_begin and not moves:
-                scales = factors.of_scores(n_block)
+                scales = factors.of_scores(n_block, phase.is_masked)
                 softmax.exponentiate(frag.acc_S)
                 frag.convert()
                 key = k.wait_and_advance()
