@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
 from . import dispatch, jit, reference, scales, transforms, tuning
 from .layout import (
@@ -228,7 +229,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -250,7 +251,7 @@ def forward_out(  # noqa: PLR0913
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -275,7 +276,7 @@ def forward_fp8(  # noqa: PLR0913
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -304,7 +305,7 @@ def forward_fp8_out(  # noqa: PLR0913
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
