@@ -240,6 +240,8 @@ def _check_out(out) -> None:
     check_tensors(out=out)
     if out.requires_grad:
         raise ValueError("out has requires_grad=True, expected False")
+    if out.is_neg():  # which torch's fallback does not know of a custom operator
+        raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
 
 
 def _check_hints(num_splits, pack_gqa) -> None:
