@@ -14,7 +14,6 @@ _LSE = "return_attn_probs=True returns the lse, too"
 
 HINTS = {
     "is_causal": "causal is meant",
-    "causal_mask": "causal is meant",
     **dict.fromkeys(("scale", "scaling", "sm_scale", "attn_scale", "softmax_scaling"), _SCALE),
     **dict.fromkeys(
         ("attn_mask", "attention_mask", "mask", "attn_bias", "key_padding_mask"), _MASK

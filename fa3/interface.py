@@ -83,8 +83,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched or written
             (but for the comparisons of check_scales).
-        NotImplementedError: an argument that is not supported yet, a tensor that requires grad, or
-            a GPU without a kernel for the case.
+        NotImplementedError: an argument that is not supported yet, a tensor that requires grad or
+            has a tangent of forward-mode AD, or a GPU without a kernel for the case.
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
@@ -152,7 +152,8 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched or written.
-        NotImplementedError: a tensor that requires grad, or a GPU without a kernel for the case.
+        NotImplementedError: a tensor that requires grad or has a tangent of forward-mode AD, or a
+            GPU without a kernel for the case.
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
@@ -212,7 +213,8 @@ def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
     try:
         return Options.of(softmax_scale, causal, left, right, sm_margin)
     except TypeError as error:
-        misplaced = causal is None or isinstance(causal, float) or isinstance(softmax_scale, Tensor)
+        is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
+        misplaced = is_mask or causal is None or isinstance(causal, float)
         raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
 
 

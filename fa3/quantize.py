@@ -182,7 +182,8 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched.
-        NotImplementedError: a tensor that requires grad, or a GPU that is no Hopper.
+        NotImplementedError: a tensor that requires grad or has a tangent of forward-mode AD, or a
+            GPU that is no Hopper.
     """
     if unknown:
         raise hints.unknown_argument(quantize_fp8, next(iter(unknown)))

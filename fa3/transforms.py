@@ -68,7 +68,10 @@ class _BatchRule:
                 given[i] = _fold(x, dim, n)
                 continue
             if dim is None:
-                raise ValueError(f"{self.written[i]} is one for all entries of vmap, of {n}")
+                raise ValueError(
+                    f"{self.written[i]} is not mapped over by vmap, but an input is, {n} times: "
+                    f"expected an {self.written[i]} for each"
+                )
             target = x.movedim(dim, 0)
             given[i] = target.new_empty(n * target.shape[1], *target.shape[2:])
             targets.append((target, given[i]))
@@ -91,7 +94,8 @@ def _batch_of(x: Tensor, dim: int | None) -> int:
 def _fold(x: Tensor, dim: int | None, n: int) -> Tensor:
     """n times the batch; a copy if strides say so, and mostly where all entries share a tensor."""
     x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(n * x.shape[1], *x.shape[2:])
+    x = x.reshape(n * x.shape[1], *x.shape[2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _unfold(results, n: int, batch: int):

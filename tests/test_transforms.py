@@ -77,6 +77,14 @@ def test_vmap(dims, one_byte):
     _assert_equal(torch.vmap(_attend, tuple(dims))(*tensors), _one_by_one(_attend, tensors, dims))
 
 
+def test_vmap_over_a_dimension_that_lies_within_rows():
+    """With one batch entry no copy is needed to join them, but rows are not contiguous."""
+    q, k, v = (_tensor(name, N).bfloat16()[:, :1] for name in "qkv")
+    tensors = [x.movedim(0, -1).contiguous() for x in (q, k, v)]
+    given = torch.vmap(_attend, -1)(*tensors)
+    _assert_equal(given, _one_by_one(_attend, (q, k, v), (0, 0, 0)))
+
+
 @pytest.mark.parametrize("one_byte", [False, True], ids=["16 bits", "one byte"])
 def test_nested_vmap(one_byte):
     """q is mapped twice, k by the outer one, v by the inner one."""
@@ -99,7 +107,7 @@ def test_vmap_with_out(one_byte, dim):
     )
     wanted = torch.stack([fa3.flash_attn_func(*x) for x in zip(q, k, v, strict=True)])
     assert torch.equal(out.movedim(dim, 0), wanted)
-    with pytest.raises(ValueError, match="out is one for all entries of vmap, of 3"):
+    with pytest.raises(ValueError, match="out is not mapped over by vmap, but an input is, 3"):
         torch.vmap(lambda q: fa3.flash_attn_func(q, k[0], v[0], out=wanted[0]))(q)
 
 
