@@ -2,30 +2,19 @@
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from . import ops, scales
+from . import hints, ops, scales
 from .layout import check_tensors
+from .options import Options, bool_of, int_of
+from .plain import is_plain
 from .problem import BYTE_DTYPES
 from .quantize import quantize_fp8
 
-# Tensor types whose memory a kernel can be given; others go through torch's dispatcher.
-_PLAIN = {Tensor, Parameter}
-_is_traced, _num_dispatch_modes = (
-    torch.compiler.is_dynamo_compiling,
-    torch._C._len_torch_dispatch_stack,
-)
-
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
-_NOT_YET = {
-    "qv": None,
-    "attention_chunk": 0,
-    "softcap": 0.0,
-    "num_splits": 1,
-    "pack_gqa": None,
-}
+_NOT_YET = {"qv": None, "attention_chunk": 0, "softcap": 0.0}
 
 
+@hints.closed
 def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     q,
     k,
@@ -48,6 +37,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     out=None,
     v_shift=None,
     check_scales=False,
+    **unknown,
 ):
     """softmax(softmax_scale * q k^T) v in fp16, bf16 or FP8.
 
@@ -58,10 +48,12 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     free; q, k or v is copied first if one of them is no multiple of 16 bytes, TMA's unit.
 
     causal: query i sees the keys j <= i + s_k - s_q (aligned to the bottom right).
-    window_size: query i sees i + s_k - s_q - left <= j <= i + s_k - s_q + right; -1 is no bound;
-    causal sets right to 0. softmax_scale: 1 / sqrt(d) by default.
-    A query that sees no key gives zeros and an lse of -inf.
+    window_size: query i sees i + s_k - s_q - left <= j <= i + s_k - s_q + right; one below 0 is no
+    bound; causal sets right to 0. A query that sees no key gives zeros and an lse of -inf.
+    softmax_scale: 1 / sqrt(d) by default. A tensor without dimensions is read, which waits for its
+    device.
     sm_margin: number of SMs that the kernel leaves to others.
+    num_splits, pack_gqa: hints about speed, of no effect so far.
     deterministic: accepted; the forward pass always is.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
@@ -91,28 +83,23 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched or written
             (but for the comparisons of check_scales).
-        NotImplementedError: an argument that is not supported yet, a tensor that requires grad, or
-            a GPU without a kernel for the case.
+        NotImplementedError: an argument that is not supported yet, a tensor that requires grad or
+            has a tangent of forward-mode AD, or a GPU without a kernel for the case.
     """
-    if qv is not None or attention_chunk or softcap or num_splits not in (0, 1) or pack_gqa:
-        _refuse(
-            qv=qv,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            pack_gqa=pack_gqa,
-        )
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise _not_a_pair(window_size) from None
-    plain = type(q) is type(k) is type(v) is Tensor or {type(q), type(k), type(v)} <= _PLAIN
+    if unknown:
+        raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
+    if qv is not None or attention_chunk or softcap or num_splits != 1 or pack_gqa is not None:
+        _check_hints(num_splits, pack_gqa)
+        _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+    options = _options(softmax_scale, causal, window_size, sm_margin)
+    plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
     if not plain:
         check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_grad(q=q, k=k, v=v)
+    descales = None
     if (
         q_descale is not None
         or k_descale is not None
@@ -121,15 +108,20 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         or q.dtype in BYTE_DTYPES
     ):
         descales = q_descale, k_descale, v_descale, v_shift
-        options = softmax_scale, causal, left, right, sm_margin
-        out, lse = _fp8(q, k, v, out, descales, options, check_scales)
-    elif plain and not _is_watched():
-        out, lse = ops.run(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
-    else:
-        out, lse = _dispatched(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    try:
+        if descales is not None:
+            out, lse = _fp8(q, k, v, out, descales, options, check_scales, plain)
+        elif plain:
+            out, lse = ops.run(q, k, v, out, *options)
+        else:
+            out, lse = _dispatched(q, k, v, out, *options)
+    except (RuntimeError, ValueError):
+        check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
+        raise
     return (out, lse) if return_attn_probs else out
 
 
+@hints.closed
 def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     q,
     k,
@@ -148,6 +140,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     sm_margin=0,
     return_attn_probs=False,
     out=None,
+    **unknown,
 ):
     """Attention of fp16 or bf16 tensors, computed in FP8: quantize_fp8, then flash_attn_func.
 
@@ -159,17 +152,17 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched or written.
-        NotImplementedError: a tensor that requires grad, or a GPU without a kernel for the case.
+        NotImplementedError: a tensor that requires grad or has a tangent of forward-mode AD, or a
+            GPU without a kernel for the case.
     """
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise _not_a_pair(window_size) from None
+    if unknown:
+        raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
+    options = _options(softmax_scale, causal, window_size, sm_margin)
     check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
-    if not _is_watched():
-        ops.check(q, k, v, out, softmax_scale, causal, left, right, sm_margin)
+    if is_plain(q, k, v):
+        ops.check(q, k, v, out, *options)
     inputs = quantize_fp8(
         q,
         k,
@@ -183,21 +176,19 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         qk_dtype=qk_dtype,
     )
     if out is None and q.dtype != torch.bfloat16:
-        out = q.new_empty(*q.shape[:3], v.shape[3])
+        out = inputs.q.new_empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    softmax_scale, causal, left, right, sm_margin = options
     out, lse = flash_attn_func(
         inputs.q,
         inputs.k,
         inputs.v,
         softmax_scale,
         causal,
-        q_descale=inputs.q_descale,
-        k_descale=inputs.k_descale,
-        v_descale=inputs.v_descale,
-        v_shift=inputs.v_shift,
-        window_size=window_size,
+        window_size=(left, right),
         sm_margin=sm_margin,
         return_attn_probs=True,
         out=out,
+        **inputs.scales,
     )
     if not return_attn_probs:
         return out
@@ -207,26 +198,38 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     return out, lse
 
 
-def _fp8(q, k, v, out, descales, options, check_scales):
+def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
+    """The fields of Options."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
+    if (
+        (softmax_scale is None or type(softmax_scale) is float)
+        and type(causal) is bool
+        and type(left) is type(right) is type(sm_margin) is int
+    ):
+        return softmax_scale, causal, left, right, sm_margin
+    try:
+        return Options.of(softmax_scale, causal, left, right, sm_margin)
+    except TypeError as error:
+        is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
+        misplaced = is_mask or causal is None or isinstance(causal, float)
+        raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
+
+
+def _fp8(q, k, v, out, descales, options, check_scales, plain):
     """Attention of one-byte inputs, or the error that says what is not right."""
-    given = [x for x in descales if x is not None]
-    plain = {type(x) for x in (q, k, v, *given)} <= _PLAIN
-    if not plain:
-        check_tensors(**scales.named(descales))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        _refuse_grad(**scales.named(descales))
-    if not isinstance(check_scales, bool):
-        raise TypeError(f"check_scales is {check_scales!r}, expected True or False")
-    if plain and not _is_watched():
+    given = scales.named(descales)
+    check_tensors(**given)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
+        _refuse_grad(**given)
+    check_scales = bool_of("check_scales", check_scales)
+    if plain and is_plain(*given.values()):
         return ops.run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)
     if out is None:
         return torch.ops.fa3.forward_fp8(q, k, v, *descales, *options, check_scales)
     return out, torch.ops.fa3.forward_fp8_out(q, k, v, out, *descales, *options, check_scales)
-
-
-def _is_watched() -> bool:
-    """Under torch.compile, or in a mode that sees operators: fake tensors, counters of FLOPs."""
-    return _is_traced() or _num_dispatch_modes() > 0
 
 
 def _dispatched(q, k, v, out, *options):
@@ -235,18 +238,26 @@ def _dispatched(q, k, v, out, *options):
     return out, torch.ops.fa3.forward_out(q, k, v, out, *options)
 
 
-def _not_a_pair(window_size) -> TypeError:
-    return TypeError(f"window_size is {window_size!r}, expected a pair (left, right)")
-
-
 def _check_out(out) -> None:
     check_tensors(out=out)
     if out.requires_grad:
         raise ValueError("out has requires_grad=True, expected False")
+    # torch's fallback for lazy negation has no custom operators, torch.compile no is_neg
+    if not torch.compiler.is_dynamo_compiling() and out.is_neg():
+        raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
+
+
+def _check_hints(num_splits, pack_gqa) -> None:
+    if int_of("num_splits", num_splits) < 0:
+        raise ValueError(f"num_splits is {num_splits}, expected at least 0")
+    if pack_gqa is not None:
+        bool_of("pack_gqa", pack_gqa)
 
 
 def _refuse(**arguments) -> None:
     for name, value in arguments.items():
+        if name == "qv" and isinstance(value, bool):
+            raise TypeError(f"qv is {value}, expected a tensor or None: {hints.ORDER}")
         if isinstance(value, Tensor) or (value not in (None, 0) and value != _NOT_YET[name]):
             shown = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise NotImplementedError(

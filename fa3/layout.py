@@ -23,9 +23,13 @@ class Layout(NamedTuple):
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:
+    """All are tensors with a place in memory for every element."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+            raise ValueError(f"{name} is {kind}, expected a dense tensor, of torch.strided")
 
 
 def check_last_stride(name: str, layout: Layout) -> None:

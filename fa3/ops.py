@@ -1,7 +1,7 @@
 """The way of one call, and the torch operators around it.
 
-Eager code calls `run` or `run_fp8` directly, which saves the operator boundary; `torch.compile`,
-fake tensors and dispatch modes go through `torch.ops.fa3`.
+Eager code calls `run` or `run_fp8` directly, which saves the operator boundary; where somebody
+watches (`plain.is_plain`), the call goes through `torch.ops.fa3`.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.types import Number
 
-from . import dispatch, jit, reference, scales, tuning
+from . import dispatch, jit, reference, scales, transforms, tuning
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
     )  # which of q, k, v must be copied, their strides being no multiples of 16 B
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)
 def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margin) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
@@ -54,7 +55,7 @@ def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_m
     return _plan(problem, layouts, None if out is None else Layout(*out))
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)
 def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
     """The same for one-byte inputs.
 
@@ -67,7 +68,7 @@ def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
     return _plan(problem, {"q": q, "k": k, "v": v}, out), problem.scales
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)
 def _check_layouts(tensors, *options) -> None:
     """tensors: the fields of the `Layout`s of q, k, v and out."""
     *inputs, out = _layouts(tensors)
@@ -228,7 +229,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -250,7 +251,7 @@ def forward_out(  # noqa: PLR0913
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -275,7 +276,7 @@ def forward_fp8(  # noqa: PLR0913
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -304,7 +305,7 @@ def forward_fp8_out(  # noqa: PLR0913
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
@@ -327,3 +328,8 @@ def _fake_fp8(q, k, v, out, *descales) -> Problem:
     given = Descales(*(None if x is None else Layout.of(x) for x in descales))
     layouts = Layout.of(q), Layout.of(k), Layout.of(v)
     return Problem.of(*layouts, Options(), given, None if out is None else out.dtype)
+
+
+for _operator in (forward, forward_out, forward_fp8, forward_fp8_out):
+    transforms.register(_operator)
+    transforms.count_as_attention(_operator)

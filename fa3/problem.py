@@ -6,13 +6,13 @@ runs on fake tensors and is tested without memory. Each message names the argume
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import NamedTuple
 
 import torch
 
+from .hints import ORDER
 from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
+from .options import Options
 from .scales import NO_DESCALES, Descales, Scales, named
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -34,16 +34,6 @@ MAX_LENGTH_LOCAL = UNBOUNDED - 1024
 Q_SHAPE = "(batch, s_q, h_q, d)"
 K_SHAPE = "(batch, s_k, h_k, d)"
 V_SHAPE = "(batch, s_k, h_k, dv)"
-
-
-class Options(NamedTuple):
-    """The arguments of a call that are no tensors."""
-
-    softmax_scale: float | None = None  # None: 1 / sqrt(d)
-    causal: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    sm_margin: int = 0  # SMs left to other kernels
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ class Problem:
         out_dtype: of the result of one-byte inputs, by default bf16; that of 16-bit ones is q's.
 
         Raises:
-            TypeError: a dtype or an option has the wrong type.
+            TypeError: a dtype is not supported.
             ValueError: anything else; nothing has been launched.
         """
         _check_types(q, k, v)
@@ -116,7 +106,7 @@ class Problem:
             mask,
             left,
             right,
-            _count_of("sm_margin", options.sm_margin, minimum=0),
+            _margin_of(options.sm_margin),
         )
 
     @property
@@ -254,12 +244,7 @@ def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
 
 def _mask_of(options: Options) -> tuple[str, int, int]:
     """Mask kind and the two bounds; the kind never depends on lengths, or they would recompile."""
-    if not isinstance(options.causal, bool):
-        raise TypeError(f"causal is {options.causal!r}, expected True or False")
-    bounds = []
-    for side, bound in (("left", options.window_left), ("right", options.window_right)):
-        bounds.append(_count_of(f"window_size ({side})", bound, minimum=-1))
-    left, right = bounds
+    left, right = options.window_left, options.window_right
     if options.causal:
         right = 0
     if left < 0 and right <= 0:
@@ -270,16 +255,15 @@ def _mask_of(options: Options) -> tuple[str, int, int]:
 def _scale_of(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, Real):
-        raise TypeError(f"softmax_scale is {softmax_scale!r}, expected a number or None")
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number above 0")
+        order = "" if softmax_scale else f": {ORDER}"
+        raise ValueError(
+            f"softmax_scale is {softmax_scale}, expected a finite number above 0{order}"
+        )
     return float(softmax_scale)
 
 
-def _count_of(name: str, value: int, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r}, expected an int")
-    if value < minimum:
-        raise ValueError(f"{name} is {value}, expected at least {minimum}")
-    return int(value)
+def _margin_of(sm_margin: int) -> int:
+    if sm_margin < 0:
+        raise ValueError(f"sm_margin is {sm_margin}, expected at least 0")
+    return sm_margin

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, jit, quantize_reference
+from . import dispatch, hints, jit, quantize_reference, transforms
 from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
 from .kernels.signature import Q_BLOCK
 from .layout import (
@@ -18,14 +18,18 @@ from .layout import (
     odd_dimension,
     tma_strides,
 )
-from .problem import BYTE_DTYPES, DTYPES, Options, Problem
-from .scales import num_blocks
+from .options import Options, bool_of, int_of
+from .plain import is_plain
+from .problem import BYTE_DTYPES, DTYPES, Problem
+from .scales import NAMES, num_blocks
 
 KERNEL = "fa3.kernels.quantize:Quantize"
 
 
 class Fp8Inputs(NamedTuple):
     """What flash_attn_func takes; shapes in quantize_fp8.
+
+        out = flash_attn_func(x.q, x.k, x.v, **x.scales)
 
     value = byte * descale, and v_shift is added to all values of a channel of v.
     """
@@ -39,6 +43,11 @@ class Fp8Inputs(NamedTuple):
     lse_shift: Tensor | None = None
     v_shift: Tensor | None = None
 
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        """All that q, k and v need besides, by the names of flash_attn_func's arguments."""
+        return {name: getattr(self, name) for name in NAMES}
+
 
 class _Options(NamedTuple):
     """Those of quantize_fp8, in the order of the operator's."""
@@ -51,6 +60,23 @@ class _Options(NamedTuple):
     rows_per_block: int
     qk_dtype: torch.dtype
     v_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, *given) -> "_Options":
+        """Checked, and as the operator takes them."""
+        given = dict(zip(cls._fields, given, strict=True))
+        for name in ("hadamard", "smooth_k", "smooth_v", "block_scales", "v_per_channel"):
+            given[name] = bool_of(name, given[name])
+        given["rows_per_block"] = rows = int_of("rows_per_block", given["rows_per_block"])
+        if rows not in (64, 128):
+            raise ValueError(f"rows_per_block is {rows}, expected 64 or 128")
+        for name, allowed in (
+            ("qk_dtype", (torch.float8_e4m3fn, torch.int8)),
+            ("v_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
+        ):
+            if given[name] not in allowed:
+                raise TypeError(f"{name} is {given[name]!r}, expected {allowed[0]} or {allowed[1]}")
+        return cls(**given)
 
     def recipes(self, h_k: int) -> dict[str, "_Recipe"]:
         """For q, k and v."""
@@ -100,6 +126,7 @@ class _Plan(NamedTuple):
         return x if self.strides is None else x.as_strided(x.shape, self.strides)
 
 
+@hints.closed
 def quantize_fp8(  # noqa: PLR0913 - one argument per option
     q,
     k,
@@ -107,12 +134,13 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     *,
     hadamard=False,
     smooth_k=False,
-    smooth_v=False,
+    smooth_v=True,
     block_scales=True,
     v_per_channel=False,
     rows_per_block=128,
     qk_dtype=torch.float8_e4m3fn,
     v_dtype=torch.float8_e4m3fn,
+    **unknown,
 ):
     """Quantise q (b, s_q, h_q, d), k (b, s_k, h_k, d) and v (b, s_k, h_k, dv) in bf16 or fp16.
 
@@ -121,8 +149,9 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
 
     hadamard: rotate the rows of q and k, which leaves q k^T as it is and spreads outliers over all
         channels: a diagonal of fixed signs, then the Walsh-Hadamard transform, by 1 / sqrt(d).
-        d must be a power of two.
-    smooth_k: subtract from k its mean over s_k, which softmax does not see, but its LSE does.
+        d must be a power of two, so it is off by default.
+    smooth_k: subtract from k its mean over s_k, which softmax does not see, but its LSE does: off
+        by default, so that the LSE is that of the original k.
     smooth_v: subtract from v its mean over s_k. What each channel then lacks on average, the mean
         error of the bytes included, is v_shift, which the kernel adds to its output.
     block_scales: one scale per block of rows; else per batch entry and key head, as FA3 takes them.
@@ -153,18 +182,21 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched.
-        NotImplementedError: a tensor that requires grad, or a GPU that is no Hopper.
+        NotImplementedError: a tensor that requires grad or has a tangent of forward-mode AD, or a
+            GPU that is no Hopper.
     """
+    if unknown:
+        raise hints.unknown_argument(quantize_fp8, next(iter(unknown)))
     check_tensors(q=q, k=k, v=v)
-    options = _Options(
+    options = _Options.of(
         hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
     )
-    _check_options(options)
     _check_grad(q=q, k=k, v=v)
-    watched = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    run = torch.ops.fa3.quantize_fp8 if watched else _run
+    run = _run if is_plain(q, k, v) else torch.ops.fa3.quantize_fp8
     *inputs, lse_shift, v_shift = run(q, k, v, *options)
-    return Fp8Inputs(*inputs, lse_shift if smooth_k else None, v_shift if smooth_v else None)
+    return Fp8Inputs(
+        *inputs, lse_shift if options.smooth_k else None, v_shift if options.smooth_v else None
+    )
 
 
 def _run(q, k, v, *options):
@@ -271,22 +303,6 @@ def _do_nothing(*arguments):
     pass
 
 
-def _check_options(options: _Options) -> None:
-    for name in ("hadamard", "smooth_k", "smooth_v", "block_scales", "v_per_channel"):
-        value = getattr(options, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected True or False")
-    if options.rows_per_block not in (64, 128):
-        raise ValueError(f"rows_per_block is {options.rows_per_block!r}, expected 64 or 128")
-    for name, allowed in (
-        ("qk_dtype", (torch.float8_e4m3fn, torch.int8)),
-        ("v_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
-    ):
-        value = getattr(options, name)
-        if value not in allowed:
-            raise TypeError(f"{name} is {value!r}, expected {allowed[0]} or {allowed[1]}")
-
-
 def _check_layouts(q: Layout, k: Layout, v: Layout, options: _Options) -> None:
     """Raises TypeError or ValueError; nothing has been launched."""
     if q.dtype not in DTYPES:
@@ -355,3 +371,6 @@ def _(q, k, v, *options):
     shift_shape = (v.shape[0], v.shape[2], v.shape[3]) if options.smooth_v else (0,)
     shifts = (q.new_empty(shape, dtype=torch.float32) for shape in (lse_shape, shift_shape))
     return *codes, *descales, *shifts
+
+
+transforms.register(_operator)

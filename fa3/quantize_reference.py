@@ -61,7 +61,8 @@ def _quantize(signature, x, y, scales, mean, dot, errors):
 def rotate(values: torch.Tensor) -> torch.Tensor:
     """Signs, then the Walsh-Hadamard transform of the last dimension; sqrt(d) times a rotation."""
     d = values.shape[-1]
-    values = values * torch.tensor([sign_of(c) for c in range(d)], device=values.device)
+    signs = [sign_of(c) for c in range(d)]
+    values = values * torch.tensor(signs, dtype=values.dtype, device=values.device)
     for bit in range(d.bit_length() - 1):
         low, high = values.unflatten(-1, (-1, 2, 1 << bit)).unbind(-2)
         values = torch.stack((low + high, low - high), dim=-2).flatten(-3)

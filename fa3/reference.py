@@ -17,6 +17,18 @@ def bind(signature: Signature):
     return functools.partial(_forward, signature.mask)
 
 
+def _in_given_precision(forward):
+    """Autocast, which would compute products of fp32 in 16 bits, does not reach it."""
+
+    @functools.wraps(forward)
+    def call(*arguments):
+        with torch.autocast("cpu", enabled=False):
+            return forward(*arguments)
+
+    return call
+
+
+@_in_given_precision
 def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num_ctas):
     """out = softmax(scale * q k^T) v under the mask, lse its logarithmic denominator.
 
@@ -35,7 +47,7 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         block = q[:, start:stop].float().view(b, stop - start, h_k, group, d)
         block = block.permute(0, 2, 3, 1, 4).reshape(b, h_k, group * (stop - start), d)
         scores = (block @ keys).mul_(scale).view(b, h_q, stop - start, s_k)
-        hidden = _hidden(mask, start, stop, s_q, s_k, window_left, window_right)
+        hidden = _hidden(mask, start, stop, s_q, s_k, window_left, window_right, q.device)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
@@ -70,12 +82,13 @@ def _per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
     return descale.transpose(1, 2)[..., None]
 
 
-def _hidden(mask, start, stop, s_q, s_k, window_left, window_right):
+def _hidden(mask, start, stop, s_q, s_k, window_left, window_right, device):
     """Which keys rows start..stop do not see, (stop - start, s_k); None: they see all."""
     if mask == "full":
         return None
-    position = torch.arange(start, stop)[:, None] + (s_k - s_q)  # the key on the row's diagonal
-    key = torch.arange(s_k)[None, :]
+    # the key on each row's diagonal
+    position = torch.arange(start, stop, dtype=torch.int64, device=device)[:, None] + (s_k - s_q)
+    key = torch.arange(s_k, dtype=torch.int64, device=device)[None, :]
     if mask == "causal":
         return key > position
     return (key < position - window_left) | (key > position + window_right)

@@ -205,7 +205,10 @@ def _constant(value: float, device: torch.device) -> torch.Tensor:
     """
     if (device, value) in _constants:
         return _constants[device, value]
-    shape = HEAD_DIM_TILES[-1:]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.full(shape, value, device=device)  # of the graph, whose replay writes it
-    return _constants.setdefault((device, value), torch.full(shape, value).to(device))
+        return _full(value, device)  # of the graph, whose replay writes it
+    return _constants.setdefault((device, value), _full(value, torch.device("cpu")).to(device))
+
+
+def _full(value: float, device: torch.device) -> torch.Tensor:
+    return torch.full(HEAD_DIM_TILES[-1:], value, dtype=torch.float32, device=device)

@@ -36,7 +36,7 @@ SHORT, ONE_LEVEL = Numerics(is_short=True), Numerics(is_short=True, is_two_level
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute attention in FP8: the options of quantize_fp8, and smooth-V."""
+    """One way to compute attention in FP8: the options of quantize_fp8, and smooth-V beside it."""
 
     name: str = ""
     hadamard: bool = False
@@ -52,7 +52,7 @@ class Variant:
     @property
     def options(self) -> dict:
         names = "hadamard", "smooth_k", "block_scales", "v_per_channel", "qk_dtype"
-        return {name: getattr(self, name) for name in names}
+        return {"smooth_v": False, **{name: getattr(self, name) for name in names}}
 
 
 E4M3 = Variant("**e4m3: all three**", True, True, True)

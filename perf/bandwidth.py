@@ -21,7 +21,7 @@ from .results import ROOT, Machine, write_csv
 
 STEM = "quantize"  # beginning of the names of its CSV files
 LENGTHS = (1024, 16_384)
-OPTIONS = {
+OPTIONS = {  # and no smooth-V
     "block scales": {},
     "scales per head": {"block_scales": False},
     "hadamard": {"hadamard": True},
@@ -71,7 +71,7 @@ def measure(
     torch.manual_seed(0)
     shape = case.batch, case.length, case.heads, case.head_dim
     qkv = [torch.randn(shape, device=device).bfloat16() for _ in range(3)]
-    options = OPTIONS[case.options]
+    options = {"smooth_v": False, **OPTIONS[case.options]}
     outputs = fa3.quantize_fp8(*qkv, **options)
     moved = sum(x.numel() * x.element_size() for x in (*qkv, *outputs) if x is not None)
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device)

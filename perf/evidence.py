@@ -105,6 +105,7 @@ def _attend_one_byte(signature: Signature, *inputs) -> tuple:
     causal, window = _mask(signature)
     made = fa3.quantize_fp8(
         *(x.bfloat16() for x in inputs),
+        smooth_v=False,
         block_scales=signature.quantised.k_block > 0,
         qk_dtype=torch.int8 if signature.dtype == "int8" else DTYPES[signature.dtype],
     )

@@ -3,6 +3,8 @@
 What the kernel makes of such inputs is the matter of tests/test_fp8.py.
 """
 
+import inspect
+
 import pytest
 import torch
 
@@ -161,6 +163,28 @@ def test_lse_is_that_of_the_keys_as_given():
     torch.testing.assert_close(lse, smoothed + parts.lse_shift * 64**-0.5)
 
 
+@pytest.mark.parametrize("smooth_k", [False, True])
+def test_both_steps_apart(smooth_k):
+    """With the same options, and what Fp8Inputs hands out, they are the one call."""
+    q, k, v = real(offset=2.0)
+    wanted = fa3.flash_attn_fp8_func(q, k, v, hadamard=False, smooth_k=smooth_k)
+    x = fa3.quantize_fp8(q, k, v, smooth_k=smooth_k)
+    assert torch.equal(fa3.flash_attn_func(x.q, x.k, x.v, **x.scales), wanted)
+    assert set(x.scales) == {*FORMS, "v_shift"}
+    assert all(scale is getattr(x, name) for name, scale in x.scales.items())
+
+
+def test_defaults_that_both_functions_share():
+    one_call, quantisation = (
+        inspect.signature(function).parameters
+        for function in (fa3.flash_attn_fp8_func, fa3.quantize_fp8)
+    )
+    shared = {name for name in one_call if name in quantisation} - {"q", "k", "v"}
+    differ = {name for name in shared if one_call[name].default != quantisation[name].default}
+    assert "smooth_v" in shared
+    assert differ == {"hadamard", "smooth_k"}  # quantize_fp8 says why
+
+
 def test_what_the_options_are_for():
     """smooth_k: keys with a common offset in e4m3; smooth_v: values with one, in int8 as k and q
     would else hide it; hadamard: an outlying channel in int8.
@@ -218,7 +242,9 @@ def test_fp8_into_out(dtype):
         (TypeError, ["smooth_k", "1"], {"smooth_k": 1}),
         (TypeError, ["smooth_v", "None"], {"smooth_v": None}),
         (TypeError, ["window_size", "5", "pair"], {"window_size": 5}),
-        (ValueError, ["window_size", "-2"], {"window_size": (-2, 0)}),
+        (TypeError, ["window_size", "left", "[5]", "int"], {"window_size": ([5], 0)}),
+        (TypeError, ["dropout_p", "no dropout"], {"dropout_p": 0.0}),
+        (TypeError, ["rows_per_block", "128.0", "int"], {"rows_per_block": 128.0}),
         (ValueError, ["softmax_scale", "-1"], {"softmax_scale": -1.0}),
         (TypeError, ["sm_margin", "0.5"], {"sm_margin": 0.5}),
         (TypeError, ["q", "list", "torch.Tensor"], {"q": [1.0]}),

@@ -197,7 +197,7 @@ def test_out_over_a_descale(refused, name):
 
 def test_options_are_checked(refused):
     refused(TypeError, ["causal", 1], causal=1)
-    refused(ValueError, ["window_size", -3], window_size=(-3, 0))
+    refused(TypeError, ["window_size", "left", "[3]", "int"], window_size=([3], 0))
     refused(ValueError, ["softmax_scale", -1.0], softmax_scale=-1.0)
     refused(NotImplementedError, ["softcap", 15.0], softcap=15.0)
 

@@ -1,5 +1,7 @@
 """Bad input: a clear error that names the argument and both values, and nothing is overwritten."""
 
+import fractions
+import inspect
 import math
 import re
 
@@ -142,19 +144,41 @@ def test_softmax_scale(scale):
     refused(ValueError, ["softmax_scale", scale], softmax_scale=scale)
 
 
-@pytest.mark.parametrize("scale", ["1", True, 1j])
+@pytest.mark.parametrize("scale", ["1", True, 1j, [0.1], numpy.True_])
 def test_softmax_scale_of_wrong_type(scale):
     refused(TypeError, ["softmax_scale", repr(scale), "number"], softmax_scale=scale)
 
 
-@pytest.mark.parametrize("causal", [1, 0, None, "yes"])
+@pytest.mark.parametrize(
+    "scale", [10**400, 10**5000, fractions.Fraction(10**400)], ids=["400", "5000", "fraction"]
+)
+def test_softmax_scale_beyond_floats(scale):
+    refused(ValueError, ["softmax_scale", "1.8e+308", "largest float"], softmax_scale=scale)
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.tensor([0.1]), torch.tensor(True), torch.tensor(1j)], ids=["1d", "bool", "1j"]
+)
+def test_softmax_scale_in_no_real_tensor_without_dimensions(scale):
+    words = ["softmax_scale", tuple(scale.shape), scale.dtype, "without dimensions"]
+    refused(TypeError, words, softmax_scale=scale)
+
+
+def test_softmax_scale_has_no_derivative():
+    scale = torch.tensor(0.1, requires_grad=True)
+    words = ["softmax_scale", "requires_grad", "detach"]
+    refused(NotImplementedError, words, softmax_scale=scale)
+    with pytest.raises(NotImplementedError, match="softmax_scale has a tangent"):
+        torch.func.jvp(
+            lambda scale: fa3.flash_attn_func(**tensors(), softmax_scale=scale),
+            (scale.detach(),),
+            (scale.detach(),),
+        )
+
+
+@pytest.mark.parametrize("causal", [1, 0, None, "yes", [True]])
 def test_causal(causal):
     refused(TypeError, ["causal", repr(causal), "True", "False"], causal=causal)
-
-
-@pytest.mark.parametrize("window", [(-2, 0), (-100, -1), (0, -2)])
-def test_negative_window(window):
-    refused(ValueError, ["window_size", min(window), "at least -1"], window_size=window)
 
 
 @pytest.mark.parametrize("window", [None, 5, (1,), (1, 2, 3)])
@@ -162,7 +186,7 @@ def test_window_is_a_pair(window):
     refused(TypeError, ["window_size", repr(window), "pair"], window_size=window)
 
 
-@pytest.mark.parametrize("window", [(1.0, 2), (None, 1), (True, -1)])
+@pytest.mark.parametrize("window", [(1.0, 2), (None, 1), (True, -1), ([5], 0)])
 def test_window_of_ints(window):
     refused(TypeError, ["window_size", "left", repr(window[0]), "int"], window_size=window)
 
@@ -170,6 +194,95 @@ def test_window_of_ints(window):
 def test_sm_margin():
     refused(ValueError, ["sm_margin", -1, 0], sm_margin=-1)
     refused(TypeError, ["sm_margin", 1.5, "int"], sm_margin=1.5)
+    refused(TypeError, ["sm_margin", "[1]", "int"], sm_margin=[1])
+
+
+@pytest.mark.parametrize("name", ["num_splits", "pack_gqa"])
+@pytest.mark.parametrize("value", [[1], 0.5, "1"], ids=repr)
+def test_hints_about_speed(name, value):
+    refused(TypeError, [name, repr(value), "expected"], **{name: value})
+
+
+def test_number_of_splits():
+    refused(ValueError, ["num_splits", -1, 0], num_splits=-1)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+@pytest.mark.parametrize("how", ["coo", "csr", "mkldnn", "nested", "jagged"])
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+def test_sparse_and_nested(name, how):
+    x = {**tensors(), "out": zeros(2, 6, 4, 64)}[name]
+    layout = {"coo": torch.sparse_coo, "csr": torch.sparse_csr, "mkldnn": torch._mkldnn}
+    if how in layout:
+        words = [name, layout[how], torch.strided]
+        made = {
+            "coo": x.to_sparse,
+            "csr": lambda: x[0, :, 0].contiguous().to_sparse_csr(),
+            "mkldnn": x.to_mkldnn,
+        }[how]()
+    else:
+        words = [name, "nested", torch.strided]
+        layout = torch.jagged if how == "jagged" else torch.strided
+        made = torch.nested.nested_tensor([y[: 3 + i] for i, y in enumerate(x)], layout=layout)
+    with pytest.raises(ValueError) as caught:
+        fa3.flash_attn_func(**{**tensors(), name: made})
+    assert all(str(word) in str(caught.value) for word in words)
+
+
+HINTS = [
+    ("is_causal", "causal is meant"),
+    ("scale", "softmax_scale is meant"),
+    ("attn_mask", "causal and window_size say what is masked"),
+    ("dropout_p", "no dropout"),
+    ("enable_gqa", "q may always have more heads"),
+    ("alibi_slopes", "no other masks"),
+    ("cu_seqlens_q", "no variable lengths yet"),
+    ("softmax_scal", "softmax_scale is meant?"),
+    ("colour", "it has q, k, v, softmax_scale, causal, qv"),
+]
+
+
+@pytest.mark.parametrize(("name", "hint"), HINTS)
+def test_arguments_of_other_functions(name, hint):
+    message = re.escape(f"flash_attn_func() has no argument '{name}': ") + ".*" + re.escape(hint)
+    with pytest.raises(TypeError, match=message):
+        fa3.flash_attn_func(**tensors(), **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("function", "last"),
+    [
+        (fa3.flash_attn_func, "check_scales"),
+        (fa3.flash_attn_fp8_func, "out"),
+        (fa3.quantize_fp8, "v_dtype"),
+    ],
+)
+def test_signatures_show_no_catch_all(function, last):
+    *_, parameter = inspect.signature(function).parameters.values()
+    assert (parameter.name, parameter.kind) == (last, parameter.KEYWORD_ONLY)
+    name = re.escape(f"{function.__name__}() has no argument 'is_causal'")
+    with pytest.raises(TypeError, match=name):
+        function(**tensors(), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("positional", "words"),
+    [
+        ((0.0,), ["softmax_scale is 0.0"]),  # FlashAttention-2's dropout_p
+        ((0.0, None, True), ["qv is True"]),
+        ((0.0, 0.125), ["causal is 0.125"]),
+        ((0.0, None), ["causal is None"]),
+        ((None, 0.0, True), ["qv is True"]),  # scaled_dot_product_attention's attn_mask, dropout_p
+        ((torch.ones(6, 8, dtype=torch.bool),), ["softmax_scale is a tensor", "(6, 8)"]),
+    ],
+    ids=str,
+)
+def test_positions_of_other_functions(positional, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fa3.flash_attn_func(*tensors().values(), *positional)
+    order = "the order is FlashAttention-3's: q, k, v, softmax_scale, causal"
+    for word in (*words, order, "dropout_p"):
+        assert word in str(caught.value)
 
 
 def test_sm_margin_beyond_the_device(monkeypatch, device):
@@ -196,8 +309,6 @@ def test_length_beyond_int32(name, mask):
         ("qv", zeros(1), None),
         ("attention_chunk", 64, 0),
         ("softcap", 15.0, 0.0),
-        ("num_splits", 2, 1),
-        ("pack_gqa", True, None),
     ],
 )
 def test_not_supported_yet(name, value, supported):
@@ -221,8 +332,9 @@ def test_requires_grad(name):
         (zeros(2, 6, 4, 128)[..., ::2], ["stride", 2, 1]),
         (zeros(2, 6, 1, 64).expand(2, 6, 4, 64), ["strides", (384, 64, 0, 1), (2, 6, 4, 64)]),
         (zeros(2, 6, 4, 64).requires_grad_(), ["requires_grad", "True", "False"]),
+        (torch._neg_view(zeros(2, 6, 4, 64)), ["is_neg", "True", "False"]),
     ],
-    ids=["list", "width", "rank", "dtype", "device", "stride", "overlap", "grad"],
+    ids=["list", "width", "rank", "dtype", "device", "stride", "overlap", "grad", "negated"],
 )
 def test_out(out, words):
     refused((TypeError, ValueError), ["out", *words], out=out)
@@ -251,6 +363,11 @@ MASKS = [  # causal, window, kind, bounds that the kernel gets
     (False, (-1, 9), "local", (UNBOUNDED, 9)),
     (False, (0, 0), "local", (0, 0)),
     (False, (2**40, 1), "local", (UNBOUNDED, 1)),
+    (False, (-2, -100), "full", None),
+    (False, (-7, 0), "causal", None),
+    (True, (-7, -7), "causal", None),
+    (False, (-2, 9), "local", (UNBOUNDED, 9)),
+    (False, (5, -3), "local", (5, UNBOUNDED)),
 ]
 
 
@@ -265,10 +382,29 @@ def test_mask_kinds(causal, window, kind, bounds):
 
 def test_numpy_numbers():
     layouts = (Layout.of(x) for x in tensors().values())
-    options = Options(numpy.float32(0.5), False, numpy.int64(5), numpy.int32(7), numpy.int64(1))
+    numbers = numpy.float32(0.5), numpy.False_, numpy.int64(5), numpy.int32(7), numpy.int64(1)
+    options = Options.of(*numbers)
+    assert [type(x) for x in options] == [float, bool, int, int, int]
     checked = Problem.of(*layouts, options)
     assert (checked.window_left, checked.window_right, checked.sm_margin) == (5, 7, 1)
     assert checked.softmax_scale == 0.5
+
+
+@pytest.mark.parametrize("causal", [numpy.True_, True])
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(0.5), torch.tensor(0.5).double(), numpy.float16(0.5), 0.5], ids=repr
+)
+def test_numbers_of_other_kinds(scale, causal, monkeypatch):
+    """A tensor is read anew at each call: it may have changed."""
+    seen = []
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *x: seen.append(x[5:]), 7))
+    scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
+    options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
+    fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)
+    if isinstance(scale, torch.Tensor):
+        fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale.mul_(2))
+    log2_e = math.log2(math.e)
+    assert seen == [(factor * log2_e, 5, 0, 7) for factor in (0.5, 1.0)[: len(seen)]]
 
 
 def test_signature_has_no_lengths():
@@ -287,8 +423,11 @@ def test_good_layouts_pass(monkeypatch):
     given = tensors()
     given["k"] = given["k"][:1].expand(2, -1, -1, -1)
     given["q"] = given["q"][:, :1].as_strided((2, 1, 4, 64), (256, 3, 64, 1))
-    unused = {"num_splits": 0, "pack_gqa": False, "deterministic": True}
-    out, lse = fa3.flash_attn_func(**given, **unused, return_attn_probs=True)
+    for unused in (
+        {"num_splits": 0, "pack_gqa": False, "deterministic": True},
+        {"num_splits": numpy.int64(4), "pack_gqa": True},
+    ):
+        out, lse = fa3.flash_attn_func(**given, **unused, return_attn_probs=True)
     assert out.shape == (2, 1, 4, 64)
     assert lse.shape == (2, 4, 1)
     assert lse.dtype == torch.float32

@@ -57,6 +57,11 @@ CASES = [
 ]
 
 
+def _quantize(*qkv, smooth_v=False, **options):
+    """The tests ask for smooth_v where it is their matter."""
+    return fa3.quantize_fp8(*qkv, smooth_v=smooth_v, **options)
+
+
 def _inputs(case: Case, device):
     """Normal numbers, a few outliers in q and k, and common offsets of keys and of values."""
     shapes = (
@@ -105,7 +110,7 @@ def _check(case: Case, q, k, v, given: fa3.Fp8Inputs) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bytes_and_descales(case, device):
     q, k, v = _inputs(case, device)
-    _check(case, q, k, v, fa3.quantize_fp8(q, k, v, **case.options))
+    _check(case, q, k, v, _quantize(q, k, v, **case.options))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -114,7 +119,7 @@ def test_plain_torch(case, monkeypatch):
     target = dispatch.Target("reference", "CPU", (0, 0), 1)
     monkeypatch.setattr(dispatch, "target_of", lambda device: target)
     q, k, v = _inputs(case, "cpu")
-    _check(case, q, k, v, fa3.quantize_fp8(q, k, v, **case.options))
+    _check(case, q, k, v, _quantize(q, k, v, **case.options))
 
 
 @pytest.mark.parametrize("smooth", [False, True], ids=["rotated", "rotated and smooth"])
@@ -122,7 +127,7 @@ def test_scores_and_their_lse_shift(smooth, device):
     """What attention is to compute: q k^T, but for lse_shift in each row and rounding."""
     case = Case(d=128, h_q=4, batch=2, s_k=300)
     q, k, v = _inputs(case, device)
-    given = fa3.quantize_fp8(q, k, v, hadamard=True, smooth_k=smooth)
+    given = _quantize(q, k, v, hadamard=True, smooth_k=smooth)
     q_values = reference.dequantise(given.q, given.q_descale, 128)
     k_values = reference.dequantise(given.k, given.k_descale, 128).repeat_interleave(2, dim=2)
     scores = torch.einsum("bshd,bthd->bhst", q_values, k_values)
@@ -140,7 +145,7 @@ def test_rotation_spreads_outliers_and_constants(d, device):
     rows[1] = 1
     rows[2] = (-1.0) ** torch.arange(d)
     x = rows[None, :, None].bfloat16().to(device)
-    given = fa3.quantize_fp8(x, x, x, hadamard=True)
+    given = _quantize(x, x, x, hadamard=True)
     assert (given.q.float().abs() == 448).all()
     torch.testing.assert_close(given.q_descale.flatten().cpu(), torch.tensor([1 / 448]))
 
@@ -159,8 +164,8 @@ def test_what_is_not_finite_changes_nothing_else(value, options, device):
     element, row = (0, 70, 0, 3), (0, 70, 0)
     places = (row, row, element) if options.get("hadamard") else (element,) * 3
     zeroed = (_with(x, 0.0, place) for x, place in zip(inputs, places, strict=True))
-    wanted = fa3.quantize_fp8(*zeroed, **options)
-    given = fa3.quantize_fp8(*(_with(x, value) for x in inputs), **options)
+    wanted = _quantize(*zeroed, **options)
+    given = _quantize(*(_with(x, value) for x in inputs), **options)
     for a, b, place in zip(given[:3], wanted[:3], places, strict=True):
         assert torch.equal(a.float().isnan(), _with(torch.zeros_like(a.float()), 1, place).bool())
         codes = (_with(x.view(torch.uint8), 0, place) for x in (a, b))
@@ -174,7 +179,7 @@ def test_mean_of_keys_that_are_not_finite(device):
     q, k, v = _inputs(Case(h_q=4, batch=2), device)
     k = _with(k, math.inf)
     options = {**SMOOTH, "qk_dtype": E4M3}
-    given = fa3.quantize_fp8(q, k, v, **options)
+    given = _quantize(q, k, v, **options)
     _check(Case(options=options), q, k, v, given)
     assert given.k.float().isnan().sum() == 64
     assert given.lse_shift.isfinite().all()
@@ -186,9 +191,9 @@ def test_mean_of_values_that_are_not_finite(value, form, device):
     """The channel is not smoothed, but for its other errors; other channels know nothing of it."""
     q, k, v = _inputs(Case(batch=2), device)
     options = {"smooth_v": True, **form}
-    wanted = fa3.quantize_fp8(q, k, _with(v, 0.0), **options)
+    wanted = _quantize(q, k, _with(v, 0.0), **options)
     v = _with(v, value)
-    given = fa3.quantize_fp8(q, k, v, **options)
+    given = _quantize(q, k, v, **options)
     _check(Case(options=options), q, k, v, given)
     assert torch.equal(given.v.float().isnan(), v.isnan() | v.isinf())
     assert given.v_shift.isfinite().all()
@@ -200,15 +205,15 @@ def test_values_that_overflow_do_not_spoil_the_shift(device):
     v[:, 0::2] = torch.finfo(torch.bfloat16).max
     v[:, 1::2] = -torch.finfo(torch.bfloat16).max
     v[0, 1::2, 0, 3] = torch.finfo(torch.bfloat16).max
-    assert fa3.quantize_fp8(q, k, v, smooth_v=True).v_shift.isfinite().all()
+    assert _quantize(q, k, v, smooth_v=True).v_shift.isfinite().all()
 
 
 def test_int8_has_no_nan(device):
     q, k, v = _inputs(Case(), device)
     options = {"qk_dtype": torch.int8}
-    wanted = fa3.quantize_fp8(*(_with(x, 0.0) for x in (q, k, v)), **options)
+    wanted = _quantize(*(_with(x, 0.0) for x in (q, k, v)), **options)
     for value in (math.nan, math.inf):
-        given = fa3.quantize_fp8(*(_with(x, value) for x in (q, k)), v, **options)
+        given = _quantize(*(_with(x, value) for x in (q, k)), v, **options)
         for a, b in zip(given[:2], wanted[:2], strict=True):
             assert torch.equal(a, b)
 
@@ -217,12 +222,12 @@ def test_zeros(device):
     """Scale 1 for a block of zeros, whatever the others hold; also for a head and a channel."""
     q, k, v = (torch.zeros_like(x) for x in _inputs(Case(), device))
     q[:, :128], k[:, 128:], v[..., 7] = 1, 1, 1
-    blocks = fa3.quantize_fp8(q, k, v, v_per_channel=True)
+    blocks = _quantize(q, k, v, v_per_channel=True)
     one = torch.tensor(1 / 448)
     assert blocks.q_descale[0].cpu().tolist() == [[one, 1]] * 2
     assert blocks.k_descale[0].cpu().tolist() == [[1, one]] * 2
     assert blocks.v_descale[0, :, 0].cpu().tolist() == [[1] * 7 + [one] + [1] * 56] * 2
-    heads = fa3.quantize_fp8(q * 0, k, v * 0, block_scales=False)
+    heads = _quantize(q * 0, k, v * 0, block_scales=False)
     assert heads.q_descale.cpu().tolist() == [[1, 1]]
     for x in (blocks.q[:, 128:], blocks.k[:, :128], heads.q, heads.v):
         assert not x.view(torch.uint8).any()
@@ -234,16 +239,16 @@ def test_subnormals(dtype, device):
     case = Case(dtype=dtype, d=128, dv=128)
     tiny = torch.finfo(dtype).tiny
     q, k, v = ((x.sign() * tiny / 8).to(dtype) for x in _inputs(case, device))
-    given = fa3.quantize_fp8(q, k, v)
+    given = _quantize(q, k, v)
     _check(case, q, k, v, given)
     assert (given.q_descale > 0).all() and (1 / given.q_descale).isfinite().all()
 
 
 def test_outliers_stay_in_their_block(device):
     q, k, v = _inputs(Case(), device)
-    wanted = fa3.quantize_fp8(q, k, v, rows_per_block=64)
+    wanted = _quantize(q, k, v, rows_per_block=64)
     k = _with(k, 1e4)  # in rows 64 to 128
-    given = fa3.quantize_fp8(q, k, v, rows_per_block=64)
+    given = _quantize(q, k, v, rows_per_block=64)
     _check(Case(options={"rows_per_block": 64}), q, k, v, given)
     same = [i for i in range(200) if not 64 <= i < 128]
     assert torch.equal(given.k.float()[:, same], wanted.k.float()[:, same])
@@ -254,8 +259,8 @@ def test_the_largest_numbers(device):
     """Nothing overflows without a rotation; with one, descales stay finite."""
     case = Case()
     q, k, v = (x.sign() * torch.finfo(torch.bfloat16).max for x in _inputs(case, device))
-    _check(case, q, k, v, fa3.quantize_fp8(q, k, v))
-    given = fa3.quantize_fp8(q, k, v, hadamard=True)
+    _check(case, q, k, v, _quantize(q, k, v))
+    given = _quantize(q, k, v, hadamard=True)
     for descale in (given.q_descale, given.k_descale, given.v_descale):
         assert descale.isfinite().all()
 
@@ -279,8 +284,8 @@ def test_layouts(device):
     for name, x in _odd_layouts(k):
         values = x.clone(memory_format=torch.contiguous_format)
         assert x.is_contiguous() == (name == "odd address")
-        wanted = fa3.quantize_fp8(values, values, values)
-        given = fa3.quantize_fp8(x, x, x)
+        wanted = _quantize(values, values, values)
+        given = _quantize(x, x, x)
         for a, b in zip(given[:6], wanted[:6], strict=True):
             assert torch.equal(a.float(), b.float()), name
         assert torch.equal(x, values)
@@ -293,10 +298,10 @@ def test_layouts(device):
 def test_empty(sizes, blocks, device):
     case = Case(**sizes, options={"block_scales": blocks, "v_per_channel": True, **MEANS})
     q, k, v = _inputs(case, device)
-    given = fa3.quantize_fp8(q, k, v, **case.options)
+    given = _quantize(q, k, v, **case.options)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v)]
-        wanted = fa3.quantize_fp8(*fakes, **case.options)
+        wanted = _quantize(*fakes, **case.options)
     for a, b in zip(given, wanted, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
@@ -325,6 +330,10 @@ def _bad(**changes):
         ({"smooth_k": None}, TypeError, "smooth_k is None, expected True or False"),
         ({"smooth_v": 0}, TypeError, "smooth_v is 0, expected True or False"),
         ({"rows_per_block": 32}, ValueError, "rows_per_block is 32, expected 64 or 128"),
+        ({"rows_per_block": 128.0}, TypeError, "rows_per_block is 128.0, expected an int"),
+        ({"rows_per_block": [64]}, TypeError, r"rows_per_block is \[64\], expected an int"),
+        ({"smooth": True}, TypeError, r"quantize_fp8\(\) has no argument 'smooth'"),
+        ({"k": torch.Tensor.to_sparse}, ValueError, "k is of layout torch.sparse_coo, expected"),
         ({"qk_dtype": E5M2}, TypeError, "qk_dtype is torch.float8_e5m2, expected"),
         ({"v_dtype": torch.int8}, TypeError, "v_dtype is torch.int8, expected"),
     ],
@@ -332,7 +341,7 @@ def _bad(**changes):
 )
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):
-        fa3.quantize_fp8(**_bad(**changes))
+        _quantize(**_bad(**changes))
 
 
 @pytest.mark.parametrize("d", [24, 96])
@@ -340,11 +349,11 @@ def test_head_dims_that_an_option_or_the_kernel_lacks(d, device):
     q, k, v = _inputs(Case(d=d), device)
     message = "a multiple of 16" if d % 16 else "a power of two with hadamard=True"
     with pytest.raises(ValueError, match=f"q has head dim {d}, expected {message}"):
-        fa3.quantize_fp8(q, k, v, hadamard=True)
+        _quantize(q, k, v, hadamard=True)
 
 
 def _model(q, k, v):
-    given = fa3.quantize_fp8(q * 2, k, v * 3, hadamard=True, **MEANS, rows_per_block=64)
+    given = _quantize(q * 2, k, v * 3, hadamard=True, **MEANS, rows_per_block=64)
     return tuple(x.float() + 1 for x in given)
 
 
@@ -374,7 +383,7 @@ def test_opcheck(blocks, device):
 
 def test_meta_tensors():
     q, k, v = (x.to("meta") for x in _inputs(Case(), "cpu"))
-    given = fa3.quantize_fp8(q, k, v, **MEANS, block_scales=False)
+    given = _quantize(q, k, v, **MEANS, block_scales=False)
     assert (given.q.device.type, given.q.dtype, given.q.shape) == ("meta", E4M3, q.shape)
     assert (given.q_descale.shape, given.lse_shift.shape) == ((1, 2), (1, 2, 130))
     assert given.v_shift.shape == (1, 2, 64)

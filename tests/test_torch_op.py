@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa3
@@ -153,6 +154,61 @@ def test_dispatch_modes_see_the_operator(qkv):
     with Watch():
         fa3.flash_attn_func(*qkv, causal=True)
     assert torch.ops.fa3.forward.default in seen
+
+
+def test_function_modes_see_the_operator(qkv):
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        fa3.flash_attn_func(*qkv, causal=True)
+    assert torch.ops.fa3.forward in seen
+
+
+class _Tagged(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_subclasses_see_the_operator(qkv):
+    """In any place; a result has their type, as torch's own have."""
+    wanted = fa3.flash_attn_func(*qkv, causal=True)
+    for i in range(3):
+        given = list(qkv)
+        given[i] = given[i].as_subclass(_Tagged)
+        out = fa3.flash_attn_func(*given, causal=True)
+        assert type(out) is _Tagged
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_trace_records_the_operator(qkv):
+    traced = torch.jit.trace(lambda *qkv: fa3.flash_attn_func(*qkv, causal=True), qkv)
+    assert [node.kind() for node in traced.graph.nodes()].count("fa3::forward") == 1
+    with pytest.raises(NotImplementedError, match="softmax_scale is a tensor, of which torch.jit"):
+        torch.jit.trace(fa3.flash_attn_func, (*qkv, torch.tensor(0.3)))
+
+
+def test_scale_in_a_tensor(plain_torch):
+    """It stays a symbol while a graph is made."""
+    qkv = [x.values for x in make_inputs(CASE, torch.device("cpu"))]
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, scale):
+            return fa3.flash_attn_func(q, k, v, scale, causal=True)
+
+    first, second = torch.tensor(0.3), torch.tensor(0.7)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+        exported = torch.export.export(Model(), (*qkv, first)).module()
+        for scale in (first, second):
+            wanted = fa3.flash_attn_func(*qkv, scale.item(), causal=True)
+            for given in (Model(), compiled, exported):
+                assert torch.equal(given(*qkv, scale), wanted)
 
 
 def test_parameters_without_grad_mode(qkv):

@@ -85,20 +85,20 @@ class Call:
 
     def tensors(self, lengths: Lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """q, k and v, about normal, and the descales: ones."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         found = []
         for name, shape in self.shapes(lengths).items():
-            values = torch.randn(shape, generator=generator)
+            values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             dtype = self.v_dtype if name == "v" else self.dtype
             found.append(
                 (32 * values).clamp(-127, 127).to(dtype)
                 if dtype == torch.int8
                 else values.to(dtype)
             )
-        descales = [torch.ones(shape) for shape in self.descale_shapes(lengths)]
-        return found, descales
+        shapes = self.descale_shapes(lengths)
+        return found, [torch.ones(x, dtype=torch.float32, device="cpu") for x in shapes]
 
 
 def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    strides = torch.empty(shape, device="meta").stride()
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
     return Layout(shape, strides, dtype, torch.device("meta"))

@@ -44,8 +44,8 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     if problem.signature != inspection.signature:
         raise ValueError(f"{lengths} needs another kernel: {problem.signature}")
     (q, k, v), descales = call.tensors(lengths)
-    out = torch.empty(problem.out_shape, dtype=problem.out_dtype)
-    lse = torch.empty(problem.lse_shape)
+    out = torch.empty(problem.out_shape, dtype=problem.out_dtype, device="cpu")
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device="cpu")
     views = problem.scales.views(q.device, *descales) if problem.scales else ()
     scalars = problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, NUM_CTAS
     kernel = jit.compile(

@@ -19,9 +19,8 @@ def fa3(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Call:
     """This project, with scales per block of rows, as `quantize_fp8` makes them."""
     project = module("fa3")
     x = project.quantize_fp8(*(y.bfloat16() for y in (q, k, v)), block_scales=True)
-    descales = {"q_descale": x.q_descale, "k_descale": x.k_descale, "v_descale": x.v_descale}
     options = {"causal": case.causal, "window_size": case.window}
-    return lambda: project.flash_attn_func(x.q, x.k, x.v, **descales, **options)
+    return lambda: project.flash_attn_func(x.q, x.k, x.v, **x.scales, **options)
 
 
 def fa3_unscaled(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Call:

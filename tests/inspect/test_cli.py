@@ -153,10 +153,6 @@ def test_a_window_is_the_mask_that_the_call_gives_it(window, mask):
             ("--head-dim", "64", "--dtype", "fp7"),
             "--dtype is 'fp7', expected one of bf16, fp16, e4m3, int8",
         ),
-        (
-            ("--head-dim", "64", "--window", "-2", "0"),
-            "window_size (left) is -2, expected at least -1",
-        ),
     ],
 )
 def test_bad_arguments_are_refused_in_the_words_of_the_call(call, arguments, message):

@@ -1,0 +1,58 @@
+"""What the arguments of other attention functions are called here."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+_SCALE = "softmax_scale is meant"
+_MASK = "causal and window_size say what is masked, and there are no other masks"
+_NO_DROPOUT = "there is no dropout, so leave it out"
+_GQA = "leave it out: q may always have more heads than k and v"
+_LENGTHS = "there are no variable lengths yet: give sequences of one length"
+_CACHE = "there are no caches yet: give the keys and values to attend to as k and v"
+_LSE = "return_attn_probs=True returns the lse, too"
+
+HINTS = {
+    "is_causal": "causal is meant",
+    **dict.fromkeys(("scale", "scaling", "sm_scale", "attn_scale", "softmax_scaling"), _SCALE),
+    **dict.fromkeys(
+        ("attn_mask", "attention_mask", "mask", "attn_bias", "key_padding_mask"), _MASK
+    ),
+    **dict.fromkeys(("bias", "alibi_slopes", "score_mod", "mask_mod", "block_mask"), _MASK),
+    **dict.fromkeys(("dropout_p", "dropout"), _NO_DROPOUT),
+    "enable_gqa": _GQA,
+    "sliding_window": "window_size=(sliding_window - 1, 0) is meant",
+    "window_size_left": "window_size=(left, right) is meant",
+    "window_size_right": "window_size=(left, right) is meant",
+    "window_left": "window_size=(left, right) is meant",
+    "logits_soft_cap": "softcap is meant, which is not supported yet",
+    **dict.fromkeys(("return_lse", "return_softmax_lse", "return_softmax"), _LSE),
+    "descale_q": "q_descale is meant",
+    "descale_k": "k_descale is meant",
+    "descale_v": "v_descale is meant",
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _LENGTHS),
+    **dict.fromkeys(("seqused_q", "seqused_k", "cache_seqlens", "leftpad_k"), _LENGTHS),
+    **dict.fromkeys(("k_cache", "v_cache", "page_table", "block_table"), _CACHE),
+    **dict.fromkeys(("learnable_sink", "s_aux", "sinks"), "sinks are not supported yet"),
+}
+ORDER = (
+    "the order is FlashAttention-3's: q, k, v, softmax_scale, causal; neither a mask nor "
+    "FlashAttention-2's dropout_p comes after v"
+)
+
+
+def closed(function: Callable) -> Callable:
+    """Leave `**unknown`, which catches arguments by wrong names, out of the visible signature."""
+    signature = inspect.signature(function)
+    known = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=known)
+    return function
+
+
+def unknown_argument(function: Callable, name: str) -> TypeError:
+    parameters = inspect.signature(function).parameters
+    hint = HINTS.get(name)
+    if hint is None:
+        close = difflib.get_close_matches(name, parameters, n=1, cutoff=0.8)
+        hint = f"{close[0]} is meant?" if close else f"it has {', '.join(parameters)}"
+    return TypeError(f"{function.__name__}() has no argument {name!r}: {hint}")
