@@ -30,6 +30,8 @@ MAX_HEAD_DIM = HEAD_DIM_TILES[-1]
 # Positions are int32 in the kernel: tiles may reach past the length, a window is added on top.
 MAX_LENGTH = 2**31 - 1024
 MAX_LENGTH_LOCAL = UNBOUNDED - 1024
+# Of softmax_scale: what fp32 holds without loss after the change to base 2.
+SCALES = (2.0**-126 * math.log(2.0), torch.finfo(torch.float32).max * math.log(2.0))
 
 Q_SHAPE = "(batch, s_q, h_q, d)"
 K_SHAPE = "(batch, s_k, h_k, d)"
@@ -255,10 +257,12 @@ def _mask_of(options: Options) -> tuple[str, int, int]:
 def _scale_of(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        order = "" if softmax_scale else f": {ORDER}"
+    smallest, largest = SCALES
+    if not smallest <= softmax_scale <= largest:  # NaN is not
+        why = "scores are multiplied by it in fp32" if softmax_scale else ORDER
         raise ValueError(
-            f"softmax_scale is {softmax_scale}, expected a finite number above 0{order}"
+            f"softmax_scale is {softmax_scale}, expected a number from {smallest:.3g} to "
+            f"{largest:.3g}: {why}"
         )
     return float(softmax_scale)
 

@@ -139,9 +139,11 @@ def test_misaligned(name, monkeypatch):
     refused(ValueError, [name, 2, 16, 0], **{name: shifted})
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-46, 1e300])
 def test_softmax_scale(scale):
-    refused(ValueError, ["softmax_scale", scale], softmax_scale=scale)
+    """fp32 has to hold it, in base 2."""
+    words = ["softmax_scale", scale, "8.15e-39", "2.36e+38"]
+    refused(ValueError, words, softmax_scale=scale)
 
 
 @pytest.mark.parametrize("scale", ["1", True, 1j, [0.1], numpy.True_])
