@@ -78,7 +78,9 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         v_shift that is not finite.
 
     Returns out, or with return_attn_probs=True the pair out and lse (batch, h_q, s_q), fp32, the
-    natural logarithm of each row's sum of exponentials.
+    natural logarithm of each row's sum of exponentials. In FP8 it is that of the exponentials as
+    e4m3 rounds them, which is what v was weighted with: its error is at most 2^-4 and falls with
+    the number of keys that matter; with head dims of v above 128 they are summed before rounding.
 
     Raises:
         TypeError, ValueError: the message names the argument; nothing was launched or written
