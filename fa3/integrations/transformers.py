@@ -4,87 +4,120 @@
     hf.register()
     model = AutoModel.from_pretrained(name, attn_implementation="fa3")
 
-Masks that the kernel does not know (padding, packed sequences, chunks, sliding windows) raise an
-error: transformers drops them silently for an attention that registers no mask function.
+Full and causal attention, sliding windows and caches; docs/transformers.md lists the models. What
+the kernel cannot compute is refused, with the model, the reason and what to use instead.
 """
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from fa3 import flash_attn_func
 
+from . import transformers_models as models
+from .transformers_mask import Pattern, mask
+
 NAME = "fa3"
-# what some models pass to an attention function, and what would change its result
-UNSUPPORTED = ("sliding_window", "softcap", "head_mask", "s_aux", "position_bias", "cu_seq_lens_q")
+# Arguments of an attention function that change nothing here. Positions are in q and k already;
+# the pattern comes from the mask function.
+WITHOUT_EFFECT = {
+    "cache_position",
+    "deterministic",
+    "is_causal",
+    "layer_idx",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def register(name: str = NAME) -> None:
-    """Make `attn_implementation=name` known to transformers; calling it again changes nothing."""
+    """Make `attn_implementation=name` known to transformers; calling it again changes nothing.
+
+    From then on a model of that implementation whose class computes attention by itself cannot be
+    built: NotImplementedError. It would get no mask.
+    """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+    models.watch(name)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention of one layer, as transformers calls it.
 
-    query (b, h_q, s_q, d), key and value (b, h_k, s_k, d) -> out (b, s_q, h_q, d) in query's dtype,
-    and None in place of the attention weights. fp32 inputs are computed in fp16.
+    query (b, h_q, s_q, d), key (b, h_k, s_k, d) and value (b, h_k, s_k, dv) -> out
+    (b, s_q, h_q, dv) in value's dtype, and None in place of the attention weights.
+    attention_mask: what `mask` returned, or None; then `is_causal`, of the call or of the module,
+        decides.
+
+    fp32 is computed in bf16, which holds its range, or under autocast in autocast's dtype; where
+    one of query, key and value has 16 bits, in that dtype. The result is rounded to it.
+
+    Raises:
+        NotImplementedError: dropout, an argument that is not known to change nothing, or a causal
+            call without a mask where s_q is neither 1 nor s_k.
+        ValueError: a mask that is a tensor, or one for another number of queries or keys.
     """
+    models.count_call()
+    model = models.name_of(module)
+    _check_options(model, dropout, options)
+    pattern = _pattern(model, module, query, key, attention_mask, options)
+    if pattern.visible != pattern.keys:
+        key, value = key[:, :, : pattern.visible], value[:, :, : pattern.visible]
+    dtype = _computed_in(query, key, value)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+    out = flash_attn_func(
+        q, k, v, softmax_scale=scaling, causal=pattern.causal, window_size=pattern.window
+    )
+    return out.to(value.dtype), None
+
+
+def _check_options(model: str, dropout: float, options: dict) -> None:
+    if dropout:
+        raise models.refusal(model, f"fa3 has no dropout, got dropout={dropout}")
+    if options.get("output_attentions"):
+        reason = "fa3 returns no attention weights, got output_attentions=True"
+        raise models.refusal(model, reason, "eager")
+    for name, value in options.items():
+        if name not in WITHOUT_EFFECT and name != "output_attentions" and value is not None:
+            remedy = "eager" if name == "softcap" else "sdpa"
+            reason = f"fa3's attention has no {name}, which {model} passes"
+            raise models.refusal(model, reason, remedy)
+
+
+def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
+    s_q, s_k = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, Pattern):
+        attention_mask.check_lengths(s_q, s_k)
+        return attention_mask
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)
-        raise ValueError(f"fa3 takes no attention mask, got one of shape {shape}")
-    if dropout:
-        raise NotImplementedError(f"fa3 has no dropout, got dropout={dropout}")
-    for argument in UNSUPPORTED:
-        if options.get(argument) is not None:
-            raise NotImplementedError(f"fa3's transformers attention has no {argument} yet")
-
+        raise ValueError(
+            f"{model}: fa3 takes no attention mask that is a tensor, got one of shape {shape}; "
+            f"{models.remedy('sdpa')}"
+        )
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", False)
-    dtype = torch.float16 if query.dtype == torch.float32 else query.dtype
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-    out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=causal)
-    return out.to(query.dtype), None
+    causal = bool(causal) and s_q != 1
+    if causal and s_q != s_k:
+        reason = f"a causal call without a mask has {s_q} queries for {s_k} keys"
+        raise models.refusal(model, f"{reason}, which does not say where the queries stand")
+    return Pattern(model, s_q, s_k, s_k, causal)
 
 
-def mask(
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    q_length=None,
-    kv_length=None,
-    **options,
-):
-    """No mask at all, after checking that none is needed.
-
-    attention_mask (b, tokens), true where a token is real. Raises ValueError for padding and
-    NotImplementedError for any pattern but full and causal attention.
-    """
-    if attention_mask is not None and not attention_mask.all():
-        padding = int((~attention_mask.bool()).sum())
-        raise ValueError(
-            f"fa3 has no padding mask yet, and this batch of shape {tuple(attention_mask.shape)} "
-            f"holds {padding} padding tokens: batch sequences of equal length"
-        )
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        name = getattr(mask_function, "__qualname__", repr(mask_function))
-        raise NotImplementedError(f"fa3 knows full and causal attention, not the mask {name}")
-    if mask_function is causal_mask_function:
-        _check_bottom_right(q_length, kv_length, options)
-    return None
-
-
-def _check_bottom_right(q_length, kv_length, options) -> None:
-    """Causal attention aligns the last query with the last key; a half-filled cache does not."""
-    positions = options.get("cache_position")  # of transformers 5.0; later q_length, q_offset
-    if positions is not None:
-        end = int(positions[-1]) + 1
-    else:
-        end = q_length + options.get("q_offset", 0)
-    last_key = kv_length + options.get("kv_offset", 0)
-    if end != last_key:
-        raise NotImplementedError(
-            f"the last query is at position {end - 1} and the last key at {last_key - 1}: "
-            "fa3 needs a cache without free space at its end"
-        )
+def _computed_in(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of the products."""
+    for x in reversed(tensors):
+        if x.dtype != torch.float32:
+            return x.dtype
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if dtype in SIXTEEN_BIT:
+            return dtype
+    return torch.bfloat16

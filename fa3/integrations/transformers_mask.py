@@ -1,0 +1,256 @@
+"""What each query may see, from the mask functions of transformers to the attention of a layer.
+
+transformers asks a mask function once per forward, and hands what it returns to every layer. A
+mask of numbers would take s_q * s_k bytes; None would be lost on a layer with an attention of its
+own, whose tokens would see the future. `mask` returns a `Pattern`, which only fa3's attention can
+read: every other use of it raises an error that says so.
+"""
+
+from dataclasses import dataclass
+from types import FunctionType
+from typing import NamedTuple
+
+import torch
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .transformers_models import model_type, refusal, remedy
+
+UNBOUNDED = (-1, -1)
+COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
+PADDING = (
+    "fa3 has no padding mask yet, and this batch holds padding tokens: "
+    "batch sequences of equal length"
+)
+FILLED = (
+    "fa3 has no variable lengths yet, and takes several tokens with a static cache only while that "
+    "is empty: use a dynamic cache"
+)
+PACKED = "fa3 has no mask for packed sequences or blocks of tokens yet"
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """The keys that the queries of one call see.
+
+    The last query stands at the last visible key. window: as in flash_attn_func.
+    """
+
+    model: str
+    queries: int
+    keys: int  # that the call brings
+    visible: int  # the first of them, which any query may see; a static cache has free space behind
+    causal: bool
+    window: tuple[int, int] = UNBOUNDED
+
+    ndim = 4  # as of the masks that transformers passes on as they are
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, 1, self.queries, self.keys
+
+    def check_lengths(self, queries: int, keys: int) -> None:
+        """Raise ValueError unless the call has the lengths that the mask function was told."""
+        if (queries, keys) != (self.queries, self.keys):
+            raise ValueError(
+                f"{self.model}: attention of {queries} queries to {keys} keys got a mask for "
+                f"{self.queries} queries and {self.keys} keys; {remedy('sdpa')}"
+            )
+
+    def _foreign(self):
+        return refusal(
+            self.model,
+            "a layer computes attention by itself, not through transformers' attention "
+            "interface, and reads the mask",
+        )
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = _first_pattern(args) or _first_pattern((kwargs or {}).values())
+        raise found._foreign()
+
+    def __getitem__(self, index):
+        raise self._foreign()
+
+    def __bool__(self):
+        raise self._foreign()
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name in self.__dataclass_fields__:
+            raise AttributeError(name)
+        # an AttributeError, so that hasattr() is False
+        raise AttributeError(f"a mask of fa3 has no {name}: {self._foreign()}")
+
+
+def _first_pattern(values) -> Pattern | None:
+    for value in values:
+        if isinstance(value, Pattern):
+            return value
+        if isinstance(value, (tuple, list)) and (found := _first_pattern(value)):
+            return found
+    return None
+
+
+def mask(
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=causal_mask_function,
+    attention_mask=None,
+    config=None,
+    **options,
+) -> Pattern:
+    """What the queries q_offset + i see of the keys kv_offset + j, for i, j below the lengths.
+
+    attention_mask (b, tokens): true where a token is real. q_offset: of a static cache a tensor.
+    options: what else `transformers.masking_utils` tells a mask function.
+
+    Nothing waits for a GPU or branches on its data. What only the data tells is asserted where the
+    data is: a RuntimeError, on a GPU a failed device assertion, whose text says what was wrong.
+
+    Raises:
+        ValueError: a padded batch on the CPU.
+        NotImplementedError: a pattern other than full, causal and sliding window; a static cache
+            whose filled length only a GPU knows, but for its first tokens.
+    """
+    if isinstance(attention_mask, Pattern):  # `generate` has made it already
+        return attention_mask
+    model = model_type(config)
+    q_offset = _known_offset(model, q_offset, q_length)
+    kind = _kind_of(model, mask_function, config, q_length, kv_offset + kv_length, options)
+    surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
+    # those are the free space of a static cache, where nothing may be seen
+    visible = kv_length - max(surplus, 0) if kind.causal else kv_length
+    window = kind.window(max(visible, q_length))
+    if surplus + visible != kv_length and (kind.causal or window != UNBOUNDED):
+        raise refusal(
+            model,
+            f"the last query is at position {q_offset + q_length - 1} and the last key at "
+            f"{kv_offset + kv_length - 1}, and fa3 aligns the two",
+        )
+    if not kind.is_known:
+        _assert_kind(model, kind, mask_function, (q_length, visible), (q_offset, kv_offset), options)
+    _check_padding(model, attention_mask, kv_offset, kv_offset + visible)
+    return Pattern(model, q_length, kv_length, visible, kind.causal, window)
+
+
+class Kind(NamedTuple):
+    """A pattern without its lengths."""
+
+    causal: bool
+    reach: int | None = None  # distance of the farthest key that a query sees
+    is_known: bool = True  # otherwise the device has to compare
+
+    def window(self, length: int) -> tuple[int, int]:
+        if self.reach is None or self.reach >= length - 1:
+            return UNBOUNDED
+        return self.reach, -1 if self.causal else self.reach
+
+
+def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
+    """What transformers says without a look at the data, or the refusal of the pattern.
+
+    It passes closures, which torch.compile cannot look into, and flags: the skip of a mask is
+    allowed where nothing is laid over the plain pattern.
+    """
+    if mask_function is causal_mask_function:
+        return Kind(causal=True)
+    if mask_function is bidirectional_mask_function:
+        return Kind(causal=False)
+    size = options.get("local_size")
+    if options.get("allow_is_bidirectional_skip"):
+        return Kind(causal=False, reach=size)
+    if size is not None and size == getattr(config, "attention_chunk_size", None):
+        if kv_end > size:
+            raise refusal(model, f"fa3 has no chunked attention, here of {kv_end} keys by {size}")
+        size = None
+    reach = None if size is None else size - 1
+    if options.get("allow_is_causal_skip"):
+        return Kind(True, reach)
+    # transformers looks for packed sequences in the data, unless it is traced; and it never allows
+    # the skip to one query of a static cache
+    is_open = torch.compiler.is_compiling() or q_length == 1
+    if is_open and not options.get("use_vmap"):
+        return Kind(True, reach, is_known=False)
+    raise refusal(
+        model,
+        "fa3 knows full and causal attention and sliding windows, not the mask of "
+        f"{_describe(mask_function)}",
+    )
+
+
+def _known_offset(model, q_offset, q_length):
+    if not isinstance(q_offset, torch.Tensor):
+        return q_offset
+    if _is_at_hand(q_offset):
+        return int(q_offset)
+    if q_length == 1:
+        raise refusal(
+            model,
+            "only the GPU knows how much of a static cache is filled, and fa3 has no variable "
+            "lengths yet; use a dynamic cache, or",
+        )
+    torch._assert_async(q_offset == 0, f"{model}: {FILLED}")
+    return 0
+
+
+def _check_padding(model, attention_mask, start, stop) -> None:
+    """start, stop: the keys that some query sees."""
+    if attention_mask is None:
+        return
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < stop:
+        raise ValueError(
+            f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
+            f"(batch, tokens) with at least {stop} tokens"
+        )
+    if torch.jit.is_tracing():
+        raise refusal(
+            model,
+            "torch.jit.trace would record no check for padding: use torch.export, or pass no "
+            "attention_mask; else",
+        )
+    real = attention_mask[:, start:stop].bool()
+    if not _is_at_hand(real):
+        torch._assert_async(real.all(), f"{model}: {PADDING}")
+    elif not real.all():
+        padding = int((~real).sum())
+        shape = tuple(real.shape)
+        raise ValueError(f"{model}: {PADDING} ({padding} of attention_mask's {shape})")
+
+
+def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
+    """Compare the model's mask with the plain one, element by element, on its device."""
+    device = options.get("device")
+    q, kv = (torch.arange(n, device=device) + start for n, start in zip(lengths, offsets, strict=True))
+    q, kv = q[None, None, :, None], kv[None, None, None, :]
+    batch = torch.arange(options["batch_size"], device=device)[:, None, None, None]
+    head = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+    expected = kv <= q
+    if kind.reach is not None:
+        expected = expected & (kv >= q - kind.reach)
+    same = mask_function(batch, head, q, kv) == expected
+    torch._assert_async(same.all(), f"{model}: {PACKED}")
+
+
+def _is_at_hand(tensor) -> bool:
+    """Its values can be read without waiting for a device, and nobody records what is done."""
+    is_plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return is_plain and not recorded
+
+
+def _describe(mask_function) -> str:
+    """The functions that a mask function is made of."""
+    if torch.compiler.is_compiling():  # which cannot look into closures
+        return "this model"
+    names, waiting = [], [mask_function]
+    while waiting:
+        function = waiting.pop(0)
+        if function not in (causal_mask_function, bidirectional_mask_function):
+            names.append(function.__qualname__.split(".<locals>")[0])
+        for cell in function.__closure__ or ():
+            held = cell.cell_contents
+            held = held if isinstance(held, (tuple, list)) else [held]
+            waiting += [x for x in held if isinstance(x, FunctionType)]
+    overlays = [name for name in names if name not in COMBINATORS]
+    return ", ".join(dict.fromkeys(overlays)) or "this model"

@@ -1,0 +1,88 @@
+"""Which models take part: the refusal of those that cannot, the warning where fa3 is not used."""
+
+import warnings
+import weakref
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
+
+_names: set[str] = set()  # of attention implementations that are fa3
+_num_calls = 0
+_hooks = weakref.WeakKeyDictionary()  # a model that has not run yet -> handles of its hooks
+_calls_before = weakref.WeakKeyDictionary()  # a model that is running -> _num_calls at its start
+
+
+def remedy(instead: str) -> str:
+    return f'use attn_implementation="{instead}"'
+
+
+def refusal(model: str, reason: str, instead: str = "sdpa") -> NotImplementedError:
+    return NotImplementedError(f"{model}: {reason}; {remedy(instead)}")
+
+
+def model_type(config) -> str:
+    """The name that messages give a model."""
+    return getattr(config, "model_type", None) or type(config).__name__
+
+
+def name_of(module) -> str:
+    """The same, of a layer's attention."""
+    config = getattr(module, "config", None)
+    own = type(module).__name__
+    return own if config is None else f"{model_type(config)} ({own})"
+
+
+def watch(name: str) -> None:
+    """Look at every model of this attention implementation that is built from now on."""
+    if not _names:
+        register_module_module_registration_hook(_on_submodule)
+    _names.add(name)
+
+
+def count_call() -> None:
+    global _num_calls
+    if not torch.compiler.is_compiling():
+        _num_calls += 1
+
+
+def _on_submodule(module, name, submodule) -> None:
+    """A module gets a submodule: for a model that is the first thing after its config."""
+    if isinstance(submodule, PreTrainedModel):
+        _stop_watching(submodule)
+    if not isinstance(module, PreTrainedModel) or module._modules:
+        return
+    if getattr(module.config, "_attn_implementation", None) not in _names:
+        return
+    if not module._supports_attention_backend and not module._can_set_attn_implementation():
+        raise refusal(
+            type(module).__name__,
+            "it computes attention by itself, not through transformers' attention interface",
+            "sdpa" if module._supports_sdpa else "eager",
+        )
+    _hooks[module] = (
+        module.register_forward_pre_hook(_before_forward),
+        module.register_forward_hook(_after_forward),
+    )
+
+
+def _stop_watching(model) -> None:
+    for hook in _hooks.pop(model, ()):
+        hook.remove()
+
+
+def _before_forward(model, inputs) -> None:
+    if not torch.compiler.is_compiling():
+        _calls_before[model] = _num_calls
+
+
+def _after_forward(model, inputs, output) -> None:
+    if torch.compiler.is_compiling():
+        return
+    _stop_watching(model)
+    if _calls_before.pop(model, None) == _num_calls:
+        warnings.warn(
+            f"{type(model).__name__} was given fa3's attention and did not call it: it has no "
+            "attention, or computes it by itself",
+            stacklevel=2,
+        )
