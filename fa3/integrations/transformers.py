@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fa3 import flash_attn_func
+from fa3.problem import MAX_HEAD_DIM
 
 from . import transformers_models as models
 from .transformers_mask import Pattern, mask
@@ -32,6 +33,7 @@ WITHOUT_EFFECT = {
     "sliding_window",
     "use_cache",
 }
+HEAD_DIM_UNIT = 8  # 16 bytes
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
@@ -65,6 +67,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     models.count_call()
     model = models.name_of(module)
     _check_options(model, dropout, options)
+    _check_head_dims(model, query.shape[3], value.shape[3])
     pattern = _pattern(model, module, query, key, attention_mask, options)
     if pattern.visible != pattern.keys:
         key, value = key[:, :, : pattern.visible], value[:, :, : pattern.visible]
@@ -78,15 +81,21 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 
 def _check_options(model: str, dropout: float, options: dict) -> None:
     if dropout:
-        raise models.refusal(model, f"fa3 has no dropout, got dropout={dropout}")
+        raise models.refusal(model, f"has no dropout, got dropout={dropout}")
     if options.get("output_attentions"):
-        reason = "fa3 returns no attention weights, got output_attentions=True"
+        reason = "returns no attention weights, got output_attentions=True"
         raise models.refusal(model, reason, "eager")
     for name, value in options.items():
         if name not in WITHOUT_EFFECT and name != "output_attentions" and value is not None:
-            remedy = "eager" if name == "softcap" else "sdpa"
-            reason = f"fa3's attention has no {name}, which {model} passes"
-            raise models.refusal(model, reason, remedy)
+            instead = "sdpa" if name == "position_bias" else "eager"  # sdpa ignores others
+            raise models.refusal(model, f"takes no {name}", instead)
+
+
+def _check_head_dims(model: str, *head_dims: int) -> None:
+    for d in head_dims:
+        if d > MAX_HEAD_DIM or d % HEAD_DIM_UNIT:
+            limits = f"multiples of {HEAD_DIM_UNIT} up to {MAX_HEAD_DIM}"
+            raise models.refusal(model, f"takes head dims that are {limits}, got {d}")
 
 
 def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
@@ -105,8 +114,8 @@ def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
         causal = getattr(module, "is_causal", False)
     causal = bool(causal) and s_q != 1
     if causal and s_q != s_k:
-        reason = f"a causal call without a mask has {s_q} queries for {s_k} keys"
-        raise models.refusal(model, f"{reason}, which does not say where the queries stand")
+        reason = f"got a causal call of {s_q} queries to {s_k} keys without a mask"
+        raise models.refusal(model, f"{reason}, which would say where the queries stand")
     return Pattern(model, s_q, s_k, s_k, causal)
 
 

@@ -28,6 +28,10 @@ FILLED = (
 PACKED = "fa3 has no mask for packed sequences or blocks of tokens yet"
 
 
+class NoAttribute(NotImplementedError, AttributeError):
+    """The refusal that leaves hasattr() False."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """The keys that the queries of one call see.
@@ -59,8 +63,8 @@ class Pattern:
     def _foreign(self):
         return refusal(
             self.model,
-            "a layer computes attention by itself, not through transformers' attention "
-            "interface, and reads the mask",
+            "cannot give a mask to a layer that computes attention without transformers' "
+            "attention interface",
         )
 
     @classmethod
@@ -77,8 +81,7 @@ class Pattern:
     def __getattr__(self, name):
         if name.startswith("_") or name in self.__dataclass_fields__:
             raise AttributeError(name)
-        # an AttributeError, so that hasattr() is False
-        raise AttributeError(f"a mask of fa3 has no {name}: {self._foreign()}")
+        raise NoAttribute(str(self._foreign()))
 
 
 def _first_pattern(values) -> Pattern | None:
@@ -125,8 +128,8 @@ def mask(
     if surplus + visible != kv_length and (kind.causal or window != UNBOUNDED):
         raise refusal(
             model,
-            f"the last query is at position {q_offset + q_length - 1} and the last key at "
-            f"{kv_offset + kv_length - 1}, and fa3 aligns the two",
+            f"aligns the last query with the last key, here at positions "
+            f"{q_offset + q_length - 1} and {kv_offset + kv_length - 1}",
         )
     if not kind.is_known:
         _assert_kind(model, kind, mask_function, (q_length, visible), (q_offset, kv_offset), options)
@@ -162,7 +165,7 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
         return Kind(causal=False, reach=size)
     if size is not None and size == getattr(config, "attention_chunk_size", None):
         if kv_end > size:
-            raise refusal(model, f"fa3 has no chunked attention, here of {kv_end} keys by {size}")
+            raise refusal(model, f"has no chunked attention, here of {kv_end} keys by {size}")
         size = None
     reach = None if size is None else size - 1
     if options.get("allow_is_causal_skip"):
@@ -174,7 +177,7 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
         return Kind(True, reach, is_known=False)
     raise refusal(
         model,
-        "fa3 knows full and causal attention and sliding windows, not the mask of "
+        "knows full and causal attention and sliding windows, not the mask of "
         f"{_describe(mask_function)}",
     )
 
@@ -187,8 +190,8 @@ def _known_offset(model, q_offset, q_length):
     if q_length == 1:
         raise refusal(
             model,
-            "only the GPU knows how much of a static cache is filled, and fa3 has no variable "
-            "lengths yet; use a dynamic cache, or",
+            "has no variable lengths yet, which a static cache needs whose filled length only the "
+            "GPU knows; use a dynamic cache, or",
         )
     torch._assert_async(q_offset == 0, f"{model}: {FILLED}")
     return 0
@@ -206,8 +209,8 @@ def _check_padding(model, attention_mask, start, stop) -> None:
     if torch.jit.is_tracing():
         raise refusal(
             model,
-            "torch.jit.trace would record no check for padding: use torch.export, or pass no "
-            "attention_mask; else",
+            "cannot check for padding under torch.jit.trace; use torch.export, pass no "
+            "attention_mask, or",
         )
     real = attention_mask[:, start:stop].bool()
     if not _is_at_hand(real):

@@ -1,5 +1,6 @@
 """Which models take part: the refusal of those that cannot, the warning where fa3 is not used."""
 
+import sys
 import warnings
 import weakref
 
@@ -18,7 +19,7 @@ def remedy(instead: str) -> str:
 
 
 def refusal(model: str, reason: str, instead: str = "sdpa") -> NotImplementedError:
-    return NotImplementedError(f"{model}: {reason}; {remedy(instead)}")
+    return NotImplementedError(f"{model}: fa3 {reason}; {remedy(instead)}")
 
 
 def model_type(config) -> str:
@@ -54,16 +55,25 @@ def _on_submodule(module, name, submodule) -> None:
         return
     if getattr(module.config, "_attn_implementation", None) not in _names:
         return
-    if not module._supports_attention_backend and not module._can_set_attn_implementation():
+    if _computes_by_itself(type(module)):
         raise refusal(
             type(module).__name__,
-            "it computes attention by itself, not through transformers' attention interface",
+            "cannot take the place of its attention, which it computes without transformers' "
+            "attention interface",
             "sdpa" if module._supports_sdpa else "eager",
         )
     _hooks[module] = (
         module.register_forward_pre_hook(_before_forward),
         module.register_forward_hook(_after_forward),
     )
+
+
+def _computes_by_itself(cls) -> bool:
+    """Its attention is written out, or looked up by name among classes of its own."""
+    if not cls._supports_attention_backend and not cls._can_set_attn_implementation():
+        return True
+    own = [x for x in vars(sys.modules[cls.__module__]).values() if isinstance(x, dict)]
+    return any("eager" in x and not _names & x.keys() for x in own)
 
 
 def _stop_watching(model) -> None:

@@ -1,0 +1,359 @@
+"""Rewrite the table of docs/transformers.md: every architecture of transformers, eager against fa3.
+
+    python -m perf.architectures             all of them, some minutes on one core
+    python -m perf.architectures llama bert  only these; prints, and leaves the document alone
+
+Each model is built of a tiny configuration with random weights, and runs once with
+attn_implementation="eager" and once with "fa3", on the CPU and with fa3's products in fp32, so that
+what is left is a difference of meaning and none of rounding. Then the last token changes: where
+eager's earlier positions stay as they were, fa3's must. An architecture whose tiny model cannot be
+built, or does not run with eager attention, says nothing about fa3 and is only counted.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import datetime
+import inspect
+import multiprocessing
+import os
+import sys
+import warnings
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from .document import insert, table
+from .progress import track
+from .results import ROOT
+
+DOCUMENT = ROOT / "docs" / "transformers.md"
+BEGIN, END = "<!-- begin: python -m perf.architectures -->", "<!-- end -->"
+RESULTS = ("runs", "refused", "does not call fa3", "wrong", "fails", "not built")
+BATCH, TOKENS, CHANGED = 2, 12, 7  # tokens below CHANGED are never special
+MOST_PARAMETERS = 30_000_000
+TOLERANCE = 1e-3  # of the largest value; two fp32 formulas of one value differ by 1e-5
+SECONDS = 60  # for one architecture
+
+# What the integers of a configuration become, by name; the first pattern that fits. The window is
+# shorter than the input, so that it shows.
+TINY = {
+    "hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size model_dim emb_dim": 64,
+    "text_embed_dim projection_dim encoder_hidden_size decoder_hidden_size": 64,
+    "num_attention_heads n_head n_heads num_heads attention_heads": 4,
+    "encoder_attention_heads decoder_attention_heads num_encoder_attention_heads": 4,
+    "encoder_num_attention_heads decoder_num_attention_heads num_decoder_attention_heads": 4,
+    "num_key_value_heads num_kv_heads encoder_num_key_value_heads n_kv_heads": 2,
+    "decoder_num_key_value_heads num_global_key_value_heads swa_num_key_value_heads": 2,
+    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth": 2,
+    "num_encoder_layers num_decoder_layers encoder_num_hidden_layers num_blocks": 2,
+    "decoder_num_hidden_layers encoder_n_layers": 2,
+    "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner mlp_dim": 128,
+    "ffn_hidden_size feed_forward_size moe_intermediate_size dense_intermediate_size": 128,
+    "shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size": 128,
+    "encoder_intermediate_size decoder_intermediate_size encoder_ffn_hidden_size": 128,
+    "vocab_size": 99,
+    "max_position_embeddings n_positions max_source_positions max_target_positions": 64,
+    "head_dim attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim d_kv d_head": 16,
+    "global_head_dim swa_head_dim attention_hidden_size_per_head": 16,
+    "q_lora_rank kv_lora_rank": 32,
+    "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
+    "num_experts_per_tok moe_topk moe_k top_k_experts num_selected_experts": 2,
+    "n_group topk_group n_shared_experts first_k_dense_replace": 1,
+    "sliding_window attention_window local_attention": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+HYBRID = "num_hidden_layers n_layer n_layers num_layers"  # attention is in the fourth of them
+SIZES = {name: size for names, size in TINY.items() for name in names.split()}
+
+HEADS = {name: 4 for name in SIZES if SIZES[name] == 2 and ("kv" in name or "key_value" in name)}
+WIDE = {"hidden_size": 256, "num_attention_heads": 2, "num_heads": 2, "head_dim": 128}
+MORE = {name: 4 for name in HYBRID.split()}
+# tried in this order, until the model runs
+VARIANTS = (
+    SIZES,
+    {**SIZES, **HEADS},
+    {**SIZES, **MORE, **HEADS},
+    {**SIZES, **HEADS, **WIDE, **{name: 2 for name in HEADS}},
+)
+
+
+class Verdict(NamedTuple):
+    architecture: str  # model_type
+    model: str  # its class
+    result: str  # one of RESULTS
+    note: str = ""
+
+
+def architectures() -> list[str]:
+    """The model types of transformers that have a model class."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(modeling_auto.MODEL_MAPPING_NAMES)
+
+
+def judge(architecture: str) -> Verdict:
+    """Eager against fa3."""
+    name, reason = "-", ""
+    for sizes in VARIANTS:
+        try:
+            with _quiet():
+                config = tiny(architecture, sizes)
+                cls = _class_of(config)
+                name = cls.__name__
+                eager = _built(cls, config, "eager")
+                probes, expected = _runnable(eager)
+        except Exception as error:
+            reason = reason or _line(error)
+            continue
+        return Verdict(architecture, name, *_compared(cls, config, eager, probes, expected))
+    return Verdict(architecture, name, "not built", reason)
+
+
+def _runnable(eager) -> tuple[list, list]:
+    """Inputs that the model takes, as they are and with the last token changed; the outputs."""
+    failure = None
+    for inputs in _inputs(eager):
+        try:
+            probes = [inputs, _changed(inputs)]
+            expected = [_run(eager, x) for x in probes]
+            if not expected[0].isfinite().all():
+                raise ValueError("not finite")
+            return probes, expected
+        except Exception as error:
+            failure = failure or error
+    raise failure
+
+
+def _compared(cls, config, eager, probes, expected) -> tuple[str, str]:
+    calls = collections.Counter()
+    try:
+        with _quiet(), _in_fp32(calls):
+            ours = _built(cls, config, "fa3")
+            ours.load_state_dict(eager.state_dict())
+            actual = [_run(ours, x) for x in probes]
+    except Exception as error:
+        refused = isinstance(error, NotImplementedError | ValueError) and " fa3 " in str(error)
+        return ("refused" if refused else "fails"), _line(error)
+    scale = expected[0].abs().max()
+    difference = ((actual[0] - expected[0]).abs().max() / scale).item()
+    moved = [_moved(pair) for pair in (expected, actual)]
+    if not difference <= TOLERANCE:
+        return "wrong", f"differs from eager by {difference:.1e} of the largest value"
+    if moved[0] == 0 < moved[1]:
+        return "wrong", f"earlier positions move by {moved[1]:.1e} when the last token changes"
+    if not calls:
+        return "does not call fa3", ""
+    return "runs", ""
+
+
+def _moved(pair) -> float:
+    """How far the positions ahead of the last one are apart."""
+    a, b = (x[:, :-1] if x.dim() > 2 else x for x in pair)
+    return (a - b).abs().max().item()
+
+
+@contextlib.contextmanager
+def _in_fp32(calls):
+    """fa3's attention by the formula in fp32; counts the calls."""
+    import fa3.integrations.transformers as integration
+
+    from .check import visible_keys
+
+    integration.register()
+
+    def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        calls["attention"] += 1
+        integration_checks(q, k, v, softmax_scale, causal, window_size)
+        left, right = window_size
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        seen = visible_keys(q.shape[1], k.shape[1], left, 0 if causal else right)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
+        return out.transpose(1, 2)
+
+    def integration_checks(q, k, v, *options):
+        plain(*(x.bfloat16() for x in (q, k, v)), *options[:2], window_size=options[2])
+
+    plain = integration.flash_attn_func
+    with (
+        mock.patch.object(integration, "flash_attn_func", attention),
+        mock.patch.object(integration, "_computed_in", lambda q, k, v: v.dtype),
+    ):
+        yield
+
+
+def tiny(architecture: str, sizes: dict = SIZES):
+    """Its configuration, shrunk to these sizes."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return _shrunk(CONFIG_MAPPING[architecture], sizes)
+
+
+def _shrunk(cls, sizes):
+    default = cls()
+    values = {}
+    for name, value in default.to_dict().items():
+        if type(value) is int and name in sizes and sizes[name] < value:
+            values[name] = sizes[name]
+    for name, sub in cls.sub_configs.items():
+        given = getattr(default, name, None)
+        if given is not None:
+            values[name] = _shrunk(type(given), sizes)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        if getattr(default, name, None) is not None:
+            values[name] = 1
+    return cls(**values)
+
+
+def _class_of(config):
+    from transformers.models.auto import modeling_auto
+
+    for mapping in (
+        modeling_auto.MODEL_MAPPING,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    ):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError("no model class")
+
+
+def _built(cls, config, implementation):
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls._from_config(
+            copy.deepcopy(config), attn_implementation=implementation
+        ).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size:,} parameters are left")
+    model = cls._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    _make_attention_matter(model)
+    return model.eval()
+
+
+def _make_attention_matter(model) -> None:
+    """Weights of unit gain: a model as initialised for training hardly attends at all."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            fan_in = parameter[0].numel()
+            torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+
+
+def _inputs(model) -> list[dict]:
+    """What the model's forward may take, by name; the first that it takes is right."""
+    names = inspect.signature(model.forward).parameters
+    config, main = model.config, model.main_input_name
+    tokens = {
+        name: torch.randint(CHANGED + 1, 90, (BATCH, TOKENS))
+        for name in ("input_ids", "decoder_input_ids")
+        if name in names
+    }
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 32)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    image = torch.randn(BATCH, getattr(vision, "num_channels", 3) or 3, height, width)
+    pixels = {"pixel_values": image}
+    clip = image[:, None].expand(-1, getattr(config, "num_frames", 2), -1, -1, -1)
+    sound = {"input_values": torch.randn(BATCH, 4000)}
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
+    frames = torch.randn(BATCH, bins, 2 * getattr(config, "max_source_positions", 64))
+    features = {"input_features": frames}, {"input_features": frames.mT[:, :100]}
+    found = [tokens] if tokens and main == "input_ids" else []
+    for extra in (pixels, {"pixel_values": clip}, {"pixel_values_videos": clip}, sound, *features):
+        if all(name in names for name in extra):
+            found += [{**extra, **tokens}]
+    return found or [tokens]
+
+
+def _changed(inputs) -> dict:
+    """The same, but for the last token that the decoder reads."""
+    name = next((n for n in ("decoder_input_ids", "input_ids") if n in inputs), None)
+    if name is None:
+        return inputs
+    tokens = inputs[name].clone()
+    tokens[:, -1] = CHANGED
+    return {**inputs, name: tokens}
+
+
+@torch.no_grad()
+def _run(model, inputs) -> torch.Tensor:
+    """The first output that is a tensor of floats, (b, s, ...)"""
+    torch.manual_seed(1)
+    output = model(**inputs)
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    values = values if isinstance(values, (tuple, list)) else [values]
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.float()
+    raise ValueError("no tensor of floats in its output")
+
+
+@contextlib.contextmanager
+def _quiet():
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _line(error) -> str:
+    text = " ".join(str(error).split())
+    return text if " fa3 " in text else f"{type(error).__name__}: {text[:120]}"
+
+
+def verdicts(names: list[str]):
+    """A verdict per architecture, from a process of its own that outlives no crash."""
+    context = multiprocessing.get_context("spawn")
+    worker = None
+    for name in names:
+        if worker is None:
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(theirs,), daemon=True)
+            worker.start()
+        ours.send(name)
+        try:
+            if not ours.poll(SECONDS):
+                raise TimeoutError(f"more than {SECONDS} seconds")
+            yield ours.recv()
+        except (EOFError, OSError, TimeoutError) as error:
+            worker.kill()
+            worker = None
+            yield Verdict(name, "-", "not built", _line(error) or "its process died")
+    if worker is not None:
+        worker.kill()
+
+
+def _work(pipe) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    while True:
+        pipe.send(judge(pipe.recv()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m perf.architectures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("architectures", nargs="*", help="model types; all by default")
+    options = parser.parse_args(argv)
+    names = options.architectures or architectures()
+    found = []
+    for verdict in verdicts(names):
+        found.append(verdict)
+        print("\t".join(verdict), flush=True)
+    print(collections.Counter(x.result for x in found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
