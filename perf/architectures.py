@@ -18,8 +18,10 @@ import datetime
 import inspect
 import multiprocessing
 import os
+import re
 import sys
 import warnings
+from importlib.metadata import version
 from typing import NamedTuple
 from unittest import mock
 
@@ -28,10 +30,13 @@ import torch
 from .document import insert, table
 from .progress import track
 from .results import ROOT
+from .sweep import commit
 
 DOCUMENT = ROOT / "docs" / "transformers.md"
 BEGIN, END = "<!-- begin: python -m perf.architectures -->", "<!-- end -->"
-RESULTS = ("runs", "refused", "does not call fa3", "wrong", "fails", "not built")
+RESULTS = ("wrong", "fails", "runs", "refused", "does not call fa3", "not built")
+BAD = ("wrong", "fails")
+COLUMNS = ("result", "how many", "why", "model types")
 BATCH, TOKENS, CHANGED = 2, 12, 7  # tokens below CHANGED are never special
 MOST_PARAMETERS = 30_000_000
 TOLERANCE = 1e-3  # of the largest value; two fp32 formulas of one value differ by 1e-5
@@ -62,7 +67,7 @@ TINY = {
     "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
     "num_experts_per_tok moe_topk moe_k top_k_experts num_selected_experts": 2,
     "n_group topk_group n_shared_experts first_k_dense_replace": 1,
-    "sliding_window attention_window local_attention": 4,
+    "rotary_dim sliding_window attention_window local_attention": 4,
     "image_size": 32,
     "patch_size": 8,
 }
@@ -131,7 +136,7 @@ def _runnable(eager) -> tuple[list, list]:
 def _compared(cls, config, eager, probes, expected) -> tuple[str, str]:
     calls = collections.Counter()
     try:
-        with _quiet(), _in_fp32(calls):
+        with _quiet(), in_fp32(calls):
             ours = _built(cls, config, "fa3")
             ours.load_state_dict(eager.state_dict())
             actual = [_run(ours, x) for x in probes]
@@ -157,8 +162,9 @@ def _moved(pair) -> float:
 
 
 @contextlib.contextmanager
-def _in_fp32(calls):
-    """fa3's attention by the formula in fp32; counts the calls."""
+def in_fp32(calls=None):
+    """fa3's attention by the formula in fp32, after the checks of the real one; counts calls."""
+    calls = collections.Counter() if calls is None else calls
     import fa3.integrations.transformers as integration
 
     from .check import visible_keys
@@ -167,7 +173,8 @@ def _in_fp32(calls):
 
     def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
         calls["attention"] += 1
-        integration_checks(q, k, v, softmax_scale, causal, window_size)
+        rounded = (x.bfloat16() for x in (q, k, v))
+        plain(*rounded, softmax_scale, causal, window_size=window_size)
         left, right = window_size
         group = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(group, 2) for x in (k, v))
@@ -175,9 +182,6 @@ def _in_fp32(calls):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
         return out.transpose(1, 2)
-
-    def integration_checks(q, k, v, *options):
-        plain(*(x.bfloat16() for x in (q, k, v)), *options[:2], window_size=options[2])
 
     plain = integration.flash_attn_func
     with (
@@ -227,17 +231,20 @@ def _class_of(config):
 def _built(cls, config, implementation):
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls._from_config(
-            copy.deepcopy(config), attn_implementation=implementation
-        ).parameters())
+        size = sum(
+            p.numel()
+            for p in cls._from_config(
+                copy.deepcopy(config), attn_implementation=implementation
+            ).parameters()
+        )
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters are left")
     model = cls._from_config(config, attn_implementation=implementation, dtype=torch.float32)
-    _make_attention_matter(model)
+    make_attention_matter(model)
     return model.eval()
 
 
-def _make_attention_matter(model) -> None:
+def make_attention_matter(model) -> None:
     """Weights of unit gain: a model as initialised for training hardly attends at all."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
@@ -338,6 +345,21 @@ def _work(pipe) -> None:
         pipe.send(judge(pipe.recv()))
 
 
+def markdown(found: list[Verdict], made: str) -> str:
+    """The generated part of the document: a row per result and reason."""
+    groups = collections.defaultdict(list)
+    for verdict in found:
+        reason = verdict.note.partition(" fa3 ")[2] if verdict.result == "refused" else ""
+        groups[verdict.result, re.sub(r"[0-9]+", "n", reason)].append((verdict, reason))
+    order = sorted(groups.items(), key=lambda x: (RESULTS.index(x[0][0]), -len(x[1])))
+    rows = []
+    for (result, _), members in order:
+        reason = members[0][1] or "-"
+        names = ", ".join(verdict.architecture for verdict, _ in members)
+        rows.append((result, str(len(members)), reason, names))
+    return "\n".join([BEGIN, "", made, "", table(COLUMNS, rows), "", END])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m perf.architectures",
@@ -347,12 +369,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("architectures", nargs="*", help="model types; all by default")
     options = parser.parse_args(argv)
     names = options.architectures or architectures()
-    found = []
-    for verdict in verdicts(names):
-        found.append(verdict)
-        print("\t".join(verdict), flush=True)
-    print(collections.Counter(x.result for x in found))
-    return 0
+    found = list(verdicts(track(names, "architecture")))
+    for verdict in found:
+        if options.architectures or verdict.result in BAD:
+            print(": ".join(filter(None, verdict)))
+    counts = collections.Counter(verdict.result for verdict in found)
+    print(", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result]))
+    if not options.architectures:
+        made = f"{datetime.date.today()}, commit {commit()}: transformers {version('transformers')}"
+        text = markdown(found, f"{made}, torch {torch.__version__}, {len(found)} model types.")
+        DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))
+        print(f"written: {DOCUMENT.relative_to(ROOT)}")
+    return 1 if any(counts[result] for result in BAD) else 0
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
         shape = tuple(attention_mask.shape)
         raise ValueError(
             f"{model}: fa3 takes no attention mask that is a tensor, got one of shape {shape}; "
-            f"{models.remedy('sdpa')}"
+            f"{models.remedy()}"
         )
     causal = options.get("is_causal")
     if causal is None:

@@ -52,12 +52,17 @@ class Pattern:
     def shape(self) -> tuple[int, ...]:
         return 1, 1, self.queries, self.keys
 
+    @property
+    def facts(self) -> tuple:
+        return self.queries, self.keys, self.visible, self.causal, self.window
+
     def check_lengths(self, queries: int, keys: int) -> None:
         """Raise ValueError unless the call has the lengths that the mask function was told."""
-        if (queries, keys) != (self.queries, self.keys):
+        is_full = not self.causal and self.window == UNBOUNDED  # the same for any queries
+        if keys != self.keys or (queries != self.queries and not is_full):
             raise ValueError(
                 f"{self.model}: attention of {queries} queries to {keys} keys got a mask for "
-                f"{self.queries} queries and {self.keys} keys; {remedy('sdpa')}"
+                f"{self.queries} queries and {self.keys} keys; {remedy()}"
             )
 
     def _foreign(self):
@@ -116,25 +121,30 @@ def mask(
         NotImplementedError: a pattern other than full, causal and sliding window; a static cache
             whose filled length only a GPU knows, but for its first tokens.
     """
-    if isinstance(attention_mask, Pattern):  # `generate` has made it already
-        return attention_mask
     model = model_type(config)
-    q_offset = _known_offset(model, q_offset, q_length)
+    made = attention_mask if isinstance(attention_mask, Pattern) else None  # `generate` did already
     kind = _kind_of(model, mask_function, config, q_length, kv_offset + kv_length, options)
+    q_offset = _known_offset(model, q_offset, q_length) if kind.is_placed else 0
     surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
-    # those are the free space of a static cache, where nothing may be seen
-    visible = kv_length - max(surplus, 0) if kind.causal else kv_length
+    # of a causal mask they are the free space of a static cache
+    free = max(surplus, 0) if kind.causal else 0
+    visible = kv_length - free
     window = kind.window(max(visible, q_length))
-    if surplus + visible != kv_length and (kind.causal or window != UNBOUNDED):
+    if surplus != free and (kind.causal or window != UNBOUNDED):
         raise refusal(
             model,
-            f"aligns the last query with the last key, here at positions "
+            "aligns the last query with the last key, here at positions "
             f"{q_offset + q_length - 1} and {kv_offset + kv_length - 1}",
         )
     if not kind.is_known:
-        _assert_kind(model, kind, mask_function, (q_length, visible), (q_offset, kv_offset), options)
-    _check_padding(model, attention_mask, kv_offset, kv_offset + visible)
-    return Pattern(model, q_length, kv_length, visible, kind.causal, window)
+        lengths, offsets = (q_length, visible), (q_offset, kv_offset)
+        _assert_kind(model, kind, mask_function, lengths, offsets, options)
+    if made is None:
+        _check_padding(model, attention_mask, kv_offset, kv_offset + visible)
+    pattern = Pattern(model, q_length, kv_length, visible, kind.causal, window)
+    if made is not None and made.facts != pattern.facts:
+        raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
+    return pattern
 
 
 class Kind(NamedTuple):
@@ -143,6 +153,11 @@ class Kind(NamedTuple):
     causal: bool
     reach: int | None = None  # distance of the farthest key that a query sees
     is_known: bool = True  # otherwise the device has to compare
+
+    @property
+    def is_placed(self) -> bool:
+        """Which keys a query sees depends on its position."""
+        return self.causal or self.reach is not None
 
     def window(self, length: int) -> tuple[int, int]:
         if self.reach is None or self.reach >= length - 1:
@@ -191,7 +206,8 @@ def _known_offset(model, q_offset, q_length):
         raise refusal(
             model,
             "has no variable lengths yet, which a static cache needs whose filled length only the "
-            "GPU knows; use a dynamic cache, or",
+            "device knows",
+            besides="a dynamic cache or ",
         )
     torch._assert_async(q_offset == 0, f"{model}: {FILLED}")
     return 0
@@ -209,8 +225,8 @@ def _check_padding(model, attention_mask, start, stop) -> None:
     if torch.jit.is_tracing():
         raise refusal(
             model,
-            "cannot check for padding under torch.jit.trace; use torch.export, pass no "
-            "attention_mask, or",
+            "cannot check for padding in what torch.jit.trace records",
+            besides="torch.export, no attention_mask, or ",
         )
     real = attention_mask[:, start:stop].bool()
     if not _is_at_hand(real):
@@ -224,7 +240,9 @@ def _check_padding(model, attention_mask, start, stop) -> None:
 def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
     """Compare the model's mask with the plain one, element by element, on its device."""
     device = options.get("device")
-    q, kv = (torch.arange(n, device=device) + start for n, start in zip(lengths, offsets, strict=True))
+    q, kv = (
+        torch.arange(n, device=device) + start for n, start in zip(lengths, offsets, strict=True)
+    )
     q, kv = q[None, None, :, None], kv[None, None, None, :]
     batch = torch.arange(options["batch_size"], device=device)[:, None, None, None]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)

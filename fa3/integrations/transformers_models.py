@@ -14,12 +14,14 @@ _hooks = weakref.WeakKeyDictionary()  # a model that has not run yet -> handles 
 _calls_before = weakref.WeakKeyDictionary()  # a model that is running -> _num_calls at its start
 
 
-def remedy(instead: str) -> str:
-    return f'use attn_implementation="{instead}"'
+def remedy(instead: str = "sdpa", besides: str = "") -> str:
+    """besides: what else helps, with an 'or' at its end."""
+    return f'use {besides}attn_implementation="{instead}"'
 
 
-def refusal(model: str, reason: str, instead: str = "sdpa") -> NotImplementedError:
-    return NotImplementedError(f"{model}: fa3 {reason}; {remedy(instead)}")
+def refusal(model, reason, instead="sdpa", besides="") -> NotImplementedError:
+    """reason: what fa3 lacks, as the rest of a sentence."""
+    return NotImplementedError(f"{model}: fa3 {reason}; {remedy(instead, besides)}")
 
 
 def model_type(config) -> str:
