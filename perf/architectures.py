@@ -59,7 +59,7 @@ TINY = {
     "ffn_hidden_size feed_forward_size moe_intermediate_size dense_intermediate_size": 128,
     "shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size": 128,
     "encoder_intermediate_size decoder_intermediate_size encoder_ffn_hidden_size": 128,
-    "vocab_size": 99,
+    "vocab_size vocab_size_per_layer_input entity_vocab_size": 99,
     "max_position_embeddings n_positions max_source_positions max_target_positions": 64,
     "head_dim attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim d_kv d_head": 16,
     "global_head_dim swa_head_dim attention_hidden_size_per_head": 16,
@@ -71,12 +71,13 @@ TINY = {
     "image_size": 32,
     "patch_size": 8,
 }
+NEEDED = ("head_dim", "num_experts_per_tok", "vocab_size")  # where the default is None
 HYBRID = "num_hidden_layers n_layer n_layers num_layers"  # attention is in the fourth of them
 SIZES = {name: size for names, size in TINY.items() for name in names.split()}
 
 HEADS = {name: 4 for name in SIZES if SIZES[name] == 2 and ("kv" in name or "key_value" in name)}
 WIDE = {"hidden_size": 256, "num_attention_heads": 2, "num_heads": 2, "head_dim": 128}
-MORE = {name: 4 for name in HYBRID.split()}
+MORE = {name: 8 for name in HYBRID.split()}
 # tried in this order, until the model runs
 VARIANTS = (
     SIZES,
@@ -204,7 +205,9 @@ def _shrunk(cls, sizes):
     for name, value in default.to_dict().items():
         if type(value) is int and name in sizes and sizes[name] < value:
             values[name] = sizes[name]
-    for name, sub in cls.sub_configs.items():
+        elif value is None and name in NEEDED:
+            values[name] = sizes[name]
+    for name in cls.sub_configs:
         given = getattr(default, name, None)
         if given is not None:
             values[name] = _shrunk(type(given), sizes)

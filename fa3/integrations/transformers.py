@@ -18,11 +18,12 @@ from . import transformers_models as models
 from .transformers_mask import Pattern, mask
 
 NAME = "fa3"
-# Arguments of an attention function that change nothing here. Positions are in q and k already;
-# the pattern comes from the mask function.
+# Arguments that change nothing in attention: positions are in q and k already, the pattern comes
+# from the mask function, and others are meant for the layers around it.
 WITHOUT_EFFECT = {
     "cache_position",
     "deterministic",
+    "input_ids",
     "is_causal",
     "layer_idx",
     "num_items_in_batch",

@@ -19,13 +19,15 @@ UNBOUNDED = (-1, -1)
 COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
 PADDING = (
     "fa3 has no padding mask yet, and this batch holds padding tokens: "
-    "batch sequences of equal length"
+    'batch sequences of equal length or use attn_implementation="sdpa"'
 )
 FILLED = (
     "fa3 has no variable lengths yet, and takes several tokens with a static cache only while that "
-    "is empty: use a dynamic cache"
+    'is empty: use a dynamic cache or attn_implementation="sdpa"'
 )
-PACKED = "fa3 has no mask for packed sequences or blocks of tokens yet"
+PACKED = (
+    'fa3 has no mask for packed sequences or blocks of tokens yet: use attn_implementation="sdpa"'
+)
 
 
 class NoAttribute(NotImplementedError, AttributeError):
@@ -160,7 +162,9 @@ class Kind(NamedTuple):
         return self.causal or self.reach is not None
 
     def window(self, length: int) -> tuple[int, int]:
-        if self.reach is None or self.reach >= length - 1:
+        if self.reach is None:
+            return UNBOUNDED
+        if self.reach >= length - 1 and not torch.jit.is_tracing():  # which would fix the answer
             return UNBOUNDED
         return self.reach, -1 if self.causal else self.reach
 

@@ -1,0 +1,48 @@
+"""The table of docs/transformers.md: each architecture once, nothing wrong in it."""
+
+import re
+
+import pytest
+
+from perf import architectures
+from perf.architectures import BEGIN, COLUMNS, DOCUMENT, END, RESULTS, Verdict
+
+VERDICTS = [
+    Verdict("a", "A", "not built", "ValueError: 7"),
+    Verdict("b", "B", "runs"),
+    Verdict("c", "C", "refused", "c: fa3 takes head dims up to 256, got 512; use this"),
+    Verdict("d", "D", "refused", "d: fa3 takes head dims up to 256, got 320; use this"),
+    Verdict("e", "E", "refused", "E: fa3 takes no x; use that"),
+]
+
+
+def rows(text):
+    body = text.partition(BEGIN)[2].partition(END)[0]
+    cells = [re.split(r" *\| *", line.strip("| ")) for line in body.splitlines() if "|" in line]
+    assert tuple(cells[0]) == COLUMNS
+    return cells[2:]
+
+
+def test_a_row_per_result_and_reason():
+    assert rows(architectures.markdown(VERDICTS, "made")) == [
+        ["runs", "1", "-", "b"],
+        ["refused", "2", "takes head dims up to 256, got 512; use this", "c, d"],
+        ["refused", "1", "takes no x; use that", "e"],
+        ["not built", "1", "-", "a"],
+    ]
+
+
+def test_the_document_counts_each_architecture_once():
+    found = rows(DOCUMENT.read_text())
+    names = [name for row in found for name in row[3].split(", ")]
+    assert len(names) == len(set(names)) == sum(int(row[1]) for row in found)
+    counts = {result: sum(int(row[1]) for row in found if row[0] == result) for result in RESULTS}
+    assert counts["wrong"] == counts["fails"] == 0
+    assert counts["runs"] > 250
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "t5", "mamba"])
+def test_the_document_says_what_is_so_now(name, plain_torch):
+    pytest.importorskip("transformers", reason="the integration needs it")
+    (result,) = [row[0] for row in rows(DOCUMENT.read_text()) if name in row[3].split(", ")]
+    assert architectures.judge(name).result == result
