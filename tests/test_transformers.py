@@ -130,6 +130,11 @@ def test_a_wrong_window_would_be_noticed():
         ("pegasus_x", "runs", ""),
         ("qwen3_moe", "runs", ""),
         ("deepseek_v3", "runs", ""),
+        (
+            "bridgetower",
+            "refused",
+            "bridgetower_text_model (.*): fa3 got no mask for a causal layer",
+        ),
         ("mamba", "does not call fa3", ""),
         ("t5", "refused", 't5 (T5Attention): fa3 takes no position_bias; use attn_impl.*"sdpa"'),
         ("gpt_oss", "refused", 'gpt_oss (GptOssAttention): fa3 takes no s_aux; .*"eager"'),
@@ -263,6 +268,17 @@ def test_a_mask_is_of_no_use_to_other_attention():
             use()
     assert not hasattr(pattern, "dim")
     assert pickle.loads(pickle.dumps(pattern)).facts == copy.deepcopy(pattern).facts
+
+
+def test_no_mask_for_a_causal_layer_is_ambiguous():
+    """Eager attention is full then, sdpa's is causal."""
+    module = torch.nn.Module()
+    module.is_causal = True
+    q = torch.zeros(1, 2, 4, 16)
+    with pytest.raises(NotImplementedError, match="Module: fa3 got no mask for a causal layer"):
+        integration.attention(module, q, q, q, None)
+    out, _ = integration.attention(module, q[:, :, :1], q, q, None)
+    assert out.shape == (1, 1, 2, 16)
 
 
 def test_the_mask_of_other_lengths_is_refused():

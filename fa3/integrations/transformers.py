@@ -54,15 +54,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 
     query (b, h_q, s_q, d), key (b, h_k, s_k, d) and value (b, h_k, s_k, dv) -> out
     (b, s_q, h_q, dv) in value's dtype, and None in place of the attention weights.
-    attention_mask: what `mask` returned, or None; then `is_causal`, of the call or of the module,
-        decides.
+    attention_mask: what `mask` returned, or None: every query sees every key.
 
     fp32 is computed in bf16, which holds its range, or under autocast in autocast's dtype; where
     one of query, key and value has 16 bits, in that dtype. The result is rounded to it.
 
     Raises:
-        NotImplementedError: dropout, an argument that is not known to change nothing, or a causal
-            call without a mask where s_q is neither 1 nor s_k.
+        NotImplementedError: dropout, a head dim without a kernel, an argument that is not known to
+            change nothing, or no mask for several queries of a layer that says it is causal.
         ValueError: a mask that is a tensor, or one for another number of queries or keys.
     """
     models.count_call()
@@ -113,11 +112,10 @@ def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", False)
-    causal = bool(causal) and s_q != 1
-    if causal and s_q != s_k:
-        reason = f"got a causal call of {s_q} queries to {s_k} keys without a mask"
-        raise models.refusal(model, f"{reason}, which would say where the queries stand")
-    return Pattern(model, s_q, s_k, s_k, causal)
+    if causal and s_q > 1:
+        reason = "got no mask for a causal layer, where eager attention is full and sdpa's causal"
+        raise models.refusal(model, reason, "eager")
+    return Pattern(model, s_q, s_k, s_k, causal=False)
 
 
 def _computed_in(*tensors: torch.Tensor) -> torch.dtype:
