@@ -124,7 +124,7 @@ def _computed_in(*tensors: torch.Tensor) -> torch.dtype:
         if x.dtype != torch.float32:
             return x.dtype
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if dtype in SIXTEEN_BIT:
             return dtype

@@ -213,7 +213,7 @@ def _known_offset(model, q_offset, q_length):
             "device knows",
             besides="a dynamic cache or ",
         )
-    torch._assert_async(q_offset == 0, f"{model}: {FILLED}")
+    _assert_on_device(q_offset == 0, model, FILLED)
     return 0
 
 
@@ -234,7 +234,7 @@ def _check_padding(model, attention_mask, start, stop) -> None:
         )
     real = attention_mask[:, start:stop].bool()
     if not _is_at_hand(real):
-        torch._assert_async(real.all(), f"{model}: {PADDING}")
+        _assert_on_device(real.all(), model, PADDING)
     elif not real.all():
         padding = int((~real).sum())
         shape = tuple(real.shape)
@@ -254,7 +254,12 @@ def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
     if kind.reach is not None:
         expected = expected & (kv >= q - kind.reach)
     same = mask_function(batch, head, q, kv) == expected
-    torch._assert_async(same.all(), f"{model}: {PACKED}")
+    _assert_on_device(same.all(), model, PACKED)
+
+
+def _assert_on_device(condition, model: str, text: str) -> None:
+    # inductor pastes the text into C++ as it is
+    torch._assert_async(condition, f"{model}: {text}".replace('"', "'"))
 
 
 def _is_at_hand(tensor) -> bool:

@@ -74,8 +74,8 @@ def _computes_by_itself(cls) -> bool:
     """Its attention is written out, or looked up by name among classes of its own."""
     if not cls._supports_attention_backend and not cls._can_set_attn_implementation():
         return True
-    own = [x for x in vars(sys.modules[cls.__module__]).values() if isinstance(x, dict)]
-    return any("eager" in x and not _names & x.keys() for x in own)
+    held = vars(sys.modules[cls.__module__]).values() if cls.__module__ in sys.modules else ()
+    return any(isinstance(x, dict) and "eager" in x and not _names & x.keys() for x in held)
 
 
 def _stop_watching(model) -> None:
