@@ -41,8 +41,15 @@ class Artifacts(NamedTuple):
     ptx: str
 
 
+def _restore_streams() -> None:
+    """In a forked child: the DSL catches what is printed while another thread compiles."""
+    if _streams:
+        sys.stdout, sys.stderr = _streams
+
+
 _runs: dict[Hashable, Callable] = {}
-_compiling = Lock()  # the DSL keeps its state in globals
+_streams: tuple = ()  # stdout and stderr, while the DSL compiles
+_compiling = Lock(_restore_streams)  # the DSL keeps its state in globals
 
 
 def compile(kernel: str, signature, config, target: str) -> Callable:
@@ -122,6 +129,7 @@ def _obtain(kernel: str, signature, config, target: str) -> Artifacts:
 
 
 def _build(kernel: str, signature, config, target: str) -> Artifacts:
+    global _streams
     os.environ.setdefault("CUTE_DSL_ARCH", ARCH)  # or the DSL asks the driver, which may be absent
     import cutlass.cute as cute
 
@@ -129,9 +137,13 @@ def _build(kernel: str, signature, config, target: str) -> Artifacts:
     instance = getattr(importlib.import_module(module), name)(signature, config)
     with tempfile.TemporaryDirectory(prefix="fa3-") as folder:
         options = f"--enable-tvm-ffi --gpu-arch {ARCH} --keep-ptx --keep-cubin --dump-dir {folder}"
-        compiled = cute.compile(
-            instance, *instance.example_args(), options=f"{options} {OPTIONS[target]}"
-        )
+        _streams = sys.stdout, sys.stderr
+        try:
+            compiled = cute.compile(
+                instance, *instance.example_args(), options=f"{options} {OPTIONS[target]}"
+            )
+        finally:
+            _streams = ()
         file = Path(folder) / "kernel.o"
         compiled.export_to_c(object_file_path=str(file), function_name=ENTRY_POINT)
         return Artifacts(file.read_bytes(), compiled.__cubin__, compiled.__ptx__)

@@ -19,7 +19,7 @@ class Lock:
     _all: weakref.WeakSet = weakref.WeakSet()
 
     def __init__(self, forget: Callable[[], None] = lambda: None):
-        """forget: called in a child that another thread left with what the lock guards half done."""
+        """forget: called in a child where another thread left what the lock guards half done."""
         self._lock = threading.RLock()
         self._forget = forget
         self._all.add(self)

@@ -104,7 +104,8 @@ def test_an_entry_that_cannot_be_written(folder):
 
 
 @pytest.mark.parametrize(
-    ("umask", "of_folder", "of_entry"), [(0o022, 0o755, 0o644), (0, 0o755, 0o644), (0o77, 0o700, 0o600)]
+    ("umask", "of_folder", "of_entry"),
+    [(0o022, 0o755, 0o644), (0, 0o755, 0o644), (0o77, 0o700, 0o600)],
 )
 def test_other_users_may_read_and_not_write(umask, of_folder, of_entry, folder):
     before = os.umask(umask)
@@ -192,4 +193,3 @@ def test_a_forked_child_does_not_keep_the_lock(folder, monkeypatch):
     finally:
         os.write(write, b"x")
         os.waitpid(children[0], 0)
-

@@ -1,9 +1,11 @@
 """One compilation per kernel: in memory, on disk, among processes, and after damage."""
 
 import dataclasses
+import io
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import fa3
 from fa3 import dispatch, jit
 
 from .cases import Case, make_inputs
+from .forks import in_child
 
 KERNEL = "tests.tiny_kernel:Scale"
 ROOT = Path(__file__).parent.parent
@@ -202,6 +205,42 @@ def test_processes_at_once(device, folder):
     built = [int(process.communicate(timeout=300)[0]) for process in processes]
     assert sorted(built) == [0, 0, 1]
     assert len(entries(folder)) == 1
+
+
+def test_a_fork_while_another_thread_compiles(device, folder, monkeypatch):
+    """The child compiles and prints as usual."""
+    if device.type == "cuda":
+        pytest.skip("a forked child cannot use CUDA")
+    import cutlass.cute as cute
+
+    compile_, parent = cute.compile, os.getpid()
+    compiling, forked, streams = threading.Event(), threading.Event(), (sys.stdout, sys.stderr)
+
+    def slow(*args, **options):
+        if os.getpid() == parent:
+            sys.stdout = sys.stderr = io.StringIO()  # as the DSL does
+            compiling.set()
+            forked.wait()
+            sys.stdout, sys.stderr = streams
+        return compile_(*args, **options)
+
+    monkeypatch.setattr(cute, "compile", slow)
+    forget(monkeypatch)
+    thread = threading.Thread(target=run_tiny, args=(device,))
+    thread.start()
+    compiling.wait()
+
+    def question():
+        assert (sys.stdout, sys.stderr) == streams
+        run_tiny(device, signature=Tiny(negate=True))
+        return True
+
+    try:
+        assert in_child(question)
+    finally:
+        forked.set()
+        thread.join()
+    assert len(entries(folder)) == 2
 
 
 def test_artifacts(builds, folder):
