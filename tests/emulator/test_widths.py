@@ -38,8 +38,8 @@ EDGES = [
     2**15 - 1,
     2**15,
 ]
-EDGES += [2**16 - 1, 2**16, 2**23, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63]
-EDGES += [2**64 - 1, 2**64 - 2]
+EDGES += [2**16 - 1, 2**16, 2**23, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1]
+EDGES += [2**63, 2**64 - 1, 2**64 - 2]
 RNG = np.random.default_rng(11)
 
 
@@ -328,3 +328,32 @@ def test_floats_to_integers_saturate(source, target):
         else:
             expected = saturated(int(x), target)
         assert y == expected & (1 << width(target)) - 1, x
+
+
+ATOMICS = {
+    "add": (("u32", "s32", "u64"), lambda a, b: a + b),
+    "min": (ALL[2:], min),
+    "max": (ALL[2:], max),
+    "and": (BITS[1:], lambda a, b: a & b),
+    "or": (BITS[1:], lambda a, b: a | b),
+    "xor": (BITS[1:], lambda a, b: a ^ b),
+    "exch": (BITS[1:], lambda a, b: b),
+}
+
+
+@pytest.mark.parametrize("op, t", [(op, t) for op, (types, _) in ATOMICS.items() for t in types])
+def test_atomics(op, t):
+    """The lanes change one word in order; each gets what it was before."""
+    bits = width(t)
+    old, own, d = {32: ("%r8", "%r1", "%r9"), 64: ("%rd5", "%rd1", "%rd6")}[bits]
+    start = 2**bits - 77
+    body = f"""cvt.u32.u64 %r1, %rd1; mov.u32 %r3, buffer; setp.eq.u32 %p1, %r0, 0;
+        mov.b{bits} {d}, {start}; @%p1 st.shared.b{bits} [%r3], {d}; bar.sync 0;
+        atom.shared.{op}.{t} {old}, [%r3], {own}; mov.b{bits} {d}, {old};"""
+    extend = "cvt.u64.u32 %rd6, %r9;" if bits == 32 else ""
+    found = lanes(body + extend, "%rd6", (A,), size=8).tolist()
+    expected, now = [], value(start, t)
+    for x in A.tolist():
+        expected.append(now & (1 << bits) - 1)
+        now = value(ATOMICS[op][1](now, value(x, t)), t)
+    assert found == expected

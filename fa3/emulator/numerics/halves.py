@@ -6,8 +6,6 @@ import numpy as np
 
 from .formats import bf16_to_f32, f2, f4, f32_to_bf16, flushing, halves, u2, u4, unhalves
 
-_CODE = {"u": "u", "s": "i"}
-
 
 def apply(f, kind: str, *x):
     """f lane by lane on 16-bit operands; kind is f16, bf16, f16x2, bf16x2, u16x2 or s16x2."""

@@ -6,7 +6,6 @@ import numpy as np
 
 from .formats import rows, u1, u4, u8
 
-
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: u4, 8: u8}
 
 
