@@ -23,6 +23,7 @@ CHECKS = {
     "late": "asynchronous work completes as late as it may: bulk loads when nothing else can run, "
     "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",
+    "box": "stages that TMA fills from outside of a tensor alone, with zeros",
     "race": "accesses to shared memory, asynchronous ones included, that no barrier or wait orders",
     "global": "plain accesses of different clusters to global memory that no atomics order",
 }

@@ -14,9 +14,8 @@ def apply(f, kind: str, *x):
     if kind == "bf16":
         return f32_to_bf16(f(*(bf16_to_f32(v) for v in x)))
     if kind in ("u16x2", "s16x2"):
-        both = (
-            [(v >> u4(16 * i)).astype(u2).view(f"{_CODE[kind[0]]}2") for v in x] for i in range(2)
-        )
+        dtype = np.int16 if kind[0] == "s" else u2
+        both = ([(v >> u4(n)).astype(u2).view(dtype) for v in x] for n in (0, 16))
         low, high = (f(*of_half).view(u2).astype(u4) for of_half in both)
         return low | high << u4(16)
     return unhalves(f(*(halves(v, kind[:-2]) for v in x)), kind[:-2])
