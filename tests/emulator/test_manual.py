@@ -15,7 +15,7 @@ import pytest
 
 from fa3.emulator.lowering.registry import HANDLERS, TERMINATORS
 
-from .ptx_runner import lanes, launch
+from .ptx_runner import lanes
 
 LANES = range(128)
 RNG = np.random.default_rng(5)
@@ -544,11 +544,6 @@ def test_lanes_leave(leave):
     assert lanes(code, inputs=(X,)).tolist() == expected
 
 
-def test_calls_are_refused():
-    with pytest.raises(NotImplementedError, match="function call"):
-        launch("call vprintf, (%r1);", np.zeros(4, np.uint32))
-
-
 def test_tensor_maps_are_edited_in_shared_memory():
     """The address is at byte 0, dimension 1 (minus 1) at 36, stride 1 (of 16 bytes) at 16."""
     code = """mov.u32 %r3, buffer; shl.b32 %r4, %r0, 2; add.u32 %r5, %r3, %r4; mov.b32 %r6, 0;
@@ -567,6 +562,7 @@ ELSEWHERE = {
     "bar": ("test_instructions.py", "test_shared_memory_and_barrier"),
     "barrier": ("test_instructions.py", "test_remote_shared_memory"),
     "bra": ("test_instructions.py", "test_divergent_loop_reconverges"),
+    "call": ("test_calls.py", "test_printf_prints_what_c_prints"),
     "cp": ("test_races.py", "test_the_kernel_without_the_race_passes"),
     "fence": ("test_bugs.py", "test_a_bug_is_found"),
     "ldmatrix": ("test_matrix.py", "test_ldmatrix"),

@@ -95,8 +95,14 @@ class Launch:
 
     def run(self) -> dict:
         """Run every CTA; returns statistics."""
-        with np.errstate(all="ignore"), blas.one_thread():
-            statistics = processes.run(self, list(self._clusters()))
+        constants = self.kernel.constants
+        tokens = [self.memory.add(self.kernel.address(x), len(constants[x])) for x in constants]
+        try:
+            with np.errstate(all="ignore"), blas.one_thread():
+                statistics = processes.run(self, list(self._clusters()))
+        finally:
+            for token in tokens:
+                self.memory.remove(token)
         if self.profile is not None:
             self.profile.finish()
         return statistics

@@ -84,6 +84,8 @@ def _ordered(kernel) -> str:
     """Why the clusters of a kernel must run one after another; "" if they need not."""
     if any(communicates(i) for i in kernel.code):
         return "atomics"
+    if any(i.parts[0] == "call" for i in kernel.code):
+        return "printf"
     if any(i.parts[0] == "tensormap" for i in kernel.code):
         return "tensor maps are written"
     if any(clock in i.text for i in kernel.code for clock in _CLOCKS):
