@@ -208,6 +208,7 @@ class Device:
             chosen.accumulator,
             chosen.profile,
             chosen.processes,
+            chosen.progress,
         )
         statistics = grid.run()
         self.launches.append(

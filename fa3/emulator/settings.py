@@ -89,6 +89,8 @@ class Options:
     processes: int | None = None
     """Over how many processes a launch may spread its clusters (execution/processes.py).  None: as
     many as there are cores, where that pays."""
+    progress: Callable[[int, int], None] | None = None
+    """Called after each cluster of a launch: how many are done, of how many."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 

@@ -83,6 +83,14 @@ def test_memory_and_statistics(name, checks):
     assert its == theirs and its["instructions"] > 0
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_progress(count):
+    told = []
+    body = OWN + WRITE
+    launch(body, ARRAY, grid=CTAS, processes=count, progress=lambda *told_: told.append(told_))
+    assert told == [(i, CTAS) for i in range(1, CTAS + 1)]
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_errors(name):
     body, kind, message = FAILURES[name]

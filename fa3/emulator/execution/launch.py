@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Launch:
     accumulator: str = "fp32"
     record: Profile | None = None  # gets the profile of the launch
     processes: int | None = 1  # None: as many as pay
+    progress: Callable[[int, int], None] | None = None  # told of clusters: done, of how many
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]

@@ -49,16 +49,20 @@ class Report(NamedTuple):
 def run(launch, clusters: list[list]) -> dict:
     """Run the clusters, given by the positions of their CTAs; returns statistics."""
     first, *others = enumerate(clusters)
+    tell = launch.progress or (lambda done, total: None)
     start = time.perf_counter()
     totals = Counter(launch.run_cluster(*first))
     processes, serial = _how_many(launch, len(others), time.perf_counter() - start)
+    tell(1, len(clusters))
     if processes == 1:
         for work in others:
             totals.update(launch.run_cluster(*work))
+            tell(work[0] + 1, len(clusters))
     else:
         with contextlib.closing(_spread(launch, others, processes)) as reports:
             for work, report in zip(others, reports, strict=True):
                 totals.update(_taken_over(launch, report) or launch.run_cluster(*work))
+                tell(work[0] + 1, len(clusters))
     return {**totals, "processes": processes, "serial": serial}
 
 
