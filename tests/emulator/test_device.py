@@ -189,6 +189,42 @@ def test_a_forgotten_install_is_named(tmp_path):
     assert third == "TypeError its own fault"
 
 
+def test_a_forked_child_that_ends_takes_nothing_away(emulator, tmp_path):
+    said = python(
+        PRELUDE
+        + """
+    import os
+    emulator.install()
+    child = os.fork()
+    if child == 0:
+        sys.exit()
+    os.waitpid(child, 0)
+    compiled()(a, b, c)
+    print(torch.equal(c, a + b))
+    """,
+        tmp_path,
+    )
+    assert said == "True\n"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_an_installation_leaves_on_the_disk(kept, emulator, tmp_path):
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    python(
+        "from fa3 import emulator; emulator.install()",
+        tmp_path,
+        HOME=str(home),
+        TMPDIR=str(temporary),
+        FA3_CACHE_DIR="~/c",
+        FA3_CACHE="1" if kept else "0",
+    )
+    left = sorted(path.suffix for path in home.rglob("*") if path.is_file())
+    assert left == ([".lock", ".runtime"] if kept else [])
+    assert not list(temporary.glob("fa3*")) and not (tmp_path / "~").exists()
+
+
 def test_installing_after_something_was_compiled_is_an_error(emulator, tmp_path):
     said = python(
         PRELUDE
