@@ -21,6 +21,7 @@ from fa3.quantize import quantize_fp8
 from tests.fp8_model import KERNEL, LARGEST, Numerics, attention
 
 from .document import insert, lines_of_table
+from .progress import end_with_reader
 from .results import ROOT
 
 DOCUMENT = ROOT / "docs" / "accuracy.md"
@@ -218,4 +219,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())
