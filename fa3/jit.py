@@ -1,48 +1,34 @@
-"""Compile a kernel once: in memory for this process, on disk for all others.
+"""Compile a kernel once: in memory for this process, on disk (cache.py) for all others.
 
 A kernel is a string "module:Class". The class follows a small protocol, and nothing else is known
 of it here: `Class(signature, config)` makes the kernel, `example_args()` gives what `cute.compile`
 needs to see of the arguments (no memory, no GPU).
 
-An entry on disk is one zip file with the object (host code and cubin), the cubin and the PTX, after
-32 bytes with its SHA-256. Its name is a hash of everything that could change them. An entry is
-written under another name and renamed into place; one that fails its checksum is deleted and
-rebuilt. What runs is always what such an entry holds, even in the process that compiled it.
-
-    FA3_CACHE_DIR   the folder, default $XDG_CACHE_HOME/fa3 or ~/.cache/fa3
-    FA3_CACHE=0     no disk cache
+An entry on disk is one zip file with the object (host code and cubin), the cubin and the PTX. Its
+name is a hash of everything that could change them. What runs is always what such an entry holds,
+even in the process that compiled it.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import io
-import json
 import os
-import platform
 import re
 import sys
 import tempfile
-import threading
-import time
-import warnings
 import zipfile
 from collections.abc import Callable, Hashable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # no advisory locks on this system: processes may compile the same thing twice
-    fcntl = None
+from . import cache
+from .locks import Lock
 
 ARCH = "sm_90a"
 ENTRY_POINT = "fa3_entry"
-DIGEST = hashlib.sha256().digest_size
-LOCK_SECONDS = 120.0  # a compilation takes a few seconds
 # Line numbers in the PTX let the emulator name the line of the kernel that an error comes from.
 OPTIONS = {"gpu": "", "emulator": "--generate-line-info"}
 
@@ -55,8 +41,15 @@ class Artifacts(NamedTuple):
     ptx: str
 
 
+def _restore_streams() -> None:
+    """In a forked child: the DSL catches what is printed while another thread compiles."""
+    if _streams:
+        sys.stdout, sys.stderr = _streams
+
+
 _runs: dict[Hashable, Callable] = {}
-_compiling = threading.RLock()  # the DSL keeps its state in globals
+_streams: tuple = ()  # stdout and stderr, while the DSL compiles
+_compiling = Lock(_restore_streams)  # the DSL keeps its state in globals
 
 
 def compile(kernel: str, signature, config, target: str) -> Callable:
@@ -81,18 +74,8 @@ def artifacts(kernel: str, signature, config) -> Artifacts:
         return _obtain(kernel, signature, config, "emulator" if _emulating() else "gpu")
 
 
-def cache_dir() -> Path | None:
-    """The folder of the entries; None when the disk is not to be used."""
-    if os.environ.get("FA3_CACHE", "1") == "0":
-        return None
-    if path := os.environ.get("FA3_CACHE_DIR"):
-        return Path(path).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fa3"
-
-
-def entry_path(folder: Path, kernel: str, signature, config, target: str) -> Path:
-    """Where the entry lies; its name covers all that the compiled code depends on."""
+def entry_name(kernel: str, signature, config, target: str) -> str:
+    """The name of the entry, which covers all that the compiled code depends on."""
     facts = {
         "kernel": kernel,
         "signature": repr(signature),
@@ -103,10 +86,8 @@ def entry_path(folder: Path, kernel: str, signature, config, target: str) -> Pat
         "dsl": version("nvidia-cutlass-dsl-libs-base"),  # the name of it that is always installed
         "tvm_ffi": version("apache-tvm-ffi"),
         "python": sys.version_info[:2],
-        "machine": _machine(),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return folder / f"{digest[:40]}.zip"
+    return cache.name_of(facts, ".zip")
 
 
 @functools.cache
@@ -127,16 +108,6 @@ def source_fingerprint(kernel: str, target: str) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def _machine() -> str:
-    """Object files hold host code that was generated for this processor."""
-    cpu = ""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.system()} {platform.machine()} {cpu}"
-
-
 def _emulating() -> bool:
     emulator = sys.modules.get(f"{__package__}.emulator")
     return emulator is not None and emulator.installed()
@@ -153,22 +124,12 @@ def _check_process(target: str) -> None:
 
 def _obtain(kernel: str, signature, config, target: str) -> Artifacts:
     """From the disk if possible, else compiled and put there."""
-    folder = cache_dir()
-    if folder is None:
-        return _build(kernel, signature, config, target)
-    path = entry_path(folder, kernel, signature, config, target)
-    found = _read(path)
-    if found is not None:
-        return found
-    with _lock(path.with_suffix(".lock")):
-        found = _read(path)  # another process may have been quicker
-        if found is None:
-            found = _build(kernel, signature, config, target)
-            _write(path, found)
-    return found
+    what = kernel, signature, config, target
+    return _unpacked(cache.obtain(entry_name(*what), lambda: _packed(_build(*what))))
 
 
 def _build(kernel: str, signature, config, target: str) -> Artifacts:
+    global _streams
     os.environ.setdefault("CUTE_DSL_ARCH", ARCH)  # or the DSL asks the driver, which may be absent
     import cutlass.cute as cute
 
@@ -176,9 +137,13 @@ def _build(kernel: str, signature, config, target: str) -> Artifacts:
     instance = getattr(importlib.import_module(module), name)(signature, config)
     with tempfile.TemporaryDirectory(prefix="fa3-") as folder:
         options = f"--enable-tvm-ffi --gpu-arch {ARCH} --keep-ptx --keep-cubin --dump-dir {folder}"
-        compiled = cute.compile(
-            instance, *instance.example_args(), options=f"{options} {OPTIONS[target]}"
-        )
+        _streams = sys.stdout, sys.stderr
+        try:
+            compiled = cute.compile(
+                instance, *instance.example_args(), options=f"{options} {OPTIONS[target]}"
+            )
+        finally:
+            _streams = ()
         file = Path(folder) / "kernel.o"
         compiled.export_to_c(object_file_path=str(file), function_name=ENTRY_POINT)
         return Artifacts(file.read_bytes(), compiled.__cubin__, compiled.__ptx__)
@@ -211,63 +176,15 @@ def _relocated(ptx: str) -> str:
     return re.sub(r'(?m)^(\s*\.file\s+\d+\s+")[^"]*/kernels/([^"]+)', named, ptx)
 
 
-def _read(path: Path) -> Artifacts | None:
-    """The entry, or None if there is none or it is damaged; then it is deleted."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    try:
-        if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
-            raise ValueError("wrong checksum")
-        with zipfile.ZipFile(io.BytesIO(content[DIGEST:])) as entry:
-            binary, cubin, ptx = (entry.read(name) for name in Artifacts._fields)
-        return Artifacts(binary, cubin, ptx.decode())
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        warnings.warn(f"cache entry {path} is damaged ({error}): compiling again", stacklevel=2)
-        with contextlib.suppress(OSError):
-            path.unlink()
-        return None
-
-
-def _write(path: Path, found: Artifacts) -> None:
-    """Put the entry in place as a whole; a disk that refuses costs only the cache."""
+def _packed(found: Artifacts) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as entry:
         for name, part in zip(Artifacts._fields, found, strict=True):
             entry.writestr(name, part)
-    digest = hashlib.sha256(content.getvalue()).digest()
-    fresh = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(digest + content.getvalue())
-        os.replace(fresh, path)
-    except OSError as error:
-        warnings.warn(f"cannot write the cache entry {path}: {error}", stacklevel=2)
-        with contextlib.suppress(OSError):
-            fresh.unlink()
+    return content.getvalue()
 
 
-@contextlib.contextmanager
-def _lock(path: Path):
-    """Held by the process that compiles.
-
-    Without it, or when it cannot be had in time, the work is done twice and nothing breaks.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except OSError:
-        yield
-        return
-    with handle:  # closing gives the lock back
-        deadline = time.monotonic() + LOCK_SECONDS
-        while fcntl is not None and time.monotonic() < deadline:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError:  # a file system without locks
-                break
-        yield
+def _unpacked(content: bytes) -> Artifacts:
+    with zipfile.ZipFile(io.BytesIO(content)) as entry:
+        binary, cubin, ptx = (entry.read(name) for name in Artifacts._fields)
+    return Artifacts(binary, cubin, ptx.decode())

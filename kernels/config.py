@@ -46,6 +46,38 @@ class FwdConfig:
     def consumer_registers(self) -> int:
         return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups]
 
+    def check(self, signature: Signature) -> None:
+        """Raises ValueError, which names the field and its limits, if no kernel can be so."""
+        one_byte = signature.quantised is not None
+        unit = 32 if one_byte else 16  # wgmma's K: the keys of one step of P V
+        widths = [
+            0,
+            *(n for n in range(8, signature.head_dim_v, 8) if signature.head_dim_v % n == 0),
+        ]
+        for name, expected, is_right in (
+            (
+                "tile_n",
+                f"a multiple of {unit} from {unit} to 256",
+                self.tile_n in range(unit, 257, unit),
+            ),
+            ("num_mma_warpgroups", "1, 2 or 3", self.num_mma_warpgroups in (1, 2, 3)),
+            ("num_stages", "at least 1", self.num_stages >= 1),
+            ("polynomial_exp2", "at least 0", self.polynomial_exp2 >= 0),
+            (
+                "o_slice",
+                f"one of {widths}" if one_byte else "0, as O of 16-bit inputs is not sliced",
+                self.o_slice in (widths if one_byte else [0]),
+            ),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        needed = self.smem_bytes(signature)
+        if needed > SMEM_LIMIT:
+            raise ValueError(
+                f"{self} needs {needed} bytes of shared memory per CTA, the limit is {SMEM_LIMIT}: "
+                "choose a smaller tile_n, num_stages or num_mma_warpgroups"
+            )
+
     def o_space(self, signature: Signature) -> OSpace:
         """The first of the spaces that is large enough."""
         q, o, k_stage, v_stage = self.elements(signature)

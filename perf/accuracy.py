@@ -1,7 +1,7 @@
 """Rewrite the tables of docs/accuracy.md: the error of FP8 attention, simulated on the CPU.
 
-    python -m perf.accuracy            some minutes on one core
-    python -m perf.accuracy --check    print the tables, leave the document alone
+    python -m perf.accuracy            some minutes on one core; prints each row when it is known
+    python -m perf.accuracy --check    leaves the document alone
 
 tests/fp8_model.py stands for the kernel; tests/test_fp8_accuracy.py compares it with the kernel
 itself, run by the emulator.
@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 from fa3.quantize import quantize_fp8
 from tests.fp8_model import KERNEL, LARGEST, Numerics, attention
 
-from .document import insert, table
-from .progress import track
+from .document import insert, lines_of_table
+from .progress import end_with_reader
 from .results import ROOT
 
 DOCUMENT = ROOT / "docs" / "accuracy.md"
@@ -162,7 +163,7 @@ def main_rows(length: int):
     problems = [Problem.of(kind, length, seeds // part, rows) for kind, part in KINDS.items()]
     plain = [p.error(plain_fp8(p)) for p in problems]
     yield "plain FP8, RMSE", *(f"{e.square().mean().sqrt():.1e}" for e in plain)
-    for variant in track(VARIANTS, "variant"):
+    for variant in VARIANTS:
         errors = [(p.error(quantised(p, variant)), e) for p, e in zip(problems, plain, strict=True)]
         yield variant.name, *(f"{ratio(*pair):.2f}" for pair in errors)
         if variant is E4M3:
@@ -177,7 +178,7 @@ def accumulator_rows():
         for variant in (E4M3, E4M3_SMOOTH_V)
         for length in LENGTHS
     ]
-    for kind, length, variant in track(cases, "case"):
+    for kind, length, variant in cases:
         p = Problem.of(kind, length, *FEW)
         results = (quantised(p, variant, numerics) for numerics in (KERNEL, SHORT, ONE_LEVEL))
         errors = (p.error(out).square().mean().sqrt() for out in results)
@@ -185,14 +186,17 @@ def accumulator_rows():
         yield kind, smooth, str(length), *(f"{error:.2e}" for error in errors)
 
 
-def tables() -> str:
-    parts = [f"Computed with torch {torch.__version__}."]
+def lines() -> Iterator[str]:
+    """Of the document's tables, each as soon as it is known."""
+    yield from (BEGIN, "", f"Computed with torch {torch.__version__}.", "")
     for length, (seeds, rows) in LENGTHS.items():
-        title = f"### {length} keys ({seeds} problems, {rows} queries of each)"
-        parts += [title, table(("", *KINDS), main_rows(length))]
+        yield from (f"### {length} keys ({seeds} problems, {rows} queries of each)", "")
+        yield from lines_of_table(("", *KINDS), main_rows(length))
+        yield ""
+    yield from (f"### RMSE by accumulator ({FEW[0]} problems, {FEW[1]} queries of each)", "")
     columns = "data", "smooth-V", "keys", "exact sums", "short, two levels", "short, one level"
-    title = f"### RMSE by accumulator ({FEW[0]} problems, {FEW[1]} queries of each)"
-    return "\n\n".join([BEGIN, *parts, title, table(columns, accumulator_rows()), END])
+    yield from lines_of_table(columns, accumulator_rows())
+    yield from ("", END)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,14 +208,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     os.environ["FA3_CPU"] = "reference"  # quantise in plain torch
-    text = tables()
-    if options.check:
-        print(text)
-    else:
-        DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))
+    found = []
+    for line in lines():
+        print(line, flush=True)
+        found.append(line)
+    if not options.check:
+        DOCUMENT.write_text(insert(DOCUMENT.read_text(), "\n".join(found)))
         print(f"written: {DOCUMENT.relative_to(ROOT)}")
     return 0
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

@@ -1,9 +1,18 @@
 """The generated part of a document: it begins and ends with a line that marks it."""
 
+from collections.abc import Iterator
+from itertools import chain
+
 
 def table(head, rows) -> str:
     """A markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(lines_of_table(head, rows))
+
+
+def lines_of_table(head, rows) -> Iterator[str]:
+    """Its lines, each as soon as its row is there."""
+    for cells in chain((head, ["---"] * len(head)), rows):
+        yield f"| {' | '.join(cells)} |"
 
 
 def insert(document: str, text: str) -> str:

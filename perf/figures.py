@@ -30,22 +30,8 @@ class Timeline:
         inspection = cli.inspect(cli.signature_of(args))
         launch = run.run(inspection, Call.of(args), self.lengths)
         path = folder / f"{self.name}.png"
-        launch.write_png(
-            path,
-            start=self.start,
-            end=self.end,
-            labels=run.names_of(launch),
-            title=f"{_title(inspection)}: nominal times of the emulator, not measured",
-        )
+        run.write_timeline(inspection, launch, path, start=self.start, end=self.end)
         return path
-
-
-def _title(inspection) -> str:
-    s, c = inspection.signature, inspection.config
-    return (
-        f"{s.dtype}, head dim {s.head_dim}, {c.num_mma_warpgroups} consumer warpgroups, "
-        f"{c.tile_m} queries x {c.tile_n} keys, {c.num_stages} stages"
-    )
 
 
 TIMELINES = (

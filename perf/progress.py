@@ -1,5 +1,6 @@
-"""A progress bar on stderr."""
+"""A progress bar on stderr; the end of a command whose output nobody reads on."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -20,3 +21,9 @@ def track(items: Sequence[Item], unit: str) -> Iterator[Item]:
         for item in bar:
             bar.set_description(str(item))
             yield item
+
+
+def end_with_reader() -> None:
+    """End as other tools do when the reader of stdout goes away: ... | head"""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)

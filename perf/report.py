@@ -14,6 +14,7 @@ from pathlib import Path
 from . import bandwidth, page
 from .backends import OURS, OWN
 from .cases import PASSES
+from .progress import end_with_reader
 from .results import RESULTS, Measured, Row, names, newest, panels, ratios, read_all, speeds
 
 NOT_MEASURED = "not measured"
@@ -100,4 +101,5 @@ def main(argv: list[str] | None = None, folder: Path = RESULTS, target: Path = p
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

@@ -18,6 +18,7 @@ SIGNATURES = [
 @pytest.mark.parametrize("signature", SIGNATURES, ids=str)
 def test_every_signature_has_a_config_that_fits(signature):
     config = tuning.forward(signature)
+    config.check(signature)
     assert config.smem_bytes(signature) <= SMEM_LIMIT
     assert config.tile_n % 16 == 0 and 16 <= config.tile_n <= 256  # wgmma's K and N
     assert config.tile_m == 64 * config.num_mma_warpgroups

@@ -11,8 +11,13 @@ The PTX of a compiled function is executed over host memory; see docs/architectu
 
 from __future__ import annotations
 
-import threading
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
+from ..locks import Lock
 from .compare import ScheduleDifference, compare_schedules
 from .errors import (
     BarrierMisuse,
@@ -44,12 +49,11 @@ from .settings import (
 
 # fmt: off
 __all__ = [
-    "ACCUMULATORS", "ALL_CHECKS", "CHECKS", "SCHEDULES", "BarrierMisuse", "Deadlock",
-    "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence", "MissingWgmmaFence",
-    "Options", "OutOfBounds", "Profile", "Race", "RegisterInFlight", "Runaway",
-    "ScheduleDifference", "SetupError", "Uninitialized", "Unsupported", "call",
-    "compare_schedules", "configure", "install", "installed", "launches", "options",
-    "profile", "register", "remember",
+    "ACCUMULATORS", "ALL_CHECKS", "ARCHITECTURES", "CHECKS", "SCHEDULES", "BarrierMisuse",
+    "Deadlock", "EmulatorError", "KernelError", "Misaligned", "MissingProxyFence",
+    "MissingWgmmaFence", "Options", "OutOfBounds", "Profile", "Race", "RegisterInFlight", "Runaway",
+    "ScheduleDifference", "SetupError", "Uninitialized", "Unsupported", "call", "compare_schedules",
+    "configure", "install", "installed", "launches", "options", "profile", "register", "remember",
 ]
 # fmt: on
 
@@ -59,16 +63,21 @@ processes, with the reason (serial) where it is one."""
 
 _device = None
 _arch = None
-_lock = threading.Lock()
+_lock = Lock()
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a")
+"""What install() takes."""
 
 
 def install(arch: str = "sm_90a") -> None:
     """Make this process compile for arch and run its kernels on the CPU; does nothing twice.
 
     Raises SetupError where that cannot work: another DSL version than the known ones, no C
-    compiler, or another arch than the first time.
+    compiler, an arch that is none of ARCHITECTURES or another than the first time.
     """
     global _device, _arch
+    if arch not in ARCHITECTURES:
+        raise SetupError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     with _lock:
         if _device is not None:
             if arch != _arch:
@@ -78,13 +87,26 @@ def install(arch: str = "sm_90a") -> None:
         from .device import Device
 
         dsl.check_version()
-        library = shim.build()
+        folder = _folder()
+        library = shim.build(folder)
         dsl.check_runtime(library)
-        dsl.set_environment(arch, library)
+        dsl.set_environment(arch, library, folder)
         device = Device(library)
         device.launches = launches
         dsl.patch(device)
         _device, _arch = device, arch
+
+
+def _folder() -> Path:
+    """A folder of this process, removed at its end, not at that of a forked child."""
+    folder, process = tempfile.mkdtemp(prefix="fa3_emulator_"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 def installed() -> bool:

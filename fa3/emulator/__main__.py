@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -141,4 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end as other tools do when nobody reads on: ... | head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -23,6 +23,7 @@ class Checks:
         self.fence = "fence" in on
         self.late = "late" in on
         self.mbarrier = "mbarrier" in on
+        self.box = "box" in on
         self.race = "race" in on
         self.across = "global" in on
         self.tracks_writes = self.proxy or self.uninit or self.mbarrier or self.race

@@ -29,7 +29,7 @@ def compare_schedules(
     run: Callable[[], Sequence],
     seeds: Iterable[int] = range(8),
     *,
-    checks: tuple[str, ...] | None = None,
+    checks: str | Iterable[str] | None = None,
 ) -> Sequence:
     """Call run() under the eager, the late and seeded random schedules; returns its eager outputs.
 
@@ -37,7 +37,7 @@ def compare_schedules(
     time.  checks: as in options(), default the current ones.  Raises ScheduleDifference where an
     output is not the same to the bit, and whatever the checks raise.
     """
-    base = settings.current().checks if checks is None else checks
+    base = settings.current().checks if checks is None else settings.names(checks)
     base = tuple(c for c in base if c != "late")
     first = None
     for schedule, seed in [("eager", 0), ("late", 0), *(("random", s) for s in seeds)]:

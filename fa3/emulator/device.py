@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..locks import Lock
 from . import settings
 from .checks import Checks
 from .errors import SetupError
 from .images import Images
 from .memory.regions import GlobalMemory
+from .numerics import blas
 from .shim import Launch, Shim
 
 _LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
@@ -63,7 +65,7 @@ class Device:
         self._modules: dict[bytes, object] = {}  # digest of PTX -> parsed module
         self._edited: tuple[str, object] = ("", None)  # PTX after an edit, parsed
         self._allocations: dict[int, int] = {}  # address -> token
-        self._lock = threading.RLock()
+        self._lock = Lock(self._forget)
         self._failed = threading.local()
         self.shim = Shim(shim)
         self.shim.connect(
@@ -73,6 +75,11 @@ class Device:
             attribute=self._attribute,
             alloc=self._alloc,
         )
+
+    def _forget(self) -> None:
+        """What a launch of another thread may have left half done at a fork."""
+        self._modules, self._edited = {}, ("", None)
+        blas.restore()
 
     def register(self, *tensors) -> None:
         """Let kernels touch the memory behind torch or numpy arrays for as long as those live."""
@@ -201,6 +208,7 @@ class Device:
             chosen.accumulator,
             chosen.profile,
             chosen.processes,
+            chosen.progress,
         )
         statistics = grid.run()
         self.launches.append(

@@ -19,14 +19,11 @@ makes argument memory visible.  Hence, in the process that loads it:
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import importlib.metadata
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -69,15 +66,13 @@ def check_runtime(library: Path) -> None:
         )
 
 
-def set_environment(arch: str, library: Path) -> None:
-    """Compile for arch, keep PTX and cubin, write source lines into the PTX, load the shim."""
-    folder = tempfile.mkdtemp(prefix="fa3_emulator_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def set_environment(arch: str, library: Path, folder: Path) -> None:
+    """Compile for arch, keep PTX and cubin there, write source lines into PTX, load the shim."""
     os.environ.update(
         CUTE_DSL_LIBS=str(library),
         CUTE_DSL_ARCH=arch,
         CUTE_DSL_KEEP="ptx,cubin",
-        CUTE_DSL_DUMP_DIR=folder,
+        CUTE_DSL_DUMP_DIR=str(folder),
         CUTE_DSL_LINEINFO="1",
         CUTE_DSL_DISABLE_FILE_CACHING="1",
     )

@@ -27,7 +27,8 @@ class KernelError(EmulatorError):
 
 
 class OutOfBounds(KernelError):
-    """An access outside shared memory or outside every registered tensor."""
+    """An access outside shared memory, outside every registered tensor, or, by TMA, wholly outside
+    of its tensor (check "box")."""
 
 
 class Misaligned(KernelError):

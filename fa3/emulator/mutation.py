@@ -88,10 +88,11 @@ class Judge:
         self,
         run: Callable[[], Sequence],
         seeds: Iterable[int] = range(4),
-        checks: tuple[str, ...] = settings.ALL_CHECKS,
+        checks: str | Iterable[str] = settings.ALL_CHECKS,
     ):
         """run: as in compare_schedules().  seeds: of the random schedules that are tried."""
-        self._run, self._checks = run, tuple(c for c in checks if c != "late")
+        self._run = run
+        self._checks = tuple(c for c in settings.names(checks) if c != "late")
         self._schedules = [("eager", 0), ("late", 0), *(("random", seed) for seed in seeds)]
         texts: dict[str, None] = {}
         self._expected = self._outputs("eager", 0, lambda ptx: texts.setdefault(ptx) or ptx)

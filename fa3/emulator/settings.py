@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from .errors import SetupError
 
 if TYPE_CHECKING:
     from .profiling import Profile
@@ -21,6 +23,7 @@ CHECKS = {
     "late": "asynchronous work completes as late as it may: bulk loads when nothing else can run, "
     "wgmma, bulk stores and cp.async at the wait that covers them",
     "mbarrier": "ordinary stores over a live mbarrier",
+    "box": "stages that TMA fills from outside of a tensor alone, with zeros",
     "race": "accesses to shared memory, asynchronous ones included, that no barrier or wait orders",
     "global": "plain accesses of different clusters to global memory that no atomics order",
 }
@@ -60,9 +63,15 @@ class Schedule:
         return self.kind != "eager"
 
 
+def names(checks: str | Iterable[str]) -> tuple[str, ...]:
+    """Several names of checks, or one."""
+    return (checks,) if isinstance(checks, str) else tuple(checks)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     checks: tuple[str, ...] = ()
+    """Names among CHECKS; one alone may be given as a string."""
     sms: int = 132
     """Streaming multiprocessors that HardwareInfo and %nsmid report."""
     instruction_limit: int = 20_000_000
@@ -80,11 +89,13 @@ class Options:
     processes: int | None = None
     """Over how many processes a launch may spread its clusters (execution/processes.py).  None: as
     many as there are cores, where that pays."""
+    progress: Callable[[int, int], None] | None = None
+    """Called after each cluster of a launch: how many are done, of how many."""
     edit: Callable[[str], str] | None = None
     """Applied to the PTX before it is parsed: how the tests break a kernel on purpose."""
 
     def __post_init__(self):
-        object.__setattr__(self, "checks", tuple(self.checks))
+        object.__setattr__(self, "checks", names(self.checks))
         if unknown := set(self.checks) - set(CHECKS):
             raise ValueError(f"unknown checks {sorted(unknown)}; known are {', '.join(CHECKS)}")
         if self.accumulator not in ACCUMULATORS:
@@ -139,13 +150,32 @@ def configure(*, late: bool | None = None, **changes) -> None:
 def options(*, late: bool | None = None, **changes) -> Iterator[Options]:
     """Run launches with other options inside a with block; arguments as in configure().
 
-    They hold for the thread (more exactly, the context) that enters the block.
+    They hold for the thread (more exactly, the context) that enters the block.  Raises SetupError
+    where a kernel in the block asked for a GPU, as the emulator is not installed.
     """
     token = _scoped.set(_changed(current(), late, changes))
     try:
         yield current()
+    except Exception as error:
+        if _wants_gpu(error) and not _installed():
+            raise SetupError(
+                "the kernel was compiled for a GPU, as the emulator is not installed: call "
+                "emulator.install() before anything is compiled"
+            ) from error
+        raise
     finally:
         _scoped.reset(token)
+
+
+def _wants_gpu(error: Exception) -> bool:
+    """Whether the DSL found no driver, or a TVM-FFI function was given CPU tensors."""
+    return type(error).__name__ == "DSLCudaRuntimeError" or "device_type=cuda" in str(error)
+
+
+def _installed() -> bool:
+    from . import installed
+
+    return installed()
 
 
 @contextlib.contextmanager

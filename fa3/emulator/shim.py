@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import cache
 from .errors import SetupError
 
 SOURCE = Path(__file__).with_name("shim.c")
@@ -59,43 +59,29 @@ def compiler() -> list[str]:
     )
 
 
-def _folders(tag: str):
-    """Where the built library may live, best first."""
-    if root := os.environ.get("FA3_CACHE_DIR"):
-        yield Path(root) / "emulator" / tag
-    yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fa3/emulator" / tag
-    private = tempfile.mkdtemp(prefix="fa3_emulator_")
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    yield Path(private)
+def build(folder: Path) -> Path:
+    """The compiled shim, in a folder of this process; compiled only if the cache has none."""
+    facts = {
+        "source": SOURCE.read_text(),
+        "flags": FLAGS,
+        "compiler": os.environ.get("CC", ""),
+        "libc": platform.libc_ver(),
+    }
+    library = folder / LIBRARY
+    library.write_bytes(cache.obtain(cache.name_of(facts, ".runtime"), _compile))
+    return library
 
 
-def build() -> Path:
-    """The compiled shim, from the cache folder if it was built before."""
-    tag = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode()).hexdigest()[:16]
-    for folder in _folders(tag):
-        library = folder / LIBRARY
-        if library.exists():
-            return library
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
-        except OSError:
-            continue
-        os.close(handle)
-        _compile(partial)
-        os.replace(partial, library)
-        return library
-    raise SetupError("no folder to put the emulator's stand-in CUDA runtime into")
-
-
-def _compile(output: str) -> None:
-    command = [*compiler(), *FLAGS, "-o", output, str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        os.unlink(output)
-        raise SetupError(
-            f"building the stand-in CUDA runtime failed: {shlex.join(command)}\n{done.stderr}"
-        )
+def _compile() -> bytes:
+    with tempfile.TemporaryDirectory(prefix="fa3_emulator_") as folder:
+        output = Path(folder) / LIBRARY
+        command = [*compiler(), *FLAGS, "-o", str(output), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SetupError(
+                f"building the stand-in CUDA runtime failed: {shlex.join(command)}\n{done.stderr}"
+            )
+        return output.read_bytes()
 
 
 class Shim:
@@ -103,7 +89,13 @@ class Shim:
 
     def __init__(self, path: Path):
         self.path = path
-        self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        try:
+            self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise SetupError(
+                f"the stand-in CUDA runtime cannot be loaded: {error}. It lies in the folder for "
+                "temporary files, which must allow code to be executed (see TMPDIR)"
+            ) from error
         self._callbacks: tuple = ()
 
     def connect(

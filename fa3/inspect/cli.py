@@ -99,7 +99,12 @@ def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
         if name not in known or not value.isdigit():
             raise ValueError(f"--config {change}: expected NAME=NUMBER, NAME of {sorted(known)}")
         values[name] = type(getattr(shipped, name))(int(value))
-    return replace(shipped, **values)
+    config = replace(shipped, **values)
+    try:
+        config.check(signature)
+    except ValueError as error:
+        raise ValueError(f"--config {' '.join(changes)}: {error}") from None
+    return config
 
 
 def inspect(signature: Signature, config: FwdConfig | None = None) -> Inspection:
@@ -178,11 +183,15 @@ def main(argv: list[str]) -> int:
         if args.run or args.timeline:
             emulator.install()  # before anything is compiled
         signature = signature_of(args)
-        inspection = inspect(signature, config_of(signature, args.config))
-        launch = run.run(inspection, Call.of(args), lengths) if args.run or args.timeline else None
+        config = config_of(signature, args.config)
+        runs = args.run or args.timeline
+        if runs:
+            print("compiling, unless the cache has the kernel", file=sys.stderr, flush=True)
+        inspection = inspect(signature, config)
+        launch = run.run(inspection, Call.of(args), lengths) if runs else None
         print(_json(inspection, launch) if args.json else _text(inspection, launch))
         if args.timeline:
-            run.write_timeline(launch, args.timeline)
+            run.write_timeline(inspection, launch, args.timeline)
             print(f"wrote {args.timeline}", file=sys.stderr)
         if args.dump:
             for path in dump(inspection, args.dump):

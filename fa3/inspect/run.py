@@ -1,12 +1,13 @@
 """`--run`: the inspected kernel on the emulator, for a small case, with counters and a timeline."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from .. import jit
-from ..emulator import profile
+from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
 from ..ops import LOG2_E
 from .call import Call, Lengths
@@ -51,9 +52,28 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     kernel = jit.compile(
         inspection.kernel.where, inspection.signature, inspection.config, "emulator"
     )
-    with profile() as found:
+    with profile() as found, options(progress=_show):
         kernel(q, k, v, out, lse, *views, *scalars)
     return found.launches[-1]
+
+
+def _show(done: int, total: int) -> None:
+    """Progress of a launch on stderr: in place on a terminal, else a line per tenth."""
+    text = f"emulated {done} of {total} CTAs"
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done == total or 10 * done // total > 10 * (done - 1) // total:
+        print(text, file=sys.stderr, flush=True)
+
+
+def title_of(inspection) -> str:
+    """What a timeline shows."""
+    s, c = inspection.signature, inspection.config
+    return (
+        f"{s.dtype}, head dim {s.head_dim}, {c.num_mma_warpgroups} consumer warpgroups, "
+        f"{c.tile_m} queries x {c.tile_n} keys, {c.num_stages} stages: nominal times of the "
+        "emulator, not measured"
+    )
 
 
 def names_of(launch: LaunchProfile) -> dict[str, str]:
@@ -68,8 +88,10 @@ def names_of(launch: LaunchProfile) -> dict[str, str]:
     return found
 
 
-def write_timeline(launch: LaunchProfile, path: Path) -> None:
+def write_timeline(inspection, launch: LaunchProfile, path: Path, **stretch) -> None:
+    """A trace, or a picture of CTA 0; stretch: its start and end in nominal cycles."""
     if path.suffix == ".png":
-        launch.write_png(path, labels=names_of(launch))
+        names, title = names_of(launch), title_of(inspection)
+        launch.write_png(path, labels=names, title=title, **stretch)
     else:
         launch.write_trace(path, labels=names_of(launch))

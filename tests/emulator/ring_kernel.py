@@ -62,7 +62,8 @@ def _partition(atom, shared, tensor, shape):
 def _produce(ring: Ring, load: cute.CopyAtom, x: cute.Tensor, broken: cutlass.Constexpr[str]):
     to_stage, from_tile = _partition(load, ring.stages, x, (N, K))
     wrong = {"bytes too many": 64, "bytes too few": -64}.get(broken, 0)
-    for i in cutlass.range(x.shape[0] // N, unroll=1):
+    tiles = x.shape[0] // N + int(broken == "tile too many")
+    for i in cutlass.range(tiles, unroll=1):
         stage, phase = i % STAGES, i // STAGES % 2
         if cutlass.const_expr(broken == "producer phase"):
             cute.arch.mbarrier_wait(ring.empty + stage, phase)

@@ -1,5 +1,6 @@
 """Installation and its errors, functions from object files, and what stays registered."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -57,6 +58,14 @@ def test_installing_twice_is_harmless_and_another_arch_is_not(emulator):
         emulator.install("sm_80")
 
 
+@pytest.mark.parametrize("arch", ["sm_70", "sm_100", "sm_100a", "hopper", None])
+def test_an_arch_that_it_does_not_run_is_refused(arch):
+    from fa3 import emulator
+
+    with pytest.raises(SetupError, match=f"arch is {arch!r}, expected one of sm_80, .*, sm_90a$"):
+        emulator.install(arch)
+
+
 def test_an_unknown_version_of_the_dsl_is_refused(monkeypatch):
     monkeypatch.setattr(dsl.importlib.metadata, "version", lambda name: "4.9.0")
     with pytest.raises(SetupError, match=r"known to work with 4\.8\.1; installed is 4\.9\.0"):
@@ -88,10 +97,19 @@ def test_the_shim_is_built_with_cc_and_kept(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
-    library = shim.build()
-    assert library.name == shim.LIBRARY and library == shim.build()
+    library = shim.build(tmp_path)
+    assert library == tmp_path / shim.LIBRARY and ctypes.CDLL(str(library)).fa3_emulator_install
+    library.unlink()
+    assert shim.build(tmp_path) == library
     assert log.read_text() == "called\n"
-    assert [p.name for p in library.parent.iterdir()] == [shim.LIBRARY]
+    (entry,) = (tmp_path / "cache").glob("*.runtime")
+    entry.write_bytes(entry.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"):
+        shim.build(tmp_path)
+    monkeypatch.setenv("FA3_CACHE", "0")
+    shim.build(tmp_path)
+    assert log.read_text() == "called\n" * 3
+    assert ctypes.CDLL(str(library)).fa3_emulator_install
 
 
 def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
@@ -101,7 +119,7 @@ def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(SetupError, match="broken toolchain"):
-        shim.build()
+        shim.build(tmp_path)
 
 
 PRELUDE = """
@@ -132,6 +150,79 @@ def test_installing_after_the_dsl_was_imported_works(emulator, tmp_path):
     """,
         tmp_path,
     )
+
+
+def test_a_forgotten_install_is_named(tmp_path):
+    said = python(
+        PRELUDE
+        + """
+    from cutlass.cute.runtime import from_dlpack
+    from tests.emulator import kernels
+
+    @cute.jit
+    def add(a: cute.Tensor, b: cute.Tensor, c: cute.Tensor):
+        kernels._add(a, b, c, 0).launch(grid=[1, 1, 1], block=[128, 1, 1])
+
+    def with_ffi():
+        compiled()(a, b, c)
+
+    def without_ffi():
+        cute.compile(add, *map(from_dlpack, (a, b, c)))(*map(from_dlpack, (a, b, c)))
+
+    def broken():
+        raise TypeError("its own fault")
+
+    for call in (with_ffi, without_ffi, broken):
+        try:
+            with emulator.profile():
+                call()
+        except Exception as error:
+            print(type(error).__name__, error)
+    """,
+        tmp_path,
+        CUTE_DSL_ARCH="sm_90a",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    hint = "SetupError the kernel was compiled for a GPU, as the emulator is not installed: call "
+    first, second, third = said.splitlines()
+    assert first.startswith(hint) and second.startswith(hint)
+    assert third == "TypeError its own fault"
+
+
+def test_a_forked_child_that_ends_takes_nothing_away(emulator, tmp_path):
+    said = python(
+        PRELUDE
+        + """
+    import os
+    emulator.install()
+    child = os.fork()
+    if child == 0:
+        sys.exit()
+    os.waitpid(child, 0)
+    compiled()(a, b, c)
+    print(torch.equal(c, a + b))
+    """,
+        tmp_path,
+    )
+    assert said == "True\n"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_an_installation_leaves_on_the_disk(kept, emulator, tmp_path):
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    python(
+        "from fa3 import emulator; emulator.install()",
+        tmp_path,
+        HOME=str(home),
+        TMPDIR=str(temporary),
+        FA3_CACHE_DIR="~/c",
+        FA3_CACHE="1" if kept else "0",
+    )
+    left = sorted(path.suffix for path in home.rglob("*") if path.is_file())
+    assert left == ([".lock", ".runtime"] if kept else [])
+    assert not list(temporary.glob("fa3*")) and not (tmp_path / "~").exists()
 
 
 def test_installing_after_something_was_compiled_is_an_error(emulator, tmp_path):
@@ -310,6 +401,10 @@ def test_options(emulator):
         assert outer.checks == ("proxy", "late")
         with emulator.options(sms=7, late=False) as inner:
             assert (inner.sms, inner.checks) == (7, ("proxy",))
+    with emulator.options(checks="race") as one:
+        assert one.checks == ("race",)
+    with pytest.raises(ValueError, match=r"unknown checks \['typo'\]; known are proxy"):
+        emulator.options(checks="typo").__enter__()
     with pytest.raises(ValueError, match=r"unknown checks \['typo'\]; known are proxy"):
         emulator.configure(checks=("typo",))
     with pytest.raises(ValueError, match="sms must be at least 1, not 0"):

@@ -13,6 +13,7 @@ import torch
 from fa3.emulator.errors import EmulatorError, KernelError, OutOfBounds, Race, Runaway
 from fa3.emulator.execution import processes
 
+from ..forks import in_child
 from .ptx_runner import launch, prepared
 
 # %r1 CTA, %rd1 the address of its thread's own word; a word more than there are threads
@@ -82,6 +83,14 @@ def test_memory_and_statistics(name, checks):
     assert its == theirs and its["instructions"] > 0
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_progress(count):
+    told = []
+    body = OWN + WRITE
+    launch(body, ARRAY, grid=CTAS, processes=count, progress=lambda *told_: told.append(told_))
+    assert told == [(i, CTAS) for i in range(1, CTAS + 1)]
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_errors(name):
     body, kind, message = FAILURES[name]
@@ -144,6 +153,37 @@ def test_an_interrupt_ends_the_children(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ran(OWN + WRITE, 2)
     assert not multiprocessing.active_children()
+
+
+def test_a_fork_while_another_thread_launches(emulator, compiled):
+    """The child has a device of its own: it computes, and is done with nothing of the thread's."""
+    a, b, c = torch.randn(3, 300)
+    function = compiled("add", a, b, c)
+    launching, forked = threading.Event(), threading.Event()
+
+    def slow(ptx):
+        launching.set()
+        forked.wait()
+        return ptx
+
+    def work():
+        with emulator.options(edit=slow):
+            function(a, b, c)
+
+    def question():
+        out = torch.zeros(300)
+        function(a, b, out)
+        return torch.equal(out, a + b)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    launching.wait()
+    try:
+        assert in_child(question)
+    finally:
+        forked.set()
+        thread.join()
+    assert torch.equal(c, a + b)
 
 
 @pytest.mark.parametrize("schedule", ["eager", "random"])

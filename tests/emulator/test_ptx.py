@@ -112,7 +112,7 @@ def test_split_ignores_commas_inside_brackets():
     assert split("{a, b}, [c, {d, e}], f") == ["{a, b}", "[c, {d, e}]", "f"]
 
 
-@pytest.mark.parametrize("line", [".reg .b128 %x;", ".local .b8 stack[16];"])
+@pytest.mark.parametrize("line", [".reg .b128 %x;", ".const .b8 stack[16];"])
 def test_unknown_declarations_are_refused(line):
     with pytest.raises(Unsupported, match="PTX line"):
         parse(MODULE.replace(".reg .pred %p<3>;", line))

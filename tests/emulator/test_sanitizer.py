@@ -48,6 +48,7 @@ RING = [
     ("operand fence", "proxy", "MissingProxyFence", "operand B reads .* by thread", MULTIPLIED),
     ("store fence", "proxy", "MissingProxyFence", "TMA store reads .* by thread 0, ", STORED),
     ("init fence", "proxy", "MissingProxyFence", "completes bytes at the mbarrier at 0x0", LOADED),
+    ("tile too many", "box", "OutOfBounds", r"zeros alone: in phase 4 .* at \[0, 144\]", LOADED),
     # memory in use
     ("operand barrier", "race", "Race", "wgmma .* reads .* write by warp", MULTIPLIED, DOUBLED),
     ("store barrier", "race", "Race", "TMA store .* reads .* the write by warp", STORED, WRITTEN),

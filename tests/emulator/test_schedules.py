@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from fa3.emulator import settings
+
 from .test_checks import line_of
 
 
@@ -110,3 +112,11 @@ def test_which_schedule_options_choose(emulator):
         assert chosen.timing().kind == "eager"
     with pytest.raises(ValueError, match="unknown schedule 'lazy'; known are eager, late, random"):
         emulator.configure(schedule="lazy")
+
+
+def test_a_check_may_be_given_as_a_string(emulator):
+    seen = []
+    emulator.compare_schedules(
+        lambda: seen.append(settings.current().checks) or [], (), checks="race"
+    )
+    assert seen == [("race",)] * 2

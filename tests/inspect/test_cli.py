@@ -2,12 +2,17 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from fa3.inspect import cli
 from fa3.kernels.signature import Quantised, Signature
 
+ROOT = Path(__file__).resolve().parents[2]
 MULTIPLE = "expected a multiple of 8 from 8 to 256 for torch.bfloat16"
 
 
@@ -27,8 +32,9 @@ def call(device, capsys):
 
 def test_it_prints_what_the_call_would_run(call):
     run = "--run", "--seqlen-q", "100", "--seqlen-k", "300"
-    status, out, _ = call("--head-dim", "64", "--dtype", "bf16", "--causal", *run)
+    status, out, err = call("--head-dim", "64", "--dtype", "bf16", "--causal", *run)
     assert status == 0
+    assert err == "compiling, unless the cache has the kernel\nemulated 1 of 1 CTAs\n"
     out, _, table = out.partition("run on the emulator: ")
     _check_counters(table)
     lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
@@ -108,6 +114,38 @@ def test_a_change_that_is_none_of_a_config_is_refused(call, change):
     status, out, err = call("--head-dim", "64", "--config", change)
     assert (status, out) == (2, "")
     assert err.startswith(f"fa3 inspect: --config {change}: expected NAME=NUMBER")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tile_n=512",), "tile_n=512: tile_n is 512, expected a multiple of 16 from 16 to 256"),
+        (("tile_n=100",), "tile_n=100: tile_n is 100, expected a multiple of 16 from 16 to 256"),
+        (("num_mma_warpgroups=5",), "num_mma_warpgroups is 5, expected 1, 2 or 3"),
+        (("num_stages=0",), "num_stages is 0, expected at least 1"),
+        (("o_slice=8",), "o_slice is 8, expected 0, as O of 16-bit inputs is not sliced"),
+        (("tile_n=128", "num_stages=99"), "bytes of shared memory per CTA, the limit is 232448"),
+        (("tile_n=48", "--dtype", "e4m3"), "tile_n is 48, expected a multiple of 32 from 32 to"),
+        (("o_slice=24", "--dtype", "e4m3"), "o_slice is 24, expected one of [0, 8, 16, 32]"),
+    ],
+)
+def test_a_config_that_no_kernel_can_have_is_refused(call, arguments, message):
+    """Before anything is compiled."""
+    status, out, err = call("--head-dim", "64", "--config", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("fa3 inspect: --config ") and message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
+def test_a_reader_that_goes_away_ends_it_quietly(device):
+    command = [sys.executable, "-m", "fa3", "inspect", "--head-dim", "64", "--causal", "--json"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == -signal.SIGPIPE
 
 
 def test_head_dims_are_rounded_up_to_tiles(device):

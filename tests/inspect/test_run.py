@@ -1,6 +1,7 @@
 """The inspected kernel on the emulator; test_cli has the command line of it."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -38,11 +39,37 @@ def test_one_byte_inputs_and_the_names_of_their_events(ran, tmp_path):
     tile_m, tile_n = inspection.config.tile_m, inspection.config.tile_n
     assert launch.total.flops == 2 * tile_m * tile_n * (64 + 64 + 8) * -(-SMALL.s_k // tile_n)
     assert set(launch.counters) == {"mma", "load", "other"}
-    run.write_timeline(launch, tmp_path / "trace.json")
+    run.write_timeline(inspection, launch, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"Q", "K", "V", "Q K\u1d40", "P V"} <= {e["name"] for e in events}
-    run.write_timeline(launch, tmp_path / "cta.png")
+    run.write_timeline(inspection, launch, tmp_path / "cta.png")
     assert (tmp_path / "cta.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_says_what_it_shows(monkeypatch, tmp_path):
+    """The one of the command line as those of the documents."""
+    seen = {}
+    launch = SimpleNamespace(events=[], write_png=lambda path, **view: seen.update(view))
+    args = cli.arguments(["inspect", "--head-dim", "64"])
+    signature = cli.signature_of(args)
+    inspection = SimpleNamespace(signature=signature, config=cli.config_of(signature, []))
+    monkeypatch.setattr(run, "names_of", lambda launch: {"a": "Q"})
+    run.write_timeline(inspection, launch, tmp_path / "x.png", start=5)
+    title = seen.pop("title")
+    assert title.startswith("bf16, head dim 64, 3 consumer warpgroups, 192 queries x 128 keys, 4 s")
+    assert title.endswith("nominal times of the emulator, not measured")
+    assert seen == {"labels": {"a": "Q"}, "start": 5}
+
+
+def test_progress_is_told_by_tenths_or_in_place(capsys, monkeypatch):
+    for done in range(1, 101):
+        run._show(done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"emulated {n} of 100 CTAs" for n in range(10, 101, 10)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for done in (1, 2):
+        run._show(done, 2)
+    assert capsys.readouterr().err == "\remulated 1 of 2 CTAs\remulated 2 of 2 CTAs\n"
 
 
 def test_a_call_that_needs_another_kernel_is_refused():

@@ -3,10 +3,11 @@
 import csv
 import re
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
-from perf import bandwidth, page
+from perf import bandwidth, charts, page
 from perf.bandwidth import Moved
 from perf.cases import Case, flops
 from perf.charts import write_chart
@@ -89,6 +90,64 @@ def test_chart_is_a_picture_with_a_bar_for_every_time(rows, tmp_path, monkeypatc
     write_chart(path, rows, SYNTHETIC)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert sorted(heights) == [30.0, 60.0, 90.0, 100.0, 120.0, 150.0]
+
+
+@pytest.fixture
+def chart():
+    """A figure of two passes: fa4 and fa2 are in one each, "mine" has no colour of its own."""
+    pytest.importorskip("matplotlib", reason="the chart needs matplotlib: pip install fa3[perf]")
+    made = []
+    for head_dim, causal, backends in (
+        (64, False, ("fa3", "fa2")),
+        (64, True, ("fa3", "mine", "fa4")),
+        (128, False, ("fa4", "fa3")),
+    ):
+        for length in (512, 1024, 2048, 4096, 8192, 16_384):
+            for i, name in enumerate(backends):
+                one = row(name, 640.0 + i, length, causal, head_dim)
+                made.append(replace(one, ms_low=0.9 * one.ms, ms_high=1.25 * one.ms))
+    return charts.draw(made, SYNTHETIC), made
+
+
+def test_a_backend_has_one_colour_in_all_panels_and_the_legend_names_all(chart):
+    figure, _ = chart
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["fa3", "fa2", "mine", "fa4", charts.PRODUCT]
+    handles = zip(texts, legend.legend_handles, strict=True)
+    shown = {text: h.get_facecolor() for text, h in handles if text != charts.PRODUCT}
+    assert len(set(shown.values())) == 4
+    seen = [
+        (bars.get_label(), bars.patches[0].get_facecolor())
+        for axis in figure.axes
+        for bars in axis.containers
+    ]
+    assert [name for name, _ in seen] == ["fa3", "fa2", "fa3", "mine", "fa4", "fa4", "fa3"]
+    assert all(colour == shown[name] for name, colour in seen)
+
+
+def test_quartiles_are_drawn_and_values_stand_apart(chart):
+    figure, made = chart
+    drawn = [
+        tuple(line.get_ydata())
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_label() != charts.PRODUCT
+    ]
+    expected = {(one.tflops / 1.25, one.tflops / 0.9) for one in made}
+    assert {tuple(round(y, 6) for y in pair) for pair in drawn} == {
+        tuple(round(y, 6) for y in pair) for pair in expected
+    }
+    assert len(drawn) == len(made)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        assert all(axis.get_window_extent().contains(*box.max) for box in boxes)
+
+
+def test_a_row_without_quartiles_has_its_median_alone():
+    assert charts.quartiles(row("fa3", 100.0)) == (100.0, 100.0)
 
 
 def measured(rows, **where):

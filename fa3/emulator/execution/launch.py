@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Launch:
     accumulator: str = "fp32"
     record: Profile | None = None  # gets the profile of the launch
     processes: int | None = 1  # None: as many as pay
+    progress: Callable[[int, int], None] | None = None  # told of clusters: done, of how many
 
     def __post_init__(self):
         self.threads = self.block[0] * self.block[1] * self.block[2]
@@ -95,8 +97,14 @@ class Launch:
 
     def run(self) -> dict:
         """Run every CTA; returns statistics."""
-        with np.errstate(all="ignore"), blas.one_thread():
-            statistics = processes.run(self, list(self._clusters()))
+        constants = self.kernel.constants
+        tokens = [self.memory.add(self.kernel.address(x), len(constants[x])) for x in constants]
+        try:
+            with np.errstate(all="ignore"), blas.one_thread():
+                statistics = processes.run(self, list(self._clusters()))
+        finally:
+            for token in tokens:
+                self.memory.remove(token)
         if self.profile is not None:
             self.profile.finish()
         return statistics

@@ -49,16 +49,20 @@ class Report(NamedTuple):
 def run(launch, clusters: list[list]) -> dict:
     """Run the clusters, given by the positions of their CTAs; returns statistics."""
     first, *others = enumerate(clusters)
+    tell = launch.progress or (lambda done, total: None)
     start = time.perf_counter()
     totals = Counter(launch.run_cluster(*first))
     processes, serial = _how_many(launch, len(others), time.perf_counter() - start)
+    tell(1, len(clusters))
     if processes == 1:
         for work in others:
             totals.update(launch.run_cluster(*work))
+            tell(work[0] + 1, len(clusters))
     else:
         with contextlib.closing(_spread(launch, others, processes)) as reports:
             for work, report in zip(others, reports, strict=True):
                 totals.update(_taken_over(launch, report) or launch.run_cluster(*work))
+                tell(work[0] + 1, len(clusters))
     return {**totals, "processes": processes, "serial": serial}
 
 
@@ -84,6 +88,8 @@ def _ordered(kernel) -> str:
     """Why the clusters of a kernel must run one after another; "" if they need not."""
     if any(communicates(i) for i in kernel.code):
         return "atomics"
+    if any(i.parts[0] == "call" for i in kernel.code):
+        return "printf"
     if any(i.parts[0] == "tensormap" for i in kernel.code):
         return "tensor maps are written"
     if any(clock in i.text for i in kernel.code for clock in _CLOCKS):

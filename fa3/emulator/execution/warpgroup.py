@@ -68,6 +68,11 @@ class Warpgroup:
         if (watch := self.launch.lowered.watch) is not None:
             self.defined = np.zeros((watch.count, self.lanes), np.uint8)
 
+    @functools.cached_property
+    def local(self) -> np.ndarray:
+        """The bytes of each lane's local memory."""
+        return np.zeros((self.lanes, -(-self.launch.kernel.local_bytes // 16) * 16), np.uint8)
+
     def active(self, row, m):
         """The values of the active lanes (a constant stays a row of one when all are active)."""
         if m is None:

@@ -1,4 +1,4 @@
-"""Arithmetic: add sub mul mad fma div rem neg abs min max, and the functions of the MUFU unit."""
+"""Arithmetic: add sub mul mad sad fma div rem neg abs min max, and the functions of the MUFU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def _is_half(t: str) -> bool:
     return t.endswith("x2") or t == "bf16"
 
 
+def _saturates(i) -> bool:
+    """Of integers; only s32 does."""
+    return "sat" in i.parts and KIND[instr_type(i)] != "f" and not _is_half(instr_type(i))
+
+
 def flushes(i) -> bool:
     return "ftz" in i.parts and instr_type(i) != "f64"
 
@@ -24,6 +29,8 @@ def _elementwise(e: Emitter, i, for_floats: str, for_integers: str) -> None:
     f = f"flushing({for_floats})" if flushes(i) else for_floats
     if _is_half(t):
         return e.put(d, f"halves.apply({f},'{t}',{','.join(sources)})")
+    if _saturates(i):
+        return e.put(d, f"integers.saturated({for_integers},{','.join(sources)})")
     if flushes(i):
         e.put(d, f"{f}({','.join(sources)})")
     else:
@@ -67,7 +74,28 @@ def mad(e, i):
     if KIND[t] == "f":
         return fma(e, i)
     t = _WIDE[t] if i.parts[1] == "wide" else t
-    e.ufunc("add", e.dst(i.args[0], t), _product(e, i), e.src(i.args[3], t))
+    d, product, c = e.dst(i.args[0], t), _product(e, i), e.src(i.args[3], t)
+    if _saturates(i):
+        return e.put(d, f"integers.saturated(add,{product},{c})")
+    e.ufunc("add", d, product, c)
+
+
+@lowers("mul24", "mad24")
+def mul24(e, i):
+    t = instr_type(i)
+    a, b = e.src(i.args[1], t), e.src(i.args[2], t)
+    d, product = e.dst(i.args[0], t), f"integers.product_of_24_bits({a},{b},{i.parts[1] == 'hi'})"
+    if i.parts[0] == "mul24":
+        return e.put(d, product)
+    c = e.src(i.args[3], t)
+    e.put(d, f"integers.saturated(add,{product},{c})" if _saturates(i) else f"add({product},{c})")
+
+
+@lowers("sad")
+def sad(e, i):
+    t = instr_type(i)
+    a, b, c = (e.src(x, t) for x in i.args[1:])
+    e.put(e.dst(i.args[0], t), f"add({c},integers.difference({a},{b}))")
 
 
 @lowers("fma")

@@ -98,17 +98,33 @@ def clz(e, i):
 
 @lowers("bfind")
 def bfind(e, i):
-    if instr_type(i) != "u32":
-        raise Unsupported("bfind type")
-    zeros = f"integers.leading_zeros({e.src(i.args[1], 'u32')})"
-    x = e.src(i.args[1], "u32")
-    shift = f"where({x}==0,u4(0xffffffff),{zeros})"
-    e.put(e.dst(i.args[0], "u32"), shift if "shiftamt" in i.parts else f"u4(31)-{zeros}")
+    x = e.src(i.args[1], instr_type(i))
+    e.put(e.dst(i.args[0], "u32"), f"integers.highest_bit({x},{'shiftamt' in i.parts})")
 
 
 @lowers("brev")
 def brev(e, i):
-    e.put(e.dst(i.args[0], "u32"), f"integers.reverse_bits({e.src(i.args[1], 'u32')})")
+    t = instr_type(i)
+    e.put(e.dst(i.args[0], t), f"integers.reverse_bits({e.src(i.args[1], t)})")
+
+
+@lowers("cnot")
+def cnot(e, i):
+    t = instr_type(i)
+    e.put(e.dst(i.args[0], t), f"({e.src(i.args[1], t)}==0)")
+
+
+@lowers("bmsk")
+def bmsk(e, i):
+    first, count = (e.src(x, "u32") for x in i.args[1:])
+    e.put(e.dst(i.args[0], "u32"), f"integers.bit_mask({first},{count},{i.parts[1] == 'clamp'})")
+
+
+@lowers("szext")
+def szext(e, i):
+    t = instr_type(i)
+    a, count = e.src(i.args[1], t), e.src(i.args[2], "u32")
+    e.put(e.dst(i.args[0], t), f"integers.extended({a},{count},{i.parts[1] == 'clamp'})")
 
 
 @lowers("selp")
@@ -168,6 +184,13 @@ def _compared(e, i, t: str) -> list[str]:
     return [f"flushed({x})" for x in operands] if "ftz" in i.parts else operands
 
 
+def _also(e, i) -> str:
+    """What a comparison is combined with: a predicate, by .and, .or, .xor."""
+    if len(i.args) < 4:
+        return ""
+    return f"{ {'and': '&', 'or': '|', 'xor': '^'}[i.parts[2]] }{e.pred(i.args[3])}"
+
+
 @lowers("setp")
 def setp(e, i):
     t, cmp = instr_type(i), i.parts[1]
@@ -179,11 +202,7 @@ def setp(e, i):
     plain = cmp in _COMPARE and not (KIND[t] == "f" and cmp == "ne")
     if plain and len(i.args) == 3 and second is None and d:
         return e.ufunc(_COMPARE[cmp], d, x, y)
-    also = (
-        f"{ {'and': '&', 'or': '|', 'xor': '^'}[i.parts[2]] }{e.pred(i.args[3])}"
-        if len(i.args) == 4
-        else ""
-    )
+    also = _also(e, i)
     e.line(f"t=({comparison(cmp, t, x, y)})")
     e.put(d, f"t{also}")
     if second is not None:
@@ -194,5 +213,5 @@ def setp(e, i):
 def set_(e, i):
     t = instr_type(i)
     one = "0x3f800000" if i.parts[-2] == "f32" else "0xffffffff"
-    truth = comparison(i.parts[1], t, *_compared(e, i, t))
+    truth = f"({comparison(i.parts[1], t, *_compared(e, i, t))}){_also(e, i)}"
     e.put(e.dst(i.args[0], "u32"), f"where({truth},u4({one}),u4(0))")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import KernelError, Unsupported
-from ..execution import fragments, register_file, sync
+from ..execution import calls, fragments, register_file, sync
 from ..memory import mbarrier
 from .registry import terminates
 
@@ -49,7 +49,13 @@ def trap(e, i, after):
 
 @terminates("call")
 def call(e, i, after):
-    raise Unsupported("function call (printf or assert?)")
+    name = i.args[0][1]
+    if name not in calls.FUNCTIONS:
+        raise Unsupported(f"call of the function {name}")
+    _guard(e, i, after)
+    parameters, results = ([e.kernel.local[x[1]] for x in operands[1]] for operands in i.args[1:])
+    e.line(f"{e.bind(calls.FUNCTIONS[name])}(w,fr.mask,{parameters},{results})")
+    e.line(f"return {after}")
 
 
 @terminates("nanosleep")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..errors import Unsupported
-from ..memory.generic import PARAMETERS, WINDOW_SHIFT
+from ..memory.generic import LOCAL, PARAMETERS, WINDOW_SHIFT
 from ..numerics import convert, halves, integers
 from ..numerics.formats import flush, flushed, flushing, fma, inverse_sqrt
 from ..ptx import Instr, Kernel
@@ -42,6 +42,8 @@ DTYPE = {
     "s32": "i4",
     "b32": "u4",
     "f32": "f4",
+    "u16x2": "u4",
+    "s16x2": "u4",
     "f16x2": "u4",
     "bf16x2": "u4",
     "tf32": "f4",
@@ -174,13 +176,17 @@ class Emitter:
         return text if itemsize(t) == 4 else f"{text}.astype({DTYPE[t]})"
 
     def symbol(self, name: str, t: str) -> str:
-        """The address of a shared symbol or kernel parameter."""
+        """The address of a symbol or kernel parameter."""
         if name == "WARP_SZ":
             return self.constant(32, DTYPE[t])
         if name in self.kernel.shared:
             return self.constant(self.kernel.shared[name][0], DTYPE[t])
         if p := self.parameter(name):
             return self.constant(PARAMETERS << WINDOW_SHIFT | p.offset, "u8")
+        if name in self.kernel.local:
+            return self.constant(LOCAL << WINDOW_SHIFT | self.kernel.local[name], "u8")
+        if name in self.kernel.constants:
+            return self.constant(self.kernel.address(name), "u8")
         raise Unsupported(f"symbol {name}")
 
     def parameter(self, name: str):

@@ -13,12 +13,12 @@ _ATOMIC = {"add", "min", "max", "and", "or", "xor", "inc", "dec", "exch", "cas"}
 
 
 def _space(i) -> str:
-    """ "shared", "param" or "generic" (which global is part of)"""
+    """ "shared", "param" or "generic" (which global and local are parts of)"""
     for part in i.parts:
         if part.startswith(("shared", "param")):
             return part[:6] if part[0] == "s" else "param"
-        if part in ("local", "const"):
-            raise Unsupported(f"{part} memory")
+        if part == "const":
+            raise Unsupported("const memory")
     return "generic"
 
 

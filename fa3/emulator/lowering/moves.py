@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Unsupported
-from ..memory.generic import SHARED, WINDOW_SHIFT
+from ..memory.generic import GLOBAL, LOCAL, SHARED, WINDOW_SHIFT
 from .emitter import DTYPE, KIND, instr_type
 from .registry import lowers
 
@@ -49,12 +49,12 @@ def cvta(e, i):
     if "shared" in i.parts[2 if to else 1]:
         window = SHARED << WINDOW_SHIFT
         x = f"{x}&u8({window - 1})" if to else f"{x}|u8({window})"
-    e.put(e.dst(i.args[0], t), x)  # global and parameter addresses are generic already
+    e.put(e.dst(i.args[0], t), x)  # addresses of other spaces are generic already
 
 
 @lowers("isspacep")
 def isspacep(e, i):
-    space = {"global": 0, "shared": SHARED}[i.parts[1].split("::")[0]]
+    space = {"global": GLOBAL, "shared": SHARED, "local": LOCAL}[i.parts[1].split("::")[0]]
     e.put(e.dst(i.args[0], "u32"), f"({e.src(i.args[1], 'u64')}>>u8({WINDOW_SHIFT}))=={space}")
 
 

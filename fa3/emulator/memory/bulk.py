@@ -121,6 +121,8 @@ def _tensor_load(w, site, box, coords, dst, barrier, multicast, access):
         if at % (128 if box.swizzle else 16):
             raise Misaligned(f"TMA destination {at:#x}")
         _deliver(memory, at, raw, box.swizzle)
+        if w.checks.box:
+            mbarrier.find(w, bar).note(box, coords, w, site)
         mbarrier.complete(w, bar, len(raw), _clock(access))
 
 

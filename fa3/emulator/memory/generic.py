@@ -1,7 +1,7 @@
 """ld and st on global and generic addresses.
 
 A generic address has its space in bits 56 and up: 0 global (a host address), 1 shared,
-2 parameters.
+2 parameters, 3 local.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import Misaligned, OutOfBounds
-from . import places, shared
+from . import local, places, shared
 
-GLOBAL, SHARED, PARAMETERS = range(3)
+GLOBAL, SHARED, PARAMETERS, LOCAL = range(4)
 WINDOW_SHIFT = 56
 _OFFSET = np.uint64(0xFFFFFFFF)
 
@@ -58,6 +58,8 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
     space = window(w, m, address)
     if space == SHARED:
         return shared.load(w, m, dtype, rows, shared_offset(address), offset)
+    if space == LOCAL:
+        return local.load(w, m, dtype, rows, address & _OFFSET, offset)
     es = np.dtype(dtype).itemsize
     if space == PARAMETERS:
         array = w.params[: len(w.params) // es * es].view(dtype)
@@ -113,8 +115,11 @@ def store(w, m, dtype, rows, address, offset, strong: bool = False):
     """strong: with .release, .relaxed or .volatile."""
     if m is not None and not m.any():
         return
-    if window(w, m, address) == SHARED:
+    space = window(w, m, address)
+    if space == SHARED:
         return shared.store(w, m, dtype, rows, shared_offset(address), offset)
+    if space == LOCAL:
+        return local.store(w, m, dtype, rows, address & _OFFSET, offset)
     es = np.dtype(dtype).itemsize
     array, index = locate(w, m, dtype, address, offset, es * len(rows), "write")
     if w.launch.write_observer is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..clocks import joined
-from ..errors import BarrierMisuse, Misaligned, MissingProxyFence
+from ..errors import BarrierMisuse, Misaligned, MissingProxyFence, OutOfBounds
 from ..numerics.formats import rows
 from .shared import OFFSET, shared_at
 
@@ -29,6 +29,7 @@ class MBarrier:
         "waiting",
         "unfenced",
         "arrived",
+        "boxes",
     )
 
     def __init__(self, count: int):
@@ -40,6 +41,7 @@ class MBarrier:
         self.unfenced: tuple[int, int] | None = None
         self.site: int | None = None  # pc of the last that expected bytes
         self.waiting: dict = {}  # fragment -> phase it waits for the end of, warpgroup, pc
+        self.boxes: dict = {}  # tensor map -> (coordinates, w, pc) while none was inside, else None
         self.arrived = [], []  # in the last phase and this one: (warpgroup, lanes)
 
     def settle(self) -> bool:
@@ -49,10 +51,33 @@ class MBarrier:
             self.pending = self.count
             self.clock, self.arriving = self.arriving, None
             self.arrived = self.arrived[1], []
+            if self.boxes:
+                self._require_inside()
             if self.waiting:
                 self._require_observed()
             return True
         return False
+
+    def note(self, box, coords, w, site: int) -> None:
+        """A box of the current phase; a tile is several, of which the last may lie outside."""
+        if box.overlaps(coords):
+            self.boxes[box] = None
+        else:
+            self.boxes.setdefault(box, (coords, w, site))
+
+    def _require_inside(self) -> None:
+        """Of each tensor, a phase got something (check "box")."""
+        boxes, self.boxes = self.boxes, {}
+        for box, outside in boxes.items():
+            if outside is not None:
+                coords, w, site = outside
+                error = OutOfBounds(
+                    f"a TMA load of CTA {w.cta.position} brings zeros alone: in phase "
+                    f"{self.phase - 1} of its mbarrier all boxes of the tensor lie outside of it, "
+                    f"the first at {list(coords)} ({box})"
+                )
+                error.site = site
+                raise error
 
     def _require_observed(self) -> None:
         """Whoever waited for the last phase but one must have gone on by now."""

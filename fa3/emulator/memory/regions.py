@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 
+from ...locks import Lock
 from ..errors import OutOfBounds
 
 _BYTE = np.dtype(np.uint8)
@@ -44,32 +45,39 @@ class GlobalMemory:
         self._tokens = itertools.count(1)
         self._regions: list[Region] | None = []
         self._starts: list[int] = []
+        self._lock = Lock(self._changed)
 
     def __len__(self):
         return len(self._ranges)
+
+    def _changed(self) -> None:
+        self._regions = None
 
     def add(self, start: int, nbytes: int) -> int:
         """Let kernels touch nbytes from address start; returns the token for remove()."""
         token = next(self._tokens)
         if nbytes > 0:
-            self._ranges[token] = (start, start + nbytes)
-            self._regions = None
+            with self._lock:
+                self._ranges[token] = (start, start + nbytes)
+                self._changed()
         return token
 
     def remove(self, token: int) -> None:
-        if self._ranges.pop(token, None):
-            self._regions = None
+        with self._lock:
+            if self._ranges.pop(token, None):
+                self._changed()
 
     def _merge(self) -> list[Region]:
-        merged: list[list[int]] = []
-        for lo, hi in sorted(set(self._ranges.values())):
-            if merged and lo < merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], hi)
-            else:
-                merged.append([lo, hi])
-        self._starts = [lo for lo, _ in merged]
-        self._regions = [Region(lo, hi) for lo, hi in merged]
-        return self._regions
+        with self._lock:
+            merged: list[list[int]] = []
+            for lo, hi in sorted(set(self._ranges.values())):
+                if merged and lo < merged[-1][1]:
+                    merged[-1][1] = max(merged[-1][1], hi)
+                else:
+                    merged.append([lo, hi])
+            self._starts = [lo for lo, _ in merged]
+            self._regions = regions = [Region(lo, hi) for lo, hi in merged]
+            return regions
 
     def find(self, lo: int, hi: int, what: str = "access") -> Region:
         """The region holding [lo, hi); OutOfBounds if there is none."""

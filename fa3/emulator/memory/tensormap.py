@@ -68,6 +68,11 @@ class TensorMap:
         self.box = [int(x) + 1 for x in blob[55 : 55 + rank]]
         self.box_bytes = int(np.prod(self.box)) * self.width
 
+    def overlaps(self, coords) -> bool:
+        """Whether a part of the box at coords lies inside the tensor."""
+        places = zip(coords, self.box, self.dims, strict=True)
+        return all(x < n and x + b > 0 for x, b, n in places)
+
     def _window(self, coords):
         """The part of the box at coords inside the tensor.
 

@@ -20,6 +20,8 @@ _NAMES = (
     "openblas_{}_num_threads",
 )
 
+_before: list[int] = []  # what is to be restored at the end of a with block
+
 
 @functools.cache
 def _functions():
@@ -39,9 +41,16 @@ def one_thread() -> Iterator[None]:
         yield
         return
     get, put = functions
-    before = get()
+    _before.append(get())
     put(1)
     try:
         yield
     finally:
-        put(before)
+        put(_before.pop())
+
+
+def restore() -> None:
+    """In a forked child: end the with block of a thread that is not there."""
+    if _before:
+        _functions()[1](_before[0])
+        _before.clear()

@@ -91,13 +91,16 @@ def _to_float(dst, src, mods, v):
 
 def _to_integer(dst, src, mods, x):
     bits = int(dst[1:])
-    lo, hi = (-(1 << bits - 1), (1 << bits - 1) - 1) if dst[0] == "s" else (0, (1 << bits) - 1)
     dtype = np.dtype(("i" if dst[0] == "s" else "u") + str(bits // 8))
+    limits = np.iinfo(dtype)
     if src in _FLOAT:
+        nan = 1 << bits - 1 if src == "f64" or bits == 64 else 0
         v = (_rounding(mods) or np.trunc)(x.astype(f8))
-        v = np.where(np.isnan(v), 0, v)
-        top = np.nextafter(float(hi) + 1, 0) if bits == 64 else hi
-        return np.clip(v, lo, top).astype(dtype)
+        beyond = np.where(v >= float(limits.max), limits.max, limits.min).astype(dtype)
+        inside = (v > float(limits.min)) & (v < float(limits.max))
+        found = np.where(inside, np.where(inside, v, 0).astype(dtype), beyond)
+        return np.where(np.isnan(v), np.array(nan, f"u{bits // 8}").view(dtype), found)
     if "sat" in mods:
-        return np.clip(x.astype(np.int64), lo, hi).astype(dtype)
+        own = np.iinfo(x.dtype)
+        return np.clip(x, max(limits.min, own.min), min(limits.max, own.max)).astype(dtype)
     return x.astype(dtype)

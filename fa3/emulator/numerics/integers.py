@@ -6,14 +6,36 @@ import numpy as np
 
 from .formats import rows, u1, u4, u8
 
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: u4, 8: u8}
+
 
 def mulhi(a, b):
     """The upper half of the product."""
-    if a.dtype.itemsize == 4:
+    bits = 8 * a.dtype.itemsize
+    if bits < 64:
         wide = np.int64 if a.dtype.kind == "i" else u8
-        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+        return (a.astype(wide) * b.astype(wide) >> wide(bits)).astype(a.dtype)
     pairs = zip(*np.broadcast_arrays(a, b), strict=True)
     return np.array([(int(x) * int(y) >> 64) % (1 << 64) for x, y in pairs], u8).view(a.dtype)
+
+
+def product_of_24_bits(a, b, high: bool):
+    """mul24: bits 0 to 31 of the product of the low 24 bits, or bits 16 to 47."""
+    wide = np.int64 if a.dtype.kind == "i" else u8
+    a, b = ((x.astype(wide) << wide(40)) >> wide(40) for x in (a, b))
+    return (a * b >> wide(16 if high else 0)).astype(f"{a.dtype.kind}4")
+
+
+def saturated(f, a, b):
+    """f, of 32-bit integers, without overflow."""
+    limits = np.iinfo(a.dtype)
+    exact = f(a.astype(np.int64), b.astype(np.int64))
+    return np.clip(exact, limits.min, limits.max).astype(a.dtype)
+
+
+def difference(a, b):
+    """|a - b|, modulo the width."""
+    return np.maximum(a, b) - np.minimum(a, b)
 
 
 def divide(a, b):
@@ -21,9 +43,8 @@ def divide(a, b):
     b = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return a // b
-    if a.dtype.itemsize <= 4:
-        return np.trunc(a.astype(np.float64) / b).astype(a.dtype)
-    q = np.abs(a) // np.abs(b)
+    unsigned = _UNSIGNED[a.dtype.itemsize]  # which holds the magnitude of the least number, too
+    q = (np.abs(a).view(unsigned) // np.abs(b).view(unsigned)).view(a.dtype)
     return np.where((a < 0) ^ (b < 0), -q, q)
 
 
@@ -39,8 +60,9 @@ def extract_bits(a, pos, n):
     pos, n = np.broadcast_arrays(pos & u4(255), n & u4(255))
     x = a.astype(np.int64) if a.dtype.kind == "i" else a.astype(u8)
     n = np.minimum(n, u4(bits)).astype(x.dtype)
-    pos = np.minimum(pos, u4(63)).astype(x.dtype)
+    pos = pos.astype(x.dtype)
     if a.dtype.kind == "i":
+        pos = np.minimum(pos, 63)
         up = np.maximum(np.int64(64) - pos - n, 0)
         return np.where(n == 0, 0, (x << up) >> np.minimum(up + pos, 63)).astype(a.dtype)
     mask = np.where(n >= u8(64), ~u8(0), (u8(1) << n) - u8(1))
@@ -103,7 +125,33 @@ def leading_zeros(a):
     return (bits - np.bitwise_count(x).astype(np.int64)).astype(u4)
 
 
+def highest_bit(a, from_top: bool):
+    """bfind: the position of the highest bit that differs from the sign, counted from either end;
+    all ones where there is none."""
+    bits = 8 * a.dtype.itemsize
+    x = np.where(a < 0, ~a, a).view(_UNSIGNED[a.dtype.itemsize])
+    zeros = leading_zeros(x)
+    return np.where(x == 0, u4(0xFFFFFFFF), zeros if from_top else u4(bits - 1) - zeros)
+
+
 def reverse_bits(a):
-    b = np.ascontiguousarray(a).view(u1).reshape(-1, 4)
-    bits = np.unpackbits(b, axis=1, bitorder="little")[:, ::-1]
-    return np.packbits(np.ascontiguousarray(bits), axis=1, bitorder="little").view(u4)[:, 0]
+    a = np.ascontiguousarray(a)
+    bits = np.unpackbits(a.view(u1).reshape(-1, a.dtype.itemsize), axis=1, bitorder="little")
+    turned = np.packbits(np.ascontiguousarray(bits[:, ::-1]), axis=1, bitorder="little")
+    return turned.view(a.dtype)[:, 0]
+
+
+def bit_mask(first, count, clamp: bool):
+    """bmsk: `count` ones from bit `first`."""
+    if not clamp:
+        first, count = first & u4(31), count & u4(31)
+    first, count = np.broadcast_arrays(np.minimum(first, u4(32)), np.minimum(count, u4(32)))
+    return (((u8(1) << count.astype(u8)) - u8(1)) << first.astype(u8)).astype(u4)
+
+
+def extended(a, count, clamp: bool):
+    """szext: the low `count` bits, extended to 32 by their sign if a is signed."""
+    n = np.minimum(count, u4(32)) if clamp else count & u4(31)
+    wide = np.int64 if a.dtype.kind == "i" else u8
+    up = (u4(64) - n).astype(wide)
+    return np.where(n == 0, 0, (a.astype(wide) << np.minimum(up, wide(63))) >> up).astype(a.dtype)

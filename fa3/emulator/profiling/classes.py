@@ -30,9 +30,12 @@ CLASSES = {
     "control": "branches and the rest",
 }
 _FUNCTIONS = {"lg2", "rcp", "sqrt", "rsqrt", "tanh", "sin", "cos"}
-_ARITHMETIC = {"add", "sub", "mul", "mad", "fma", "abs", "neg", "copysign", "rem", "div"}
+_ARITHMETIC = {"add", "sub", "mul", "mad", "sad", "fma", "abs", "neg", "copysign", "rem", "div"}
 _COMPARISONS = {"min", "max", "setp", "set", "selp", "slct"}
-_BITS = set("and or xor not shl shr shf bfe bfi lop3 prmt dp2a dp4a popc clz bfind brev".split())
+_BITS = set(
+    "and or xor not cnot shl shr shf bfe bfi bmsk szext lop3 prmt dp2a dp4a popc clz bfind brev "
+    "mul24 mad24".split()
+)
 _MOVES = {"mov", "cvta", "isspacep", "mapa", "getctarank"}
 _WARP = {"shfl", "vote", "match", "redux", "elect", "activemask"}
 _SYNC = {"mbarrier", "bar", "barrier", "fence", "membar", "setmaxnreg", "griddepcontrol"}

@@ -5,12 +5,15 @@ Operands are tuples, by their first element:
     ("imm", int)            ("f32", bits)           ("f64", bits)
     ("vec", [operands])     ("pair", a, b)          ("not", operand)        ("sink",)
     ("mem", operand, byte offset)                   ("map", operand, [coordinates])
+    ("raw", text)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 REGISTER_CLASS = {
     "pred": "p",
@@ -88,6 +91,9 @@ class Kernel:
     code: list[Instr] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # name -> pc
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # symbol -> (offset, bytes)
+    local: dict[str, int] = field(default_factory=dict)  # symbol -> offset, of a thread's memory
+    local_bytes: int = 0
+    constants: dict[str, np.ndarray] = field(default_factory=dict)  # initialised arrays of bytes
     static_smem: int = 0  # bytes; the dynamic array (0 bytes above) starts there
     directives: dict[str, list[int]] = field(default_factory=dict)
     lowered: dict = field(default_factory=dict)  # filled by lowering.lower()
@@ -98,6 +104,15 @@ class Kernel:
         index = self.counts.get(cls, 0)
         self.counts[cls] = index + 1
         self.regs[name] = (cls, index)
+
+    def address(self, constant: str) -> int:
+        """Where it lies in the memory of the host, and of the kernel."""
+        return self.constants[constant].ctypes.data
+
+    def reserve(self, name: str, alignment: int, nbytes: int) -> None:
+        """Give a symbol a place in the local memory of each thread."""
+        self.local[name] = -(-self.local_bytes // alignment) * alignment
+        self.local_bytes = self.local[name] + nbytes
 
 
 @dataclass

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from ..errors import Unsupported
 from .model import REGISTER_CLASS, SIZE, Instr, Kernel, Location, Module, Param
 from .operands import parse_operand, split
@@ -15,6 +17,14 @@ _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _SHARED_LINE = re.compile(r"^\s*(?:\.extern\s+|\.visible\s+)?\.shared[^;\n]*;", re.M)
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+# local memory, and the parameters of calls, which are kept there
+_LOCAL = re.compile(r"\.(?:local|param)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?$")
+_CONSTANT = re.compile(
+    r"^\s*(?:\.visible\s+)?\.(?:global|const)\s[^;={]*\.[bus]8\s+([\w$]+)\[\d*\]\s*=\s*"
+    r"\{([^}]*)\};",
+    re.M,
+)
+_CALL = re.compile(r"(?:\(([^)]*)\)\s*,\s*)?([\w$]+)\s*(?:,\s*\(([^)]*)\))?")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     r"(?:\.ptr\s+(?:\.(?!align)\w+\s+)*(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
@@ -36,9 +46,11 @@ def parse(text: str) -> Module:
     target = (re.search(r"\.target\s+(\w+)", text) or [None, ""])[1]
     files = {int(number): path for number, path in _FILE.findall(text)}
     shared = dict(_shared(m.group(0)) for m in _SHARED_LINE.finditer(text))
+    constants = {name: _array(numbers) for name, numbers in _CONSTANT.findall(text)}
     kernels = {}
     for m in _ENTRY.finditer(text):
         kernel = _entry(text, m, shared, files)
+        kernel.constants = constants
         kernels[kernel.name] = kernel
     return Module(kernels, target)
 
@@ -74,6 +86,11 @@ def _params(kernel: Kernel, text: str) -> None:
         kernel.params.append(Param(m.group(3), offset, size))
         offset += size
     kernel.param_bytes = offset
+
+
+def _array(numbers: str) -> np.ndarray:
+    """The initialiser of an array of bytes."""
+    return np.array([int(number, 0) & 255 for number in split(numbers)], np.uint8)
 
 
 def _shared(text: str) -> tuple[str, tuple[int, int]]:
@@ -178,6 +195,12 @@ class _Body:
         elif _SHARED.search(text):
             name, place = _shared(text)
             self.symbols[name] = place
+        elif m := _LOCAL.match(text):
+            alignment, kind, name, count = m.groups()
+            unique = f"{name}@{self.serials[-1]}" if self.serials[-1] else name
+            self.scopes[-1][name] = unique
+            size = SIZE[kind]
+            self.kernel.reserve(unique, max(int(alignment or 1), size), size * int(count or 1))
         elif not text.startswith(_IGNORED):
             raise Unsupported(f"PTX line {line}: directive {text}")
 
@@ -199,12 +222,19 @@ class _Body:
         if m := _GUARD.match(text):
             neg, pred, body = bool(m.group(1)), self.rename(m.group(2)), m.group(3)
         op, _, rest = body.partition(" ")
-        args = (
-            [("raw", rest)]
-            if op.startswith("call")
-            else [parse_operand(x, self.rename) for x in split(rest)]
-        )
+        if op.startswith("call"):
+            args = self._call(rest)
+        else:
+            args = [parse_operand(x, self.rename) for x in split(rest)]
         return Instr(op, args, pred, neg, line, text, self.loc)
+
+    def _call(self, text: str) -> list[tuple]:
+        """[the name of the function, its parameters, its results]"""
+        results, name, parameters = _CALL.match(text).groups()
+        both = (
+            [parse_operand(x, self.rename) for x in split(t or "")] for t in (parameters, results)
+        )
+        return [("raw", name), *(("vec", operands) for operands in both)]
 
 
 def _local_labels(statements: list[_Statement]) -> dict[int, dict[str, str]]:
