@@ -245,10 +245,13 @@ def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
     """Compare the model's mask with the plain one, element by element, on its device."""
     device = options.get("device")
     q, kv = (
-        torch.arange(n, device=device) + start for n, start in zip(lengths, offsets, strict=True)
+        torch.arange(n, dtype=torch.int64, device=device) + start
+        for n, start in zip(lengths, offsets, strict=True)
     )
     q, kv = q[None, None, :, None], kv[None, None, None, :]
-    batch = torch.arange(options["batch_size"], device=device)[:, None, None, None]
+    batch = torch.arange(options["batch_size"], dtype=torch.int64, device=device)[
+        :, None, None, None
+    ]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
     expected = kv <= q
     if kind.reach is not None:
