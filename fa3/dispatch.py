@@ -28,7 +28,7 @@ class Kernel:
     """One row of the table."""
 
     name: str
-    where: str  # "module:Class", imported only when it is compiled
+    where: str  # "module:name" of what makes the kernel, imported only when it is compiled
     why_not: Callable[[Signature, Target], str | None]  # None: it serves this case
 
 
@@ -47,9 +47,10 @@ def _why_not_hopper(target: Target) -> str | None:
     return None
 
 
+_SM90 = "fa3.kernels.sm90.forward"
 FORWARD = (
-    Kernel("forward sm90", "fa3.kernels.sm90.fwd:ForwardSm90", _why_not_sm90),
-    Kernel("FP8 forward sm90", "fa3.kernels.sm90.fp8:ForwardFp8Sm90", _why_not_fp8_sm90),
+    Kernel("forward sm90", f"{_SM90}.operands_16bit:forward", _why_not_sm90),
+    Kernel("FP8 forward sm90", f"{_SM90}.operands_fp8:forward", _why_not_fp8_sm90),
 )
 
 

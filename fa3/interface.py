@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from . import hints, ops, scales
+from . import hints, ops
 from .layout import check_tensors
 from .options import Options, bool_of, int_of
 from .plain import is_plain
-from .problem import BYTE_DTYPES
 from .quantize import quantize_fp8
+from .scales import NO_DESCALES, Descales, named
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
 _NOT_YET = {"qv": None, "attention_chunk": 0, "softcap": 0.0}
@@ -94,32 +94,15 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         _check_hints(num_splits, pack_gqa)
         _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
     options = _options(softmax_scale, causal, window_size, sm_margin)
-    plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
-    if not plain:
-        check_tensors(q=q, k=k, v=v)
-    if out is not None:
-        _check_out(out)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        _refuse_grad(q=q, k=k, v=v)
-    descales = None
+    descales = NO_DESCALES
     if (
         q_descale is not None
         or k_descale is not None
         or v_descale is not None
         or v_shift is not None
-        or q.dtype in BYTE_DTYPES
     ):
-        descales = q_descale, k_descale, v_descale, v_shift
-    try:
-        if descales is not None:
-            out, lse = _fp8(q, k, v, out, descales, options, check_scales, plain)
-        elif plain:
-            out, lse = ops.run(q, k, v, out, *options)
-        else:
-            out, lse = _dispatched(q, k, v, out, *options)
-    except (RuntimeError, ValueError):
-        check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
-        raise
+        descales = Descales(q_descale, k_descale, v_descale, v_shift)
+    out, lse = _attend(q, k, v, out, options, descales, check_scales=check_scales)
     return (out, lse) if return_attn_probs else out
 
 
@@ -177,25 +160,13 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         rows_per_block=rows_per_block,
         qk_dtype=qk_dtype,
     )
-    if out is None and q.dtype != torch.bfloat16:
-        out = inputs.q.new_empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    softmax_scale, causal, left, right, sm_margin = options
-    out, lse = flash_attn_func(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        softmax_scale,
-        causal,
-        window_size=(left, right),
-        sm_margin=sm_margin,
-        return_attn_probs=True,
-        out=out,
-        **inputs.scales,
+    out, lse = _attend(
+        inputs.q, inputs.k, inputs.v, out, options, Descales(**inputs.scales), out_dtype=q.dtype
     )
     if not return_attn_probs:
         return out
     if smooth_k:
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        scale = q.shape[-1] ** -0.5 if options[0] is None else options[0]
         lse = torch.add(lse, inputs.lse_shift, alpha=scale)
     return out, lse
 
@@ -220,24 +191,38 @@ def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
         raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
 
 
-def _fp8(q, k, v, out, descales, options, check_scales, plain):
-    """Attention of one-byte inputs, or the error that says what is not right."""
-    given = scales.named(descales)
+def _attend(q, k, v, out, options, descales, out_dtype=None, check_scales=False):  # noqa: PLR0913
+    """out and lse; directly, or by the operator where somebody watches."""
+    plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
+    if not plain:
+        check_tensors(q=q, k=k, v=v)
+    if out is not None:
+        _check_out(out)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_grad(q=q, k=k, v=v)
+    if descales is not NO_DESCALES:
+        plain = _check_descales(descales) and plain
+    if check_scales is not False:
+        check_scales = bool_of("check_scales", check_scales)
+    try:
+        if plain:
+            return ops.run(q, k, v, out, options, descales, out_dtype, check_scales)
+        if out is None:
+            more = *descales, out_dtype, check_scales
+            return torch.ops.fa3.forward(q, k, v, *options, *more)
+        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *descales, check_scales)
+    except (RuntimeError, ValueError):
+        check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
+        raise
+
+
+def _check_descales(descales: Descales) -> bool:
+    """Whether they are plain tensors, once they are tensors at all and need no gradient."""
+    given = named(descales)
     check_tensors(**given)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
         _refuse_grad(**given)
-    check_scales = bool_of("check_scales", check_scales)
-    if plain and is_plain(*given.values()):
-        return ops.run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)
-    if out is None:
-        return torch.ops.fa3.forward_fp8(q, k, v, *descales, *options, check_scales)
-    return out, torch.ops.fa3.forward_fp8_out(q, k, v, out, *descales, *options, check_scales)
-
-
-def _dispatched(q, k, v, out, *options):
-    if out is None:
-        return torch.ops.fa3.forward(q, k, v, *options)
-    return out, torch.ops.fa3.forward_out(q, k, v, out, *options)
+    return is_plain(*given.values())
 
 
 def _check_out(out) -> None:

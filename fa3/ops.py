@@ -1,12 +1,12 @@
 """The way of one call, and the torch operators around it.
 
-Eager code calls `run` or `run_fp8` directly, which saves the operator boundary; where somebody
-watches (`plain.is_plain`), the call goes through `torch.ops.fa3`.
+Eager code calls `run` directly, which saves the operator boundary; where somebody watches
+(`plain.is_plain`), the call goes through `torch.ops.fa3`.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.types import Number
 
 from . import dispatch, jit, reference, scales, transforms, tuning
+from .kernels.arguments import FwdArguments
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -24,7 +25,7 @@ from .layout import (
     tma_strides,
 )
 from .problem import Options, Problem, check_out
-from .scales import Descales, Scales
+from .scales import NO_DESCALES, Descales, Scales
 
 LOG2_E = math.log2(math.e)
 
@@ -32,58 +33,30 @@ LOG2_E = math.log2(math.e)
 class Plan(NamedTuple):
     """Everything about a call that does not depend on where its tensors lie."""
 
-    # run(q, k, v, out, lse, *scalars); with one-byte inputs, descales and v_shift before scalars
-    run: Callable
-    scalars: tuple[float, int, int, int]  # softmax_scale_log2, window_left, window_right, num_ctas
+    run: Callable[[Sequence], None]  # takes the fields of FwdArguments
+    scales: Scales | None  # of FP8 inputs
+    scalars: tuple[float, int, int, int]  # the last fields of FwdArguments
     out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
     views: tuple | None  # strides for q, k, v, out that TMA accepts where only size-1 ones are odd
-    copies: (
-        tuple | None
-    )  # which of q, k, v must be copied, their strides being no multiples of 16 B
+    copies: tuple | None  # which of q, k, v to copy, their strides being no multiples of 16 B
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margin) -> Plan:  # noqa: PLR0913
+def plan_of(q, k, v, out, descales, out_dtype, *options) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
-    q, k, v and out (or None) are the fields of a `Layout`.
+    q, k, v, out and each of descales are the fields of a `Layout`, or None; options: of `Options`.
     """
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
-    options = Options(softmax_scale, causal, window_left, window_right, sm_margin)
-    problem = Problem.of(*layouts.values(), options)
-    return _plan(problem, layouts, None if out is None else Layout(*out))
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_fp8_of(tensors, descales, *options) -> tuple[Plan, Scales]:
-    """The same for one-byte inputs.
-
-    tensors: the fields of the `Layout`s of q, k, v and out; descales: those of `Descales`.
-    """
-    q, k, v, out = _layouts(tensors)
-    descales = Descales(*_layouts(descales))
-    out_dtype = None if out is None else out.dtype
-    problem = Problem.of(q, k, v, Options(*options), descales, out_dtype)
-    return _plan(problem, {"q": q, "k": k, "v": v}, out), problem.scales
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_layouts(tensors, *options) -> None:
-    """tensors: the fields of the `Layout`s of q, k, v and out."""
-    *inputs, out = _layouts(tensors)
-    problem = Problem.of(*inputs, Options(*options))
-    if problem.device.type != "meta":
-        _target_of(problem)
-    if out is not None:
-        check_out(out, problem)
-
-
-def _layouts(fields) -> list[Layout | None]:
-    return [None if x is None else Layout(*x) for x in fields]
-
-
-def _plan(problem: Problem, layouts: dict[str, Layout], out: Layout | None) -> Plan:
+    out = None if out is None else Layout(*out)
+    problem = Problem.of(
+        *layouts.values(),
+        Options(*options),
+        Descales(*(None if x is None else Layout(*x) for x in descales)),
+        out_dtype if out is None else out.dtype,
+    )
     for name, layout in layouts.items():
         check_last_stride(name, layout)
     copies = tuple(odd_dimension(layout) is not None for layout in layouts.values())
@@ -95,12 +68,24 @@ def _plan(problem: Problem, layouts: dict[str, Layout], out: Layout | None) -> P
     run, num_ctas = _kernel_of(problem)
     return Plan(
         run,
-        (problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, num_ctas),
+        problem.scales,
+        (problem.softmax_scale * LOG2_E, problem.mask.left, problem.mask.right, num_ctas),
         problem.out_shape,
+        problem.out_dtype,
         problem.lse_shape,
         tuple(views) if any(views) else None,
         copies if any(copies) and not problem.is_empty else None,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_layouts(q, k, v, out, *options) -> None:
+    """q, k, v and out are the fields of a `Layout`; out may be None."""
+    problem = Problem.of(Layout(*q), Layout(*k), Layout(*v), Options(*options))
+    if problem.device.type != "meta":
+        _target_of(problem)
+    if out is not None:
+        check_out(Layout(*out), problem)
 
 
 def _kernel_of(problem: Problem) -> tuple[Callable, int]:
@@ -127,65 +112,55 @@ def _target_of(problem: Problem) -> dispatch.Target:
     return target
 
 
-def _do_nothing(q, k, v, out, lse, *scalars):
+def _do_nothing(arguments: Sequence) -> None:
     pass
 
 
-def _see_no_key(q, k, v, out, lse, *scalars):
-    out.zero_()
-    lse.fill_(-math.inf)
+def _see_no_key(arguments: Sequence) -> None:
+    arguments = FwdArguments(*arguments)
+    arguments.out.zero_()
+    arguments.lse.fill_(-math.inf)
 
 
-def run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margin):  # noqa: PLR0913
-    """Attention of real tensors; `out` may be None. Returns out and lse (b, h_q, s_q).
+def run(  # noqa: PLR0913
+    q, k, v, out, options, descales=NO_DESCALES, out_dtype=None, check_scales=False
+) -> tuple[Tensor, Tensor]:
+    """Attention of real tensors. Returns out and lse (b, h_q, s_q).
+
+    out: written, or None; then out_dtype is its dtype, by default q's, or bf16 of FP8 inputs.
+    options: the fields of `Options`; descales: of `Descales`.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
     """
+    has_scales = descales is not NO_DESCALES
     plan = plan_of(
         (q.shape, q.stride(), q.dtype, q.device),
         (k.shape, k.stride(), k.dtype, k.device),
         (v.shape, v.stride(), v.dtype, v.device),
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
-        softmax_scale,
-        causal,
-        window_left,
-        window_right,
-        sm_margin,
+        tuple(map(_fields, descales)) if has_scales else NO_DESCALES,
+        out_dtype,
+        *options,
     )
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        _check_addresses(q, k, v)
-    if out is None:
-        out = q.new_empty(*plan.out_shape)  # sizes apart: half the time of a tuple of them
-    else:
-        check_address("out", out)
-        check_disjoint(out, q=q, k=k, v=v)
-        torch.autograd.graph.increment_version(out)
-    lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
-    if plan.copies is None and plan.views is None:
-        plan.run(q, k, v, out, lse, *plan.scalars)
-    else:
-        plan.run(*_for_tma(plan, q, k, v, out), lse, *plan.scalars)
-    return out, lse
-
-
-def run_fp8(q, k, v, out, descales, *options, check_scales):
-    """The same for one-byte q, k and v; descales: (q_descale, k_descale, v_descale, v_shift)."""
-    tensors = _fields(q), _fields(k), _fields(v), _fields(out)
-    plan, forms = plan_fp8_of(tensors, tuple(map(_fields, descales)), *options)
-    _check_addresses(q, k, v, descales)
+    if has_scales or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        _check_addresses(q, k, v, descales)
     if out is not None:
         check_address("out", out)
         check_disjoint(out, q=q, k=k, v=v, **scales.named(descales))
     if check_scales:
         scales.check_values(**scales.named(descales))
-    if out is None:
-        out = q.new_empty(*plan.out_shape, dtype=torch.bfloat16)
+    if out is None:  # sizes apart: half the time of a tuple of them
+        out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
         torch.autograd.graph.increment_version(out)
     lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
-    views = forms.views(q.device, *descales)
-    plan.run(*_for_tma(plan, q, k, v, out), lse, *views, *plan.scalars)
+    views = descales if plan.scales is None else plan.scales.views(q.device, *descales)
+    if plan.copies is not None or plan.views is not None:
+        q, k, v, target = _for_tma(plan, q, k, v, out)
+        plan.run((q, k, v, target, lse, *views, *plan.scalars))
+    else:
+        plan.run((q, k, v, out, lse, *views, *plan.scalars))
     return out, lse
 
 
@@ -196,7 +171,7 @@ def _fields(tensor: Tensor | None) -> tuple | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _check_addresses(q, k, v, descales=()) -> None:
+def _check_addresses(q, k, v, descales) -> None:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & (ALIGNMENT - 1):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             check_address(name, tensor)
@@ -208,7 +183,7 @@ def _check_addresses(q, k, v, descales=()) -> None:
 
 def check(q, k, v, out, *options) -> None:
     """What `run` checks of the options and of `out`, for a call that quantises q, k and v first."""
-    _check_layouts((_fields(q), _fields(k), _fields(v), _fields(out)), *options)
+    _check_layouts(_fields(q), _fields(k), _fields(v), _fields(out), *options)
     if out is not None:
         check_address("out", out)
 
@@ -225,7 +200,7 @@ def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("fa3::forward", mutates_args=())
-def forward(
+def forward(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -234,15 +209,17 @@ def forward(
     window_left: int = -1,
     window_right: int = -1,
     sm_margin: int = 0,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    v_shift: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    check_scales: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return run(q, k, v, None, softmax_scale, causal, window_left, window_right, sm_margin)
-
-
-@forward.register_fake
-def _(q, k, v, *options):
-    # the options may be symbols here; they change no shape and are checked when the call runs
-    problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), Options())
-    return q.new_empty(problem.out_shape), q.new_empty(problem.lse_shape, dtype=torch.float32)
+    """out and lse, as of `run`."""
+    options = softmax_scale, causal, window_left, window_right, sm_margin
+    descales = q_descale, k_descale, v_descale, v_shift
+    return run(q, k, v, None, options, descales, out_dtype, check_scales)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -256,80 +233,70 @@ def forward_out(  # noqa: PLR0913
     window_left: int = -1,
     window_right: int = -1,
     sm_margin: int = 0,
-) -> Tensor:
-    return run(q, k, v, out, softmax_scale, causal, window_left, window_right, sm_margin)[1]
-
-
-@forward_out.register_fake
-def _(q, k, v, out, *options):
-    problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), Options())
-    check_out(Layout.of(out), problem)
-    return q.new_empty(problem.lse_shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("fa3::forward_fp8", mutates_args=())
-def forward_fp8(  # noqa: PLR0913
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    sm_margin: int = 0,
     check_scales: bool = False,
-) -> tuple[Tensor, Tensor]:
-    descales = q_descale, k_descale, v_descale, v_shift
+) -> Tensor:
+    """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin
-    return run_fp8(q, k, v, None, descales, *options, check_scales=check_scales)
+    descales = q_descale, k_descale, v_descale, v_shift
+    return run(q, k, v, out, options, descales, None, check_scales)[1]
 
 
-@forward_fp8.register_fake
-def _(q, k, v, q_descale=None, k_descale=None, v_descale=None, v_shift=None, *options):  # noqa: PLR0913
-    problem = _fake_fp8(q, k, v, None, q_descale, k_descale, v_descale, v_shift)
+@forward.register_fake
+def _(  # noqa: PLR0913
+    q, k, v, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
+    q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
+    check_scales=False,
+):  # fmt: skip
+    problem = _fake(q, k, v, (q_descale, k_descale, v_descale, v_shift), out_dtype)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("fa3::forward_fp8_out", mutates_args=("out",))
-def forward_fp8_out(  # noqa: PLR0913
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    v_shift: Tensor | None = None,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    sm_margin: int = 0,
-    check_scales: bool = False,
-) -> Tensor:
-    descales = q_descale, k_descale, v_descale, v_shift
-    options = softmax_scale, causal, window_left, window_right, sm_margin
-    return run_fp8(q, k, v, out, descales, *options, check_scales=check_scales)[1]
-
-
-@forward_fp8_out.register_fake
-def _(q, k, v, out, q_descale=None, k_descale=None, v_descale=None, v_shift=None, *options):  # noqa: PLR0913
-    problem = _fake_fp8(q, k, v, out, q_descale, k_descale, v_descale, v_shift)
+@forward_out.register_fake
+def _(  # noqa: PLR0913
+    q, k, v, out, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
+    q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
+):  # fmt: skip
+    problem = _fake(q, k, v, (q_descale, k_descale, v_descale, v_shift), out.dtype)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 
-def _fake_fp8(q, k, v, out, *descales) -> Problem:
+def _fake(q, k, v, descales, out_dtype) -> Problem:
+    """The options may be symbols; they change no shape and are checked when the call runs."""
     given = Descales(*(None if x is None else Layout.of(x) for x in descales))
-    layouts = Layout.of(q), Layout.of(k), Layout.of(v)
-    return Problem.of(*layouts, Options(), given, None if out is None else out.dtype)
+    return Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), Options(), given, out_dtype)
 
 
-for _operator in (forward, forward_out, forward_fp8, forward_fp8_out):
+for _operator in (forward, forward_out):
     transforms.register(_operator)
     transforms.count_as_attention(_operator)
+
+
+# FP8's operators, from before one operator served every dtype.
+_library = torch.library.Library("fa3", "FRAGMENT")
+_OTHERS = ", ".join(f"Tensor? {name}=None" for name in scales.NAMES) + (
+    ", Scalar? softmax_scale=None, bool causal=False, int window_left=-1, int window_right=-1, "
+    "int sm_margin=0, bool check_scales=False"
+)
+_QKV = "Tensor q, Tensor k, Tensor v"
+_library.define(f"forward_fp8({_QKV}, {_OTHERS}) -> (Tensor, Tensor)")
+_library.define(f"forward_fp8_out({_QKV}, Tensor(a!) out, {_OTHERS}) -> Tensor")
+
+
+_NAMES = (*scales.NAMES, *Options._fields, "check_scales")
+
+
+@torch.library.impl(_library, "forward_fp8", "CompositeImplicitAutograd")
+def _(q, k, v, *others, **named):
+    return torch.ops.fa3.forward(q, k, v, **dict(zip(_NAMES, others, strict=False)), **named)
+
+
+@torch.library.impl(_library, "forward_fp8_out", "CompositeImplicitAutograd")
+def _(q, k, v, out, *others, **named):
+    given = dict(zip(_NAMES, others, strict=False))
+    return torch.ops.fa3.forward_out(q, k, v, out, **given, **named)

@@ -12,6 +12,7 @@ import torch
 from .hints import ORDER
 from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
+from .mask import MaskSpec
 from .options import Options
 from .scales import NO_DESCALES, Descales, Scales, named
 
@@ -56,9 +57,7 @@ class Problem:
     device: torch.device
     scales: Scales | None  # for one-byte inputs
     softmax_scale: float
-    mask: str  # full, causal or local
-    window_left: int  # as the kernel wants it: UNBOUNDED where there is none
-    window_right: int
+    mask: MaskSpec
     sm_margin: int
 
     @classmethod
@@ -83,12 +82,12 @@ class Problem:
         _check_shapes(q, k, v)
         batch, s_q, h_q, head_dim = q.shape
         _, s_k, h_k, head_dim_v = v.shape
-        mask, left, right = _mask_of(options)
+        mask = MaskSpec.of(options.causal, options.window_left, options.window_right)
         for name, length in (("q", s_q), ("k", s_k)):
-            limit = MAX_LENGTH_LOCAL if mask == "local" else MAX_LENGTH
+            limit = MAX_LENGTH_LOCAL if mask.kind == "local" else MAX_LENGTH
             if length > limit:
                 raise ValueError(
-                    f"{name} has length {length}, over the limit of {limit} (mask {mask})"
+                    f"{name} has length {length}, over the limit of {limit} (mask {mask.kind})"
                 )
         return cls(
             batch,
@@ -106,8 +105,6 @@ class Problem:
             _scales_of(q, v, descales),
             _scale_of(options.softmax_scale, head_dim),
             mask,
-            left,
-            right,
             _margin_of(options.sm_margin),
         )
 
@@ -116,8 +113,8 @@ class Problem:
         """The part of the problem that a kernel is compiled for."""
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
         if self.scales is None:
-            return Signature(DTYPES[self.dtype], *tiles, self.mask)
-        return Signature(BYTE_DTYPES[self.dtype], *tiles, self.mask, self._quantised)
+            return Signature(DTYPES[self.dtype], *tiles, self.mask.kind)
+        return Signature(BYTE_DTYPES[self.dtype], *tiles, self.mask.kind, self._quantised)
 
     @property
     def _quantised(self) -> Quantised:
@@ -242,16 +239,6 @@ def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
     h_q, h_k = q.shape[2], k.shape[2]
     if (h_k == 0 and h_q > 0) or (h_k > 0 and h_q % h_k):
         raise ValueError(f"q has {h_q} heads, expected a multiple of the {h_k} heads of k")
-
-
-def _mask_of(options: Options) -> tuple[str, int, int]:
-    """Mask kind and the two bounds; the kind never depends on lengths, or they would recompile."""
-    left, right = options.window_left, options.window_right
-    if options.causal:
-        right = 0
-    if left < 0 and right <= 0:
-        return ("full" if right < 0 else "causal"), UNBOUNDED, UNBOUNDED
-    return "local", *(UNBOUNDED if bound < 0 else min(bound, UNBOUNDED) for bound in (left, right))
 
 
 def _scale_of(softmax_scale: float | None, head_dim: int) -> float:

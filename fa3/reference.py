@@ -2,19 +2,19 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .kernels.signature import Q_BLOCK, Signature
+from .kernels.arguments import FwdArguments
+from .kernels.signature import Q_BLOCK, Quantised, Signature
 
 SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 
 
-def bind(signature: Signature):
+def bind(signature: Signature) -> Callable[[Sequence], None]:
     """A function that is called as the kernel compiled for `signature` is."""
-    if signature.quantised is not None:
-        return functools.partial(_forward_fp8, signature.mask, signature.quantised)
-    return functools.partial(_forward, signature.mask)
+    return functools.partial(_forward, signature)
 
 
 def _in_given_precision(forward):
@@ -29,16 +29,18 @@ def _in_given_precision(forward):
 
 
 @_in_given_precision
-def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num_ctas):
+def _forward(signature: Signature, arguments: Sequence) -> None:
     """out = softmax(scale * q k^T) v under the mask, lse its logarithmic denominator.
 
-    q (b, s_q, h_q, d), k (b, s_k, h_k, d), v (b, s_k, h_k, dv) -> out (b, s_q, h_q, dv) and
-    lse (b, h_q, s_q). `num_ctas` has no meaning here.
+    arguments: the fields of FwdArguments, of which num_ctas has no meaning here.
     """
+    x = FwdArguments(*arguments)
+    q, k, v = (x.q, x.k, x.v) if signature.quantised is None else _values(signature.quantised, x)
+    out, lse = x.out, x.lse
     b, s_q, h_q, d = q.shape
     s_k, h_k = k.shape[1:3]
     group = h_q // h_k
-    scale = scale_log2 * math.log(2)
+    scale = x.scale_log2 * math.log(2)
     keys = k.permute(0, 2, 3, 1).float()  # (b, h_k, d, s_k)
     values = v.transpose(1, 2).float()  # (b, h_k, s_k, dv)
     rows = max(1, SCORE_BYTES // (4 * b * h_q * s_k))
@@ -47,7 +49,8 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         block = q[:, start:stop].float().view(b, stop - start, h_k, group, d)
         block = block.permute(0, 2, 3, 1, 4).reshape(b, h_k, group * (stop - start), d)
         scores = (block @ keys).mul_(scale).view(b, h_q, stop - start, s_k)
-        hidden = _hidden(mask, start, stop, s_q, s_k, window_left, window_right, q.device)
+        window = x.window_left, x.window_right
+        hidden = _hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
@@ -60,19 +63,16 @@ def _forward(mask, q, k, v, out, lse, scale_log2, window_left, window_right, num
         out[:, start:stop] = o.div_(total.clamp_(min=1.0)).transpose(1, 2)
 
 
-def _forward_fp8(  # noqa: PLR0913
-    mask, quantised, q, k, v, out, lse, q_descale, k_descale, v_descale, v_shift, *scalars
-):
-    """The same for one-byte q, k and v, with descales and shift as `Scales.views` makes them."""
-    q_scales = _per_row(q_descale, q.shape[1], Q_BLOCK)
-    q = q.float() * q_scales.repeat_interleave(q.shape[2] // q_scales.shape[2], dim=2)
-    k = k.float() * _per_row(k_descale, k.shape[1], quantised.k_block)
+def _values(quantised: Quantised, x: FwdArguments) -> tuple[torch.Tensor, ...]:
+    """q, k and v in fp32; scales and shift are as `Scales.views` makes them."""
+    q_scales = _per_row(x.q_scales, x.q.shape[1], Q_BLOCK)
+    q = x.q.float() * q_scales.repeat_interleave(x.q.shape[2] // q_scales.shape[2], dim=2)
+    k = x.k.float() * _per_row(x.k_scales, x.k.shape[1], quantised.k_block)
     if quantised.v_block:
-        v = v.float() * _per_row(v_descale, v.shape[1], quantised.v_block)
+        v_scales = _per_row(x.v_scales, x.v.shape[1], quantised.v_block)
     else:
-        v = v.float() * v_descale[:, None]  # (b, 1, h_k, dv)
-    v = v + v_shift[:, None]
-    _forward(mask, q, k, v, out, lse, *scalars)
+        v_scales = x.v_scales[:, None]  # (b, 1, h_k, dv)
+    return q, k, x.v.float() * v_scales + x.v_shift[:, None]
 
 
 def _per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:

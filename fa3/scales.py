@@ -24,20 +24,20 @@ from .layout import ALIGNMENT, Layout
 
 K_BLOCKS = (128, 64)  # keys per scale; the first where both make one block
 BYTES = 4  # of a descale, which may start at any multiple of them
-NAMES = "q_descale", "k_descale", "v_descale", "v_shift"  # of the arguments
 
 _constants: dict[tuple[torch.device, float], torch.Tensor] = {}
 
 
 class Descales(NamedTuple):
-    """Layouts of the descales and of the shift, as the caller gave them."""
+    """The arguments that scale one-byte inputs: tensors, or their layouts."""
 
-    q: Layout | None = None
-    k: Layout | None = None
-    v: Layout | None = None
-    v_shift: Layout | None = None
+    q_descale: torch.Tensor | Layout | None = None
+    k_descale: torch.Tensor | Layout | None = None
+    v_descale: torch.Tensor | Layout | None = None
+    v_shift: torch.Tensor | Layout | None = None
 
 
+NAMES = Descales._fields
 NO_DESCALES = Descales()
 
 

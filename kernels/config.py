@@ -1,5 +1,6 @@
 """FwdConfig: how the forward kernel is laid out, the part of a kernel that tuning may change."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,8 @@ BARRIER_BYTES = 1024  # mbarriers and alignment
 # k:   the slot of the tile's last K block, released once O has left; Q and the other slots refill.
 # kv:  the same, half in the slot of the last K block and half in that of the last V block.
 # q:   the space of Q: the next Q waits until O has left.
-OSpace = Literal["own", "k", "kv", "q"]
+# registers: nowhere. O of FP8 inputs is stored from registers, without TMA.
+OSpace = Literal["own", "k", "kv", "q", "registers"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class FwdConfig:
     tile_n: int  # key rows per step
     num_mma_warpgroups: int = 2
     num_stages: int = 2  # depth of the K ring and of the V ring
-    o_slice: int = 0  # one-byte inputs: columns of O per product, where not all fit beside S; or 0
+    o_slice: int = 0  # FP8: columns of O per product, where not all fit beside S; or 0
     polynomial_exp2: int = 0  # one of this many exponentials on the FMA pipe (exp2.py); 0: none
+    o_space: OSpace | None = None  # None: the first one that is large enough
 
     @property
     def tile_m(self) -> int:
@@ -48,29 +51,9 @@ class FwdConfig:
 
     def check(self, signature: Signature) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
-        one_byte = signature.quantised is not None
-        unit = 32 if one_byte else 16  # wgmma's K: the keys of one step of P V
-        widths = [
-            0,
-            *(n for n in range(8, signature.head_dim_v, 8) if signature.head_dim_v % n == 0),
-        ]
-        for name, expected, is_right in (
-            (
-                "tile_n",
-                f"a multiple of {unit} from {unit} to 256",
-                self.tile_n in range(unit, 257, unit),
-            ),
-            ("num_mma_warpgroups", "1, 2 or 3", self.num_mma_warpgroups in (1, 2, 3)),
-            ("num_stages", "at least 1", self.num_stages >= 1),
-            ("polynomial_exp2", "at least 0", self.polynomial_exp2 >= 0),
-            (
-                "o_slice",
-                f"one of {widths}" if one_byte else "0, as O of 16-bit inputs is not sliced",
-                self.o_slice in (widths if one_byte else [0]),
-            ),
-        ):
+        for name, is_right, expected in self._rules(signature):
             if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
         needed = self.smem_bytes(signature)
         if needed > SMEM_LIMIT:
             raise ValueError(
@@ -78,8 +61,31 @@ class FwdConfig:
                 "choose a smaller tile_n, num_stages or num_mma_warpgroups"
             )
 
-    def o_space(self, signature: Signature) -> OSpace:
-        """The first of the spaces that is large enough."""
+    def _rules(self, signature: Signature) -> Iterator[tuple[str, bool, str]]:
+        """Name of a field, whether it is right, and what is."""
+        quantised, dv = signature.quantised, signature.head_dim_v
+        unit = 16 if quantised is None else 32  # wgmma's K: the keys of one step of P V
+        keys = range(unit, 257, unit)
+        yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
+        yield "num_mma_warpgroups", self.num_mma_warpgroups in (1, 2, 3), "1, 2 or 3"
+        yield "num_stages", self.num_stages >= 1, "at least 1"
+        yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
+        if quantised is None:
+            yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"
+            yield "o_space", self.o_space != "registers", "own, k, kv, q or None for 16-bit inputs"
+            return
+        slices = [0, *(n for n in range(8, dv, 8) if dv % n == 0)]
+        yield "o_slice", self.o_slice in slices, f"one of {slices}"
+        yield "o_space", self.o_space in (None, "registers"), "registers or None for FP8 inputs"
+        divides = quantised.v_block % self.tile_n == 0  # a product P V has one scale of V
+        yield "tile_n", divides, f"a divisor of {quantised.v_block}, the keys per scale of v"
+
+    def space_of_o(self, signature: Signature) -> OSpace:
+        """`o_space`, or the first of the spaces that is large enough."""
+        if signature.quantised is not None:
+            return "registers"
+        if self.o_space is not None:
+            return self.o_space
         q, o, k_stage, v_stage = self.elements(signature)
         if self._bytes(q + o, k_stage, v_stage) <= SMEM_LIMIT:
             return "own"
@@ -93,9 +99,9 @@ class FwdConfig:
     def smem_bytes(self, signature: Signature) -> int:
         """Shared memory of a CTA."""
         q, o, k_stage, v_stage = self.elements(signature)
-        if signature.quantised is not None:  # V has two rings, O is stored from registers
+        if signature.quantised is not None:  # V has two rings
             return q + self.num_stages * (k_stage + 2 * v_stage) + BARRIER_BYTES
-        q_and_o = {"own": q + o, "k": q, "kv": q, "q": max(q, o)}[self.o_space(signature)]
+        q_and_o = {"own": q + o, "k": q, "kv": q, "q": max(q, o)}[self.space_of_o(signature)]
         return self._bytes(q_and_o, k_stage, v_stage)
 
     def elements(self, signature: Signature) -> tuple[int, int, int, int]:

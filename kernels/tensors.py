@@ -1,11 +1,10 @@
 """The global tensors of a forward call, as kernels want them, and operands moved by TMA."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-
-from .scales import Scales
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FwdTensors:
     v: TmaOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
     o: TmaOperand | cute.Tensor  # (s_q, dv, h_q, b)
     lse: cute.Tensor  # (s_q, h_q, b) fp32
-    scales: Scales | None = None  # of one-byte inputs
+    scales: Any = None  # Scales, of FP8 inputs
 
     @property
     def tma_atoms(self) -> list[cute.CopyAtom]:

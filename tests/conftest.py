@@ -61,7 +61,7 @@ def plain_torch(monkeypatch):
 
     target = dispatch.Target("reference", "CPU", (0, 0), 1)
     monkeypatch.setattr(dispatch, "target_of", lambda device: target)
-    plans = ops.plan_of, ops.plan_fp8_of, ops._check_layouts
+    plans = ops.plan_of, ops._check_layouts
     for plan in plans:
         plan.cache_clear()
     yield

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fa3.kernels.signature import MaskKind, Quantised, Signature, head_dim_tile
+from fa3.mask import MaskSpec
 
 from .cases import Bordered, CallCase, pairwise
 from .fp8_calls import E4M3, E5M2, INT8
@@ -53,9 +54,8 @@ class Fp8Case(CallCase):
     @property
     def signature(self) -> Signature:
         """That of the kernel it needs."""
-        (left, right), (q, k, v) = self.window, self.dtypes
-        right = 0 if self.causal else right
-        kind = "local" if left >= 0 or right > 0 else "causal" if right == 0 else "full"
+        q, k, v = self.dtypes
+        kind = MaskSpec.of(self.causal, *self.window).kind
         k_block, v_block = (self._block(form) for form in self.scales[1:])
         quantised = Quantised(k, v, self.out, k_block, v_block)
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)

@@ -1,6 +1,6 @@
 """The forward kernel for one-byte inputs in plain torch: its roundings, in its order.
 
-Per block of keys, from the last to the first (kernels/softmax.py, kernels/sm90/fp8_mma.py):
+Per block of keys, from the last to the first (kernels/softmax.py, forward/operands_fp8.py):
 
     S = Q K^T           y = S * scale + shift, moved for rows beyond the limit
     P = exp2(y), cast to e4m3

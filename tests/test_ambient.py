@@ -106,7 +106,7 @@ STATES = {
 
 
 # torch's functionalize knows no custom operator that writes to an argument
-REFUSED = {(_into_out, "functionalize"), (_in_fp8, "functionalize")}
+REFUSED = {(_into_out, "functionalize")}
 
 
 def _check(call, state, qkv, monkeypatch):

@@ -31,14 +31,14 @@ def test_every_signature_has_a_config_that_fits(signature):
 
 def test_space_of_o():
     narrow = Signature("bf16", 64, 64, "full")
-    assert FwdConfig(tile_n=128, num_mma_warpgroups=3).o_space(narrow) == "own"
+    assert FwdConfig(tile_n=128, num_mma_warpgroups=3).space_of_o(narrow) == "own"
     square = Signature("bf16", 128, 128, "full")
-    assert FwdConfig(tile_n=128).o_space(square) == "own"
-    assert FwdConfig(tile_n=176).o_space(square) == "k"
+    assert FwdConfig(tile_n=128).space_of_o(square) == "own"
+    assert FwdConfig(tile_n=176).space_of_o(square) == "k"
     wide = Signature("bf16", 256, 256, "full")
-    assert FwdConfig(tile_n=80).o_space(wide) == "kv"
+    assert FwdConfig(tile_n=80).space_of_o(wide) == "kv"
     uneven = Signature("bf16", 192, 256, "full")
-    assert FwdConfig(tile_n=80).o_space(uneven) == "q"
+    assert FwdConfig(tile_n=80).space_of_o(uneven) == "q"
 
 
 def test_smem_bytes_by_hand():

@@ -26,9 +26,9 @@ def gpu(major, minor, name="some GPU"):
 
 
 def test_hopper_gets_a_kernel():
-    assert dispatch.forward(SIGNATURE, gpu(9, 0)).where == "fa3.kernels.sm90.fwd:ForwardSm90"
-    where = dispatch.forward(FP8_SIGNATURE, gpu(9, 0)).where
-    assert where == "fa3.kernels.sm90.fp8:ForwardFp8Sm90"
+    for signature, operands in ((SIGNATURE, "operands_16bit"), (FP8_SIGNATURE, "operands_fp8")):
+        where = dispatch.forward(signature, gpu(9, 0)).where
+        assert where == f"fa3.kernels.sm90.forward.{operands}:forward"
 
 
 @pytest.mark.parametrize("signature", [SIGNATURE, FP8_SIGNATURE], ids=["bf16", "e4m3"])

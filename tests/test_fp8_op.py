@@ -1,4 +1,4 @@
-"""torch.ops.fa3.forward_fp8: what the compiler, fake tensors and dispatch modes see of FP8."""
+"""torch.ops.fa3.forward of FP8: what the compiler, fake tensors and dispatch modes see of it."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_operator_agrees_with_eager():
         window_size=(50, 0),
         return_attn_probs=True,
     )
-    given = torch.ops.fa3.forward_fp8(q, k, v, *scales, None, True, 50, 0)
+    given = torch.ops.fa3.forward(q, k, v, None, True, 50, 0, 0, *scales)
     for a, b in zip(given, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -66,11 +66,31 @@ OPCHECKS = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_d
 
 def test_opcheck():
     q, k, v, *scales = arguments()
-    operators = torch.ops.fa3.forward_fp8.default, torch.ops.fa3.forward_fp8_out.default
-    for rest in ((*scales, None, True, -1, -1, 0, True), (*4 * [None], 0.3, False, 20, 5, 0)):
+    given = dict(zip(NAMES, scales, strict=True))
+    for options in (
+        {**given, "causal": True, "check_scales": True},
+        {"softmax_scale": 0.3, "window_left": 20, "window_right": 5},
+    ):
         out = torch.empty(OUT_SHAPE, dtype=torch.float16)
-        for operator, tensors in zip(operators, ((q, k, v), (q, k, v, out)), strict=True):
-            torch.library.opcheck(operator, (*tensors, *rest), test_utils=OPCHECKS)
+        of_dtype = {**options, "out_dtype": torch.float32}
+        for operator, tensors, keywords in (
+            (torch.ops.fa3.forward.default, (q, k, v), of_dtype),
+            (torch.ops.fa3.forward_out.default, (q, k, v, out), options),
+        ):
+            torch.library.opcheck(operator, tensors, keywords, test_utils=OPCHECKS)
+
+
+def test_names_from_before():
+    q, k, v, *scales = arguments()
+    given = dict(zip(NAMES, scales, strict=True))
+    wanted, wanted_lse = torch.ops.fa3.forward(q, k, v, 0.2, True, 50, 0, **given)
+    out, lse = torch.ops.fa3.forward_fp8(q, k, v, *scales, 0.2, True, 50, 0)
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse)
+    out = torch.empty_like(wanted)
+    lse = torch.ops.fa3.forward_fp8_out(q, k, v, out, *scales, 0.2, True, 50, 0)
+    assert torch.equal(out, wanted)
+    assert torch.equal(lse, wanted_lse)
 
 
 def test_operators_change_only_out():
@@ -79,8 +99,9 @@ def test_operators_change_only_out():
     out = torch.empty(OUT_SHAPE)
     given = q, k, v, *scales
     before = [x.clone() for x in given]
-    lse = torch.ops.fa3.forward_fp8_out(q, k, v, out, *scales, None, True)
-    result, _ = torch.ops.fa3.forward_fp8(*given, None, True)
+    named = dict(zip(NAMES, scales, strict=True), causal=True)
+    lse = torch.ops.fa3.forward_out(q, k, v, out, **named)
+    result, _ = torch.ops.fa3.forward(q, k, v, **named)
     for x, copy in zip(given, before, strict=True):
         assert torch.equal(x.view(torch.uint8), copy.view(torch.uint8))
     memory = {x.untyped_storage().data_ptr() for x in (*given, out)}
@@ -150,9 +171,9 @@ def test_fake_tensors():
 
 def test_operator_without_scales():
     q, k, v = inputs()
-    out, _ = torch.ops.fa3.forward_fp8(q, k, v)
+    out, _ = torch.ops.fa3.forward(q, k, v)
     assert torch.equal(out, fa3.flash_attn_func(q, k, v))
-    compiled = torch.compile(torch.ops.fa3.forward_fp8, fullgraph=True, backend="eager")
+    compiled = torch.compile(torch.ops.fa3.forward, fullgraph=True, backend="eager")
     assert torch.equal(compiled(q, k, v)[0], out)
 
 
@@ -176,7 +197,7 @@ def test_dispatch_modes_see_the_operator():
     tensors = inputs()
     with Watch() as watch:
         fa3.flash_attn_func(*tensors)
-    assert torch.ops.fa3.forward_fp8.default in watch.seen
+    assert torch.ops.fa3.forward.default in watch.seen
 
 
 def _in_fp8(q, k, v):

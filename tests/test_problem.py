@@ -377,9 +377,7 @@ MASKS = [  # causal, window, kind, bounds that the kernel gets
 def test_mask_kinds(causal, window, kind, bounds):
     layouts = (Layout.of(x) for x in tensors().values())
     checked = Problem.of(*layouts, Options(None, causal, *window))
-    assert checked.mask == kind
-    if bounds is not None:
-        assert (checked.window_left, checked.window_right) == bounds
+    assert checked.mask == (kind, *(bounds or (UNBOUNDED, UNBOUNDED)))
 
 
 def test_numpy_numbers():
@@ -388,7 +386,7 @@ def test_numpy_numbers():
     options = Options.of(*numbers)
     assert [type(x) for x in options] == [float, bool, int, int, int]
     checked = Problem.of(*layouts, options)
-    assert (checked.window_left, checked.window_right, checked.sm_margin) == (5, 7, 1)
+    assert (checked.mask, checked.sm_margin) == (("local", 5, 7), 1)
     assert checked.softmax_scale == 0.5
 
 
@@ -399,7 +397,7 @@ def test_numpy_numbers():
 def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *x: seen.append(x[5:]), 7))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-4:]), 7))
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
     fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)
@@ -443,5 +441,5 @@ def test_positions_of_arguments(monkeypatch):
     rest = (None, None, None, None, (3, 4), 0, 0.0, 1, None, False, 2, True)
     out, _ = fa3.flash_attn_func(*given, 0.5, False, *rest)
     (checked,) = seen
-    assert (checked.softmax_scale, checked.mask, checked.sm_margin) == (0.5, "local", 2)
-    assert (checked.window_left, checked.window_right) == (3, 4)
+    assert (checked.softmax_scale, checked.sm_margin) == (0.5, 2)
+    assert checked.mask == ("local", 3, 4)

@@ -10,6 +10,7 @@ import torch
 from fa3 import jit
 from fa3.kernels.config import FwdConfig
 from fa3.kernels.signature import UNBOUNDED, Quantised, Signature
+from fa3.scales import NO_DESCALES
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse
@@ -17,21 +18,11 @@ from .conftest import HOPPER
 from .fp8_calls import E4M3, INT8, numbers, values
 from .fp8_reference import Attention
 
-KERNEL = "fa3.kernels.sm90.fwd:ForwardSm90"
-FP8_KERNEL = "fa3.kernels.sm90.fp8:ForwardFp8Sm90"
+KERNEL = "fa3.kernels.sm90.forward.operands_16bit:forward"
+FP8_KERNEL = "fa3.kernels.sm90.forward.operands_fp8:forward"
 SEEDS, FP8_SEEDS = range(7), range(3)
 
 pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
-
-
-@dataclass(frozen=True)
-class Forced(FwdConfig):
-    """A config whose O waits where it is told to, however much shared memory there is."""
-
-    space: str = "own"
-
-    def o_space(self, signature):
-        return self.space
 
 
 @dataclass(frozen=True)
@@ -89,14 +80,14 @@ def inputs(run: Run) -> list[torch.Tensor]:
 def function(run: Run, q, k, v, name=KERNEL):
     """A function without arguments that launches the kernel: () -> (out, lse)."""
     signature = Signature("bf16", run.head_dim, run.head_dim_v, run.mask)
-    config = Forced(run.tile_n, run.warpgroups, run.stages, space=run.space)
+    config = FwdConfig(run.tile_n, run.warpgroups, run.stages, o_space=run.space)
     kernel = jit.compile(name, signature, config, "emulator")
     scale = run.head_dim**-0.5 * math.log2(math.e)
 
     def attention():
         out = torch.full((1, run.s_q, run.heads, run.head_dim_v), math.nan, dtype=torch.bfloat16)
         lse = torch.full((1, run.heads, run.s_q), math.nan)
-        kernel(q, k, v, out, lse, scale, *run.window, run.num_ctas)
+        kernel((q, k, v, out, lse, *NO_DESCALES, scale, *run.window, run.num_ctas))
         return out, lse
 
     return attention
@@ -172,7 +163,7 @@ def test_one_byte_inputs_are_the_same_under_every_schedule(run, device):
         lse = torch.full((1, heads, run.s_q), math.nan)
         window = UNBOUNDED, UNBOUNDED
         scales = *descales, shift, scale * math.log2(math.e)
-        kernel(*inputs, out, lse, *scales, *window, run.num_ctas)
+        kernel((*inputs, out, lse, *scales, *window, run.num_ctas))
         return out, lse
 
     out, _ = emulator.compare_schedules(attention, FP8_SEEDS, checks=emulator.ALL_CHECKS)
@@ -210,7 +201,7 @@ def test_output_written_too_early_is_found(run, device):
         with emulator.options(checks=("race",), schedule="eager"):
             with pytest.raises(emulator.Race, match="wgmma of warps .*stmatrix") as found:
                 attention()
-        assert "fwd_store.py:" in str(found.value)
+        assert "store.py:" in str(found.value)
 
 
 def without_warp_barrier_after_store(ptx: str) -> str:
@@ -237,4 +228,4 @@ def test_a_slot_released_before_every_lane_has_waited_is_found(device):
             emulator.Race, match="TMA load .* the read by TMA store of warp"
         ) as found:
             attention()
-    assert "fwd_store.py:" in str(found.value)
+    assert "store.py:" in str(found.value)

@@ -144,9 +144,9 @@ REFUSED = [  # call, what has a tangent, the operator that says so
     (fa3.flash_attn_func, "v", "forward"),
     (torch.ops.fa3.forward, "k", "forward"),
     (lambda **given: torch.ops.fa3.forward_out(out=_out(), **given), "q", "forward_out"),
-    (fa3.flash_attn_func, "q_descale", "forward_fp8"),
-    (torch.ops.fa3.forward_fp8, "v_shift", "forward_fp8"),
-    (lambda **x: torch.ops.fa3.forward_fp8_out(out=_out(), **x), "k_descale", "forward_fp8_out"),
+    (fa3.flash_attn_func, "q_descale", "forward"),
+    (torch.ops.fa3.forward, "v_shift", "forward"),
+    (lambda **x: torch.ops.fa3.forward_out(out=_out(), **x), "k_descale", "forward_out"),
     (fa3.quantize_fp8, "v", "quantize_fp8"),
     (fa3.flash_attn_fp8_func, "q", "quantize_fp8"),
 ]
@@ -212,4 +212,4 @@ def test_names_in_the_profiler():
         fa3.flash_attn_func(q, k, v)
         fa3.flash_attn_fp8_func(q, k, v)
     counts = {x.key: x.count for x in profile.key_averages() if x.key.startswith("fa3::")}
-    assert counts == {"fa3::forward": 1, "fa3::quantize_fp8": 1, "fa3::forward_fp8": 1}
+    assert counts == {"fa3::forward": 2, "fa3::quantize_fp8": 1}

@@ -10,6 +10,7 @@ from .. import jit
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
 from ..ops import LOG2_E
+from ..scales import NO_DESCALES
 from .call import Call, Lengths
 
 NUM_CTAS = 132  # at most
@@ -47,13 +48,13 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     (q, k, v), descales = call.tensors(lengths)
     out = torch.empty(problem.out_shape, dtype=problem.out_dtype, device="cpu")
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device="cpu")
-    views = problem.scales.views(q.device, *descales) if problem.scales else ()
-    scalars = problem.softmax_scale * LOG2_E, problem.window_left, problem.window_right, NUM_CTAS
+    views = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
+    scalars = problem.softmax_scale * LOG2_E, problem.mask.left, problem.mask.right, NUM_CTAS
     kernel = jit.compile(
         inspection.kernel.where, inspection.signature, inspection.config, "emulator"
     )
     with profile() as found, options(progress=_show):
-        kernel(q, k, v, out, lse, *views, *scalars)
+        kernel((q, k, v, out, lse, *views, *scalars))
     return found.launches[-1]
 
 

@@ -135,5 +135,10 @@ class WarpPipeline(pipeline.PipelineAsync):
 class FwdRings:
     q: Ring  # 1 stage
     k: Ring
-    v: Ring  # as it lies in memory, keys by rows
-    vt: Ring | None = None  # one-byte inputs: transposed by the producer warpgroup (fp8_load)
+    v: Ring  # as the consumers multiply it
+    v_by_keys: Ring | None = None  # FP8: as TMA brings it, before it is transposed (transpose.py)
+
+    @property
+    def v_loaded(self) -> Ring:
+        """What TMA fills."""
+        return self.v if self.v_by_keys is None else self.v_by_keys

@@ -12,7 +12,7 @@ from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
 from fa3.layout import Layout
 from fa3.problem import Options, Problem
-from fa3.scales import Descales
+from fa3.scales import NO_DESCALES, Descales
 
 from .. import variants
 from ..cases import DTYPES, FORWARD
@@ -119,14 +119,14 @@ class Forward:
         target = dispatch.target_of(q.device)
         kernel = dispatch.forward(problem.signature, target)
         run = jit.compile(kernel.where, problem.signature, config, target.kind)
-        scales = problem.scales.views(q.device, *descales) if descales else ()
+        scales = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
         out = q.new_empty(*problem.out_shape, dtype=problem.out_dtype)
         lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
         scale = problem.softmax_scale * ops.LOG2_E
-        window = problem.window_left, problem.window_right
+        window = problem.mask.left, problem.mask.right
 
         def call() -> Tensor:
-            run(q, k, v, out, lse, *scales, scale, *window, target.num_sms)
+            run((q, k, v, out, lse, *scales, scale, *window, target.num_sms))
             return out
 
         return call

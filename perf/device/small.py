@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fa3.mask import MaskSpec
+
 from ..cases import DTYPES
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -43,7 +45,7 @@ class Small:
 
     @property
     def mask(self) -> str:
-        return "causal" if self.causal else "full" if self.window == (-1, -1) else "local"
+        return MaskSpec.of(self.causal, *self.window).kind
 
     def inputs(self, device="cpu") -> tuple[Tensor, ...]:
         """q, k, v and, for one-byte inputs, their descales.

@@ -150,7 +150,7 @@ def test_a_trace_holds_all_events(forward, tmp_path):
         ends = [start + duration for start, duration in own]
         assert all(end <= b[0] + 1e-9 for end, b in zip(ends, own[1:], strict=False))
     sources = {e["args"]["source"].split("/")[-1].split(":")[0] for e in spans}
-    assert {"fwd_mma.py", "rings.py", "wgmma.py"} <= sources
+    assert {"attend.py", "rings.py", "wgmma.py"} <= sources
 
 
 def test_a_picture(forward, tmp_path):

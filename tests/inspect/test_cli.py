@@ -39,7 +39,7 @@ def test_it_prints_what_the_call_would_run(call):
     _check_counters(table)
     lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
     assert lines["call"] == "bf16, head dim 64, of v 64 (tiles), mask causal"
-    assert lines["served by"] == "forward sm90, fa3.kernels.sm90.fwd:ForwardSm90"
+    assert lines["served by"] == "forward sm90, fa3.kernels.sm90.forward.operands_16bit:forward"
     names = ("tiles", "stages", "shared memory", "registers", "spills", "steady loop", "predicted")
     for name in names:
         assert name in lines, out

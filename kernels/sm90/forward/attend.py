@@ -1,83 +1,15 @@
 """A consumer warpgroup of the forward kernel: S = Q K^T, softmax, O += P V for 64 query rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
 from cutlass.cute.nvgpu import warpgroup
 
-from ..barriers import WARPGROUP, WarpgroupTurn
-from ..mask import Mask
-from ..softmax import OnlineSoftmax
-from ..views import convert
-from .rings import FwdRings
-from .wgmma import FwdMma, issue_gemm
-
-
-@dataclass(frozen=True)
-class FwdFragments:
-    """What a thread of a consumer warpgroup multiplies: descriptors and registers."""
-
-    mma: FwdMma
-    q: cute.Tensor  # (MMA, 1, d / 16) descriptors
-    k: cute.Tensor  # (MMA, 1, d / 16, num_stages) descriptors
-    v: cute.Tensor  # (MMA, 1, tile_n / 16, num_stages) descriptors
-    p: cute.Tensor  # ((2, 2, 2), 1, tile_n / 16) 16-bit registers
-    acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
-    acc_O: cute.Tensor  # ((2, 2, dv / 8), 1, 1) fp32 registers
-
-    @staticmethod
-    def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "FwdFragments":
-        first_thread = warpgroup_index * WARPGROUP
-        qk, pv = mma.qk.get_slice(first_thread), mma.pv.get_slice(first_thread)
-        s_shape = qk.partition_shape_C((plan.tile_m, plan.tile_n))
-        o_shape = pv.partition_shape_C((plan.tile_m, plan.head_dim_v))
-        p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
-        return FwdFragments(
-            mma=mma,
-            q=qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
-            k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
-            v=pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
-            p=pv.make_fragment_A(p_shape),
-            acc_S=cute.make_rmem_tensor(s_shape, Float32),
-            acc_O=cute.make_rmem_tensor(o_shape, Float32),
-        )
-
-    def issue_scores(self, stage):
-        """S = Q K^T, asynchronously."""
-        issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
-
-    def receive_scores(self):
-        """What remains to be done when issue_scores() has been waited for: nothing."""
-
-    def issue_output(self, stage, n_block):
-        """O += P V, asynchronously."""
-        issue_gemm(self.mma.pv, self.acc_O, self.p, self.v[None, None, None, stage], True)
-
-    def start(self, n_block):
-        """Before the first block of a tile."""
-        self.acc_O.fill(0.0)
-
-    def add_output(self, stage):
-        """What remains to be done when issue_output() has been waited for: nothing."""
-
-    def convert(self):
-        """P -> operand."""
-        convert(self.acc_S, self.p)
-
-
-@dataclass(frozen=True)
-class SoftmaxScale:
-    """The factor that every score gets, in log2."""
-
-    scale_log2: Float32
-
-    def of_scores(self, n_block, is_masked: bool) -> tuple:
-        """A factor per equal part of a block's columns."""
-        return (self.scale_log2,)
+from ...barriers import WarpgroupTurn
+from ...mask import Mask
+from ...softmax import OnlineSoftmax
 
 
 @cute.jit

@@ -14,6 +14,7 @@ Two consumers in the steady state (docs/algorithm.md has the barriers):
 Sources: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,20 +25,22 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from ..barriers import WARPGROUP, WarpgroupTurn
-from ..blocks import BlockRange, Window
-from ..config import FwdConfig, OSpace
-from ..headroom import HEADROOM_LOG2, LIMIT_LOG2
-from ..mask import Mask
-from ..scheduler import Deal, TileOrder, WorkTile
-from ..signature import Signature
-from ..softmax import OnlineSoftmax
-from ..tensors import FwdScalars, FwdTensors, TmaOperand, permute
-from .fwd_load import load
-from .fwd_mma import FwdFragments, SoftmaxScale, accumulate_last, attend
-from .fwd_store import LastSlots, OutputSpace, store_lse, store_output
-from .rings import FwdRings, Ring, swizzled
-from .wgmma import ELEMENT, Elements, FwdMma, FwdSmem, o_layout
+from ...arguments import FwdArguments
+from ...barriers import WARPGROUP, WarpgroupTurn
+from ...blocks import BlockRange, Window
+from ...config import FwdConfig, OSpace
+from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
+from ...mask import Mask
+from ...scheduler import Deal, TileOrder, WorkTile
+from ...signature import Signature
+from ...softmax import OnlineSoftmax
+from ...tensors import FwdScalars, FwdTensors, permute
+from ..rings import FwdRings
+from ..tma import tma_load
+from ..wgmma import ELEMENT, Elements, FwdMma, FwdSmem
+from .attend import accumulate_last, attend
+from .load import load
+from .store import LastSlots, Place, store_lse
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class FwdPlan:
 
     @property
     def o_space(self) -> OSpace:
-        return self.config.o_space(self.signature)
+        return self.config.space_of_o(self.signature)
 
     @property
     def keeps_last_k(self) -> bool:
@@ -80,6 +83,15 @@ class FwdPlan:
     def frees_v_first(self) -> bool:
         """A slot of V is free before that of the K ahead of it: V has been transposed by then."""
         return self.signature.quantised is not None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """A tile is looked up beside the product before it.
+
+        What is carried from tile to tile leaves the uniform registers, and with it every address of
+        a scale: in FP8 that costs more than the divisions.
+        """
+        return self.signature.quantised is None
 
     @property
     def elements(self) -> tuple[int, int, int, int]:
@@ -137,10 +149,16 @@ class Tiles:
 
 
 class ForwardSm90:
-    """The forward kernel of one Signature, laid out by one FwdConfig."""
+    """The forward kernel of one Signature, laid out by one FwdConfig.
 
-    def __init__(self, signature: Signature, config: FwdConfig):
+    `operands` knows what dtypes the inputs have; the roles only call its methods.
+    """
+
+    def __init__(self, signature: Signature, config: FwdConfig, operands: Callable):
+        """operands: makes the object that knows the dtypes, of a FwdPlan."""
+        config.check(signature)
         self.plan = FwdPlan(signature, config)
+        self.operands = operands(self.plan)
 
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
@@ -154,52 +172,36 @@ class ForwardSm90:
             return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
 
         lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
-        return (
+        arguments = FwdArguments(
             tensor(element.q, s_q, heads_q, d),
             tensor(element.k, s_k, heads_k, d),
             tensor(element.v, s_k, heads_k, dv),
             tensor(element.out, s_q, heads_q, dv),
             make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
-            *self.example_scales(batch, heads_k, dv),
-            Float32(1.0),
-            Int32(0),
-            Int32(0),
-            Int32(1),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
+            *self.operands.example_scales(batch, heads_k, dv),
+            scale_log2=Float32(1.0),
+            window_left=Int32(0),
+            window_right=Int32(0),
+            num_ctas=Int32(1),
         )
-
-    def example_scales(self, batch, heads_k, dv) -> tuple:
-        """Those of one-byte inputs, of which there are none here."""
-        return ()
+        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
-    def __call__(
-        self,
-        mQ: cute.Tensor,  # (b, s_q, h_q, d)
-        mK: cute.Tensor,  # (b, s_k, h_k, d)
-        mV: cute.Tensor,  # (b, s_k, h_k, dv)
-        mO: cute.Tensor,  # (b, s_q, h_q, dv)
-        mLSE: cute.Tensor,  # (b, h_q, s_q) fp32
-        softmax_scale_log2: Float32,
-        window_left: Int32,
-        window_right: Int32,
-        num_ctas: Int32,
-        stream,
-    ):
+    def __call__(self, arguments: FwdArguments, stream):
         plan = self.plan
         smem = FwdSmem.of(plan.signature, plan.config)
-        o_smem = o_layout(plan.signature, plan.config)
-        q, k, o = (permute(t, [1, 3, 2, 0]) for t in (mQ, mK, mO))
-        v = permute(mV, [3, 1, 2, 0])
+        q, k, o = (permute(t, [1, 3, 2, 0]) for t in (arguments.q, arguments.k, arguments.out))
         tensors = FwdTensors(
             q=tma_load(q, smem.q, plan.q_tile),
             k=tma_load(k, smem.k, plan.k_tile),
-            v=tma_load(v, smem.v, plan.v_tile),
-            o=tma_store(o, o_smem, plan.o_tile),
-            lse=permute(mLSE, [2, 1, 0]),
+            v=tma_load(permute(arguments.v, [3, 1, 2, 0]), smem.v, plan.v_tile),
+            o=self.operands.output(o),
+            lse=permute(arguments.lse, [2, 1, 0]),
+            scales=self.operands.scales(arguments),
         )
-        scalars = FwdScalars(softmax_scale_log2, window_left, window_right)
-        self._launch(tensors, scalars, self._order(mQ, mK, mV, num_ctas), num_ctas, stream)
+        scalars = FwdScalars(arguments.scale_log2, arguments.window_left, arguments.window_right)
+        order = self._order(arguments.q, arguments.k, arguments.v, arguments.num_ctas)
+        self._launch(tensors, scalars, order, arguments.num_ctas, stream)
 
     def _launch(self, tensors, scalars, order: TileOrder, num_ctas, stream):
         self.kernel(tensors, scalars, order).launch(
@@ -229,7 +231,7 @@ class ForwardSm90:
         if warp == 0:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
-        rings, o_pointer = self._shared_memory()
+        rings, o_pointer = self.operands.shared_memory(SmemAllocator())
         tiles = self._tiles(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -246,26 +248,8 @@ class ForwardSm90:
         """The producer warpgroup: all tiles of this CTA."""
         if warp == 0:
             load(self.plan, tensors, rings, tiles)
-
-    def _shared_memory(self) -> tuple[FwdRings, cute.Pointer]:
-        """Rings of Q, K and V, and where O goes."""
-        plan, allocator = self.plan, SmemAllocator()
-        layouts, o_smem = (of(plan.signature, plan.config) for of in (FwdSmem.of, o_layout))
-
-        def space(num_elements):
-            return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
-
-        def ring(pointer, layout):
-            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
-            return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
-
-        q_size, o_size = cute.cosize(layouts.q), cute.cosize(o_smem)
-        q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
-        k_size = cute.cosize(layouts.k)
-        k = space(k_size + cute.cosize(layouts.v))
-        v = k + k_size  # OutputSpace relies on V's ring following K's
-        o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
-        return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
+        else:
+            self.operands.assist(rings, tiles, warp - 1, cute.arch.lane_idx())
 
     def _tiles(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Tiles:
         plan = self.plan
@@ -302,16 +286,13 @@ class ForwardSm90:
         lane = thread % 32
         warp = cute.arch.make_warp_uniform(thread // 32)
         warpgroup = warp // 4
-        row_in_tile = warp * 16 + lane // 4
 
-        mma = FwdMma.of(plan.signature, plan.config)
-        frag = FwdFragments.of(plan, mma, rings, warpgroup)
+        operands = self.operands
+        fragments = operands.fragments(FwdMma.of(plan.signature, plan.config), rings, warpgroup)
         softmax = plan.softmax()
-        scale = SoftmaxScale(scalars.scale_log2)
         lse = cute.make_rmem_tensor(2, Float32)
         window = self._window(tensors, scalars)
-        o_smem = o_layout(plan.signature, plan.config)
-        space = OutputSpace(plan, o_pointer, o_smem, warpgroup, warp % 4 == 0)
+        space = operands.output_space(o_pointer, warp)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
 
@@ -319,41 +300,37 @@ class ForwardSm90:
         tile = tiles[0]
         last = LastSlots(Int32(0), Int32(0))
         for wave in cutlass.range(tiles.count, unroll=1):
+            if cutlass.const_expr(not plan.looks_ahead):
+                tile = tiles[wave]
             blocks = tiles.blocks_of(tile)
-            row = tile.m_block * plan.tile_m + row_in_tile
+            first_row = tile.m_block * plan.tile_m + 64 * warpgroup
+            row = first_row + warp % 4 * 16 + lane // 4
             mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
+            frag, factors = operands.of_tile(fragments, tensors, scalars, tile, first_row)
             query = q.wait_and_advance()
             give_back = partial(space.give_back, rings, last, wave)
             k, v = attend(
-                frag, softmax, scale, mask, turn, k, v, blocks, plan.keeps_last_k, give_back
+                frag, softmax, factors, mask, turn, k, v, blocks, plan.keeps_last_k, give_back
             )
             space.scores_done(query, wave)
-            look_up_next = partial(tiles.__getitem__, wave + 1)
-            v, next_tile = accumulate_last(frag, v, blocks.n_min, look_up_next, plan.keeps_last_v)
+            look_ahead = partial(tiles.__getitem__, wave + 1) if plan.looks_ahead else _nothing
+            v, next_tile = accumulate_last(frag, v, blocks.n_min, look_ahead, plan.keeps_last_v)
             space.output_done(wave)
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
+            frag.take_sum(softmax)
             softmax.finish(frag.acc_O, lse)
             store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            store_output(space, tensors, mma.pv, frag.acc_O, tile, wave, thread, last)
+            space.store(tensors, frag, lse, Place(tile, wave, thread, row), last)
             space.stored(query)
-            tile = next_tile
+            if cutlass.const_expr(plan.looks_ahead):
+                tile = next_tile
         space.drain()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _in_16_bytes(dtype) -> int:
     """Elements that TMA takes at once: head dims and strides are multiples of them."""
     return 128 // dtype.width
-
-
-def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
-    """The operand that TMA brings into a stage of `smem`, tile by tile."""
-    return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
-
-
-def tma_store(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
-    return _tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem, tile)
-
-
-def _tma_operand(op, tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
-    stage = cute.select(smem, mode=[0, 1])
-    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, stage, tile))

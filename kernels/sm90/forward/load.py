@@ -3,8 +3,8 @@
 import cutlass
 import cutlass.cute as cute
 
-from ..tensors import FwdTensors
-from .rings import FwdRings
+from ...tensors import FwdTensors
+from ..rings import FwdRings
 
 
 @cute.jit
@@ -16,13 +16,13 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
     The first K of a tile goes ahead of its Q, which may have to wait until the O of the tile
     before has left the same space (config.OSpace).
     """
-    q, k, v = rings.q.producer(), rings.k.producer(), rings.v.producer()
+    q, k, v = rings.q.producer(), rings.k.producer(), rings.v_loaded.producer()
     for wave in cutlass.range(tiles.count, unroll=1):
         tile = tiles[wave]
         blocks = tiles.blocks_of(tile)
         fill_q = rings.q.filler(tensors.q, plan.q_tile, tile.head, tile.batch, 0)
         fill_k = rings.k.filler(tensors.k, plan.k_tile, tile.head_kv, tile.batch, 0)
-        fill_v = rings.v.filler(tensors.v, plan.v_tile, tile.head_kv, tile.batch, 1)
+        fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, tile.head_kv, tile.batch, 1)
 
         fill_k(blocks.n_max - 1, k.acquire_and_advance())
         fill_q(tile.m_block, q.acquire_and_advance())

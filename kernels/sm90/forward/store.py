@@ -10,10 +10,10 @@ from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.tensor_utils import LayoutEnum
 
-from ..barriers import WARPGROUP, NamedBarrier
-from ..tensors import FwdTensors
-from ..views import convert
-from .rings import FwdRings, swizzled
+from ...barriers import WARPGROUP, NamedBarrier
+from ...tensors import FwdTensors
+from ...views import convert
+from ..rings import FwdRings, swizzled
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,16 @@ class LastSlots:
 
     k: Any
     v: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a consumer thread's results belong."""
+
+    tile: Any  # WorkTile
+    wave: Any  # its index among the tiles of the CTA
+    thread: Any  # of the consumers
+    row: Any  # query of the thread's first row; the second one is 8 below
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,41 @@ class OutputSpace:
         return swizzled(self.pointer + offset, self.layout)[None, None, part]
 
     @cute.jit
+    def store(
+        self, tensors: FwdTensors, frag: Any, lse: cute.Tensor, place: Place, last: LastSlots
+    ):
+        """A warpgroup's 64 rows of O: registers -> stmatrix -> shared memory -> TMA.
+
+        TMA drops the rows beyond s_q and the columns beyond the true head dim.
+        """
+        plan, tile = self.plan, place.tile
+        sO = self.rows(last)  # (64, dv)
+        acc_16 = cute.make_rmem_tensor_like(frag.acc_O, plan.element)
+        convert(frag.acc_O, acc_16)
+        atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
+        copy = cute.make_tiled_copy_C(atom, frag.mma.pv).get_slice(place.thread % WARPGROUP)
+        self.wait_until_free(place.wave)
+        cute.copy(copy, copy.retile(acc_16), copy.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(
+            barrier_id=NamedBarrier.O_WRITTEN + self.warpgroup, number_of_threads=WARPGROUP
+        )
+        if self.is_storing_warp:
+            rows = cute.local_tile(
+                tensors.o.tensor[None, None, tile.head, tile.batch], plan.o_tile, (None, 0)
+            )  # (64, dv, num_64_row_blocks)
+            from_smem, to_rows = cpasync.tma_partition(
+                tensors.o.atom,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(sO, 0, 2),
+                cute.group_modes(rows, 0, 2),
+            )
+            block = tile.m_block * plan.num_mma_warpgroups + self.warpgroup
+            cute.copy(tensors.o.atom, from_smem, to_rows[None, block])
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
     def _wait_for_store(self, before_release: cutlass.Constexpr = False):
         if self.is_storing_warp:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -132,46 +177,3 @@ def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, row, lane):
     for r in cutlass.range_constexpr(2):
         if lane % 4 == 0 and row + 8 * r < mLSE.shape[0]:
             mLSE[row + 8 * r] = lse[r]
-
-
-@cute.jit
-def store_output(
-    space: OutputSpace,
-    tensors: FwdTensors,
-    tiled_mma: cute.TiledMma,
-    acc_O: cute.Tensor,
-    tile: Any,
-    wave: Any,
-    thread: Any,
-    last: LastSlots,
-):
-    """A warpgroup's 64 rows of O: registers -> stmatrix -> shared memory -> TMA.
-
-    TMA drops the rows beyond s_q and the columns beyond the true head dim.
-    """
-    plan = space.plan
-    sO = space.rows(last)  # (64, dv)
-    acc_16 = cute.make_rmem_tensor_like(acc_O, plan.element)
-    convert(acc_O, acc_16)
-    atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
-    copy = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(thread % WARPGROUP)
-    space.wait_until_free(wave)
-    cute.copy(copy, copy.retile(acc_16), copy.partition_D(sO))
-    cute.arch.fence_view_async_shared()
-    cute.arch.barrier(
-        barrier_id=NamedBarrier.O_WRITTEN + space.warpgroup, number_of_threads=WARPGROUP
-    )
-    if space.is_storing_warp:
-        rows = cute.local_tile(
-            tensors.o.tensor[None, None, tile.head, tile.batch], plan.o_tile, (None, 0)
-        )  # (64, dv, num_64_row_blocks)
-        from_smem, to_rows = cpasync.tma_partition(
-            tensors.o.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sO, 0, 2),
-            cute.group_modes(rows, 0, 2),
-        )
-        block = tile.m_block * plan.num_mma_warpgroups + space.warpgroup
-        cute.copy(tensors.o.atom, from_smem, to_rows[None, block])
-        cute.arch.cp_async_bulk_commit_group()

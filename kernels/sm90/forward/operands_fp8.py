@@ -1,18 +1,44 @@
-"""What a consumer warpgroup multiplies when its inputs have one byte; fwd_mma has the loop."""
+"""OperandsFp8: what one-byte q, k and v put into the kernel's places.
+
+    producer   warp 0: TMA as ever; warps 1 to 3: V of each stage into a ring of its own, transposed
+    consumers  S = Q K^T, softmax of scaled scores, P to e4m3, P V of each block on its own,
+               O += P V in fp32; O leaves from registers
+
+    TMA            K_n         | V_n     | K_n-1      | V_n-1   |
+    transposing                |     V_n -> V^T_n     |     V_n-1 -> V^T_n-1   |
+    consumers      | S_n | softmax, P_n to e4m3       | S_n-1, P_n V_n | O += | softmax ..
+
+Two-level accumulation: the tensor core adds one-byte products in an accumulator of about 13
+fraction bits; only the keys of one block meet there.
+
+Sources: FlashAttention-3 (arXiv 2407.08608), section 3.3; DeepSeek-V3 (arXiv 2412.19437), section
+3.3.2, on the accumulator.
+"""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.runtime import make_fake_tensor
+from cutlass.memory import SmemAllocator
 
-from ..barriers import WARPGROUP
-from ..scales import OutputUnit, TileScales
-from ..softmax import OnlineSoftmax
-from ..views import four_bytes
-from .rings import FwdRings
-from .wgmma import FwdMma, issue_gemm, v_slice, vt_rows
+from ...arguments import FwdArguments
+from ...barriers import WARPGROUP
+from ...config import FwdConfig
+from ...scales import OutputUnit, Scales, TileScales
+from ...signature import Signature
+from ...softmax import OnlineSoftmax
+from ...tensors import FwdScalars, FwdTensors, permute
+from ...views import four_bytes
+from ..rings import FwdRings, Ring, swizzled
+from ..wgmma import Elements, FwdMma, FwdSmem, issue_gemm, v_slice, vt_layout, vt_rows
+from .kernel import ForwardSm90
+from .store_fp8 import RegistersToGlobal
+from .transpose import TRANSPOSING_WARPS, transpose
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,7 @@ class Fp8Fragments:
             mma=mma,
             q=qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
             k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
-            v=pv.make_fragment_B(pv.partition_B(rings.vt.buffer)),
+            v=pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
             p=pv.make_fragment_A(p_shape),
             acc_S=_accumulator(plan.tile_n),
             acc_O=_accumulator(vt_rows(plan.signature, plan.config)),
@@ -128,6 +154,72 @@ class Fp8Fragments:
             self.acc_O[first + i] = before + self.block_O[i]
 
 
+@dataclass(frozen=True)
+class OperandsFp8:
+    """V is transposed on the way, scores and O have scales, O leaves from registers."""
+
+    plan: Any
+
+    def example_scales(self, batch, heads_k, dv) -> tuple:
+        """The descales, and the shift of v by 16 bytes."""
+
+        def scales(heads):
+            strides = (cute.sym_int64(), cute.sym_int64(), cute.sym_int32())
+            shape = (batch, heads, cute.sym_int32())
+            return make_fake_tensor(Float32, shape, strides, assumed_align=4)
+
+        strides = tuple(cute.sym_int64(divisibility=4) for _ in range(2))
+        shift = make_fake_tensor(Float32, (batch, heads_k, dv), (*strides, 1), assumed_align=16)
+        return scales(cute.sym_int32()), scales(heads_k), scales(heads_k), shift
+
+    def scales(self, arguments: FwdArguments) -> Scales:
+        given = arguments.q_scales, arguments.k_scales, arguments.v_scales, arguments.v_shift
+        return Scales(*(permute(t, [2, 1, 0]) for t in given))
+
+    def output(self, o: cute.Tensor) -> cute.Tensor:
+        return o
+
+    def shared_memory(self, allocator: SmemAllocator) -> tuple[FwdRings, None]:
+        """Rings of Q, K, transposed V and V; O needs no space."""
+        plan = self.plan
+        layouts, element = FwdSmem.of(plan.signature, plan.config), Elements.of(plan.signature)
+        consumer_warps = 4 * plan.num_mma_warpgroups
+
+        def ring(make, dtype, layout, readers):
+            memory = allocator.allocate_array(dtype, cute.cosize(layout), byte_alignment=1024)
+            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
+            return make(swizzled(memory, layout), barriers, readers)
+
+        q = ring(Ring.of, element.q, layouts.q, consumer_warps)
+        k = ring(Ring.of, element.k, layouts.k, consumer_warps)
+        v_by_keys = ring(Ring.of, element.v, layouts.v, TRANSPOSING_WARPS)
+        by_warps = partial(Ring.written_by, TRANSPOSING_WARPS)
+        transposed = vt_layout(plan.signature, plan.config)
+        v = ring(by_warps, element.v, transposed, consumer_warps)
+        return FwdRings(q, k, v, v_by_keys), None
+
+    def assist(self, rings: FwdRings, tiles: Any, worker, lane):
+        """The producer warpgroup's other warps transpose V."""
+        transpose(self.plan, rings, tiles, worker, lane)
+
+    def fragments(self, mma: FwdMma, rings: FwdRings, warpgroup) -> Fp8Fragments:
+        return Fp8Fragments.of(self.plan, mma, rings, warpgroup)
+
+    def of_tile(self, frag: Fp8Fragments, tensors: FwdTensors, scalars: FwdScalars, tile, row):
+        """The fragments and the factors of scores for a tile's rows from `row` on."""
+        num_heads = tensors.lse.shape[1]
+        scales = tensors.scales.of_tile(tile, row, num_heads, scalars.scale_log2, self.plan)
+        return frag.with_scales(scales), scales
+
+    def output_space(self, pointer: None, warp) -> RegistersToGlobal:
+        return RegistersToGlobal()
+
+
+def forward(signature: Signature, config: FwdConfig) -> ForwardSm90:
+    """The forward kernel for one-byte inputs."""
+    return ForwardSm90(signature, config, OperandsFp8)
+
+
 def _accumulator(columns: int) -> cute.Tensor:
     return cute.make_rmem_tensor(((2, 2, columns // 8), 1, 1), Float32)
 
@@ -136,7 +228,7 @@ def pack(acc_S: cute.Tensor, p: cute.Tensor):
     """P in fp32 -> e4m3 operand registers, without leaving the thread.
 
     Byte i of register (row r, half h) of the k-th 32 keys multiplies the key that lies there in
-    transposed V, which is column 8 (4 k + 2 h + i / 2) + 2 (lane % 4) + i % 2 of S (fp8_load).
+    transposed V, which is column 8 (4 k + 2 h + i / 2) + 2 (lane % 4) + i % 2 of S (transpose.py).
     """
     registers = cute.recast_tensor(p, Int32)
     for i in range(cute.size(registers)):

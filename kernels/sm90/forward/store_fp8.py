@@ -1,14 +1,42 @@
-"""Epilogue for one-byte inputs: O from registers to global memory."""
+"""Epilogue for FP8: O from registers to global memory."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from ..tensors import FwdTensors
+from ...tensors import FwdTensors
+from ..rings import FwdRings
+from .store import LastSlots, Place
 
 CHANNELS = 16  # that are transposed together; the four lanes of a row hold 4 of them each
+
+
+@dataclass(frozen=True)
+class RegistersToGlobal:
+    """O waits nowhere: the tile's Q is free after its last product, and nothing is given back."""
+
+    def scores_done(self, query: Any, wave: Any):
+        query.release()
+
+    def output_done(self, wave: Any):
+        pass
+
+    def give_back(self, rings: FwdRings, last: LastSlots, wave: Any):
+        pass
+
+    def stored(self, query: Any):
+        pass
+
+    def drain(self):
+        pass
+
+    def store(
+        self, tensors: FwdTensors, frag: Any, lse: cute.Tensor, place: Place, last: LastSlots
+    ):
+        store_output(tensors, frag, lse, place.tile, place.row, place.thread % 32)
 
 
 @cute.jit
@@ -22,8 +50,9 @@ def store_output(
 ):
     """A quad writes 16 neighbouring channels of a row: 32 or 64 bytes, whole sectors.
 
-    Transposed V holds channels 0, 2, .. 14, 1, 3, .. 15 of every 16 (fp8_load), so that column c of
-    a thread's pair in the first and second 8 columns are channels 4 (lane % 4) + 2 c and the next.
+    Transposed V holds channels 0, 2, .. 14, 1, 3, .. 15 of every 16 (transpose.py), so that column
+    c of a thread's pair in the first and second 8 columns are channels 4 (lane % 4) + 2 c and the
+    next.
     """
     mO = tensors.o[None, None, tile.head, tile.batch]  # (s_q, dv)
     mShift = tensors.scales.v_shift[None, tile.head_kv, tile.batch]  # (dv,)

@@ -10,9 +10,9 @@ channels:
     stmatrix          rows of 16 keys of one channel
 
 Keys come to lie in the order in which the accumulator of Q K^T holds its columns, so that P becomes
-an operand without an exchange between lanes (fp8_mma.pack).  Within 16 channels the even ones come
-first: stmatrix then writes 8 neighbouring rows, which the swizzle spreads over all banks
-(fp8_store puts the channels back).
+an operand without an exchange between lanes (operands_fp8.pack).  Within 16 channels the even ones
+come first: stmatrix then writes 8 neighbouring rows, which the swizzle spreads over all banks
+(store_fp8 puts the channels back).
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3.3.
 """
@@ -24,8 +24,8 @@ from cutlass import Float16, Int16, Int32
 from cutlass.cute.nvgpu import warp
 from cutlass.tensor_utils import LayoutEnum
 
-from .rings import FwdRings
-from .wgmma import vt_rows
+from ..rings import FwdRings
+from ..wgmma import vt_rows
 
 TRANSPOSING_WARPS = 3  # 1 .. 3 of the producer warpgroup
 UNIT = (32, 16)  # keys, channels
@@ -38,7 +38,7 @@ def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
     """Fill the ring of transposed V, tile after tile, in the order of load()."""
     by_keys, by_channels = _pairs(plan, rings)
     _write_ones(plan, by_channels, worker, lane)
-    v, vt = rings.v.consumer(), rings.vt.producer()
+    v, vt = rings.v_by_keys.consumer(), rings.v.producer()
     for wave in cutlass.range(tiles.count, unroll=1):
         blocks = tiles.blocks_of(tiles[wave])
         for _ in cutlass.range(blocks.count, unroll=1):
@@ -57,7 +57,7 @@ def _pairs(plan, rings: FwdRings) -> tuple[cute.Tensor, cute.Tensor]:
     stages, dv, tile_n = plan.config.num_stages, plan.head_dim_v, plan.tile_n
     channels = vt_rows(plan.signature, plan.config)
     views = []
-    for ring, rows, columns in ((rings.v, tile_n, dv), (rings.vt, channels, tile_n)):
+    for ring, rows, columns in ((rings.v_by_keys, tile_n, dv), (rings.v, channels, tile_n)):
         shape = (rows, 0, columns // 2)
         layout = hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, shape, Float16, stages)
         pointer = cute.recast_ptr(ring.buffer.iterator, layout.inner, dtype=Int16)

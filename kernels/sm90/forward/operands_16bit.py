@@ -1,0 +1,143 @@
+"""Operands16Bit: what fp16 and bf16 put into the kernel's places."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+from cutlass.memory import SmemAllocator
+
+from ...arguments import FwdArguments
+from ...barriers import WARPGROUP
+from ...config import FwdConfig
+from ...signature import Signature
+from ...softmax import OnlineSoftmax
+from ...tensors import FwdScalars, FwdTensors, TmaOperand
+from ...views import convert
+from ..rings import FwdRings, Ring, swizzled
+from ..tma import tma_store
+from ..wgmma import FwdMma, FwdSmem, issue_gemm, o_layout
+from .kernel import ForwardSm90
+from .store import OutputSpace
+
+
+@dataclass(frozen=True)
+class FwdFragments:
+    """What a thread of a consumer warpgroup multiplies: descriptors and registers."""
+
+    mma: FwdMma
+    q: cute.Tensor  # (MMA, 1, d / 16) descriptors
+    k: cute.Tensor  # (MMA, 1, d / 16, num_stages) descriptors
+    v: cute.Tensor  # (MMA, 1, tile_n / 16, num_stages) descriptors
+    p: cute.Tensor  # ((2, 2, 2), 1, tile_n / 16) 16-bit registers
+    acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
+    acc_O: cute.Tensor  # ((2, 2, dv / 8), 1, 1) fp32 registers
+
+    @staticmethod
+    def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "FwdFragments":
+        first_thread = warpgroup_index * WARPGROUP
+        qk, pv = mma.qk.get_slice(first_thread), mma.pv.get_slice(first_thread)
+        s_shape = qk.partition_shape_C((plan.tile_m, plan.tile_n))
+        o_shape = pv.partition_shape_C((plan.tile_m, plan.head_dim_v))
+        p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
+        return FwdFragments(
+            mma=mma,
+            q=qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
+            k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
+            v=pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
+            p=pv.make_fragment_A(p_shape),
+            acc_S=cute.make_rmem_tensor(s_shape, Float32),
+            acc_O=cute.make_rmem_tensor(o_shape, Float32),
+        )
+
+    def issue_scores(self, stage):
+        """S = Q K^T, asynchronously."""
+        issue_gemm(self.mma.qk, self.acc_S, self.q, self.k[None, None, None, stage], False)
+
+    def receive_scores(self):
+        """What remains to be done when issue_scores() has been waited for: nothing."""
+
+    def issue_output(self, stage, n_block):
+        """O += P V, asynchronously."""
+        issue_gemm(self.mma.pv, self.acc_O, self.p, self.v[None, None, None, stage], True)
+
+    def start(self, n_block):
+        """Before the first block of a tile."""
+        self.acc_O.fill(0.0)
+
+    def add_output(self, stage):
+        """What remains to be done when issue_output() has been waited for: nothing."""
+
+    def take_sum(self, softmax: OnlineSoftmax):
+        """The sum of P is the one that the softmax kept."""
+
+    def convert(self):
+        """P -> operand."""
+        convert(self.acc_S, self.p)
+
+
+@dataclass(frozen=True)
+class SoftmaxScale:
+    """The factor that every score gets, in log2."""
+
+    scale_log2: Float32
+
+    def of_scores(self, n_block, is_masked: bool) -> tuple:
+        """A factor per equal part of a block's columns."""
+        return (self.scale_log2,)
+
+
+@dataclass(frozen=True)
+class Operands16Bit:
+    """Q, K and V as TMA brings them; O leaves by TMA, too."""
+
+    plan: Any
+
+    def example_scales(self, batch, heads_k, dv) -> tuple:
+        return None, None, None, None
+
+    def scales(self, arguments: FwdArguments) -> None:
+        return None
+
+    def output(self, o: cute.Tensor) -> TmaOperand:
+        return tma_store(o, o_layout(self.plan.signature, self.plan.config), self.plan.o_tile)
+
+    def shared_memory(self, allocator: SmemAllocator) -> tuple[FwdRings, cute.Pointer]:
+        """Rings of Q, K and V, and where O goes."""
+        plan = self.plan
+        layouts, o_smem = (of(plan.signature, plan.config) for of in (FwdSmem.of, o_layout))
+
+        def space(num_elements):
+            return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
+
+        def ring(pointer, layout):
+            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
+            return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
+
+        q_size, o_size = cute.cosize(layouts.q), cute.cosize(o_smem)
+        q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
+        k_size = cute.cosize(layouts.k)
+        k = space(k_size + cute.cosize(layouts.v))
+        v = k + k_size  # OutputSpace relies on V's ring following K's
+        o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
+        return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
+
+    def assist(self, rings: FwdRings, tiles: Any, worker, lane):
+        """The producer warpgroup's other warps have nothing to do."""
+
+    def fragments(self, mma: FwdMma, rings: FwdRings, warpgroup) -> FwdFragments:
+        return FwdFragments.of(self.plan, mma, rings, warpgroup)
+
+    def of_tile(self, frag: FwdFragments, tensors: FwdTensors, scalars: FwdScalars, tile, row):
+        """The fragments and the factors of scores for a tile's rows from `row` on."""
+        return frag, SoftmaxScale(scalars.scale_log2)
+
+    def output_space(self, pointer: cute.Pointer, warp) -> OutputSpace:
+        layout = o_layout(self.plan.signature, self.plan.config)
+        return OutputSpace(self.plan, pointer, layout, warp // 4, warp % 4 == 0)
+
+
+def forward(signature: Signature, config: FwdConfig) -> ForwardSm90:
+    """The forward kernel for fp16 and bf16."""
+    return ForwardSm90(signature, config, Operands16Bit)

@@ -1,0 +1,20 @@
+"""Operands that TMA moves between global memory and a stage of shared memory."""
+
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import cpasync
+
+from ..tensors import TmaOperand
+
+
+def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    """The operand that TMA brings into a stage of `smem`, tile by tile."""
+    return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
+
+
+def tma_store(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    return _tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem, tile)
+
+
+def _tma_operand(op, tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+    stage = cute.select(smem, mode=[0, 1])
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, stage, tile))
