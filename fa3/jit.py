@@ -10,9 +10,7 @@ even in the process that compiled it.
 """
 
 import functools
-import hashlib
 import importlib
-import importlib.util
 import io
 import os
 import re
@@ -24,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cache
+from . import cache, fingerprint
 from .locks import Lock
 
 ARCH = "sm_90a"
@@ -93,19 +91,12 @@ def entry_name(kernel: str, signature, config, target: str) -> str:
 @functools.cache
 def source_fingerprint(kernel: str, target: str) -> str:
     """A hash of the sources that generated code depends on."""
-    here = Path(__file__).resolve().parent
-    # rglob does not follow links, and fa3/kernels is one in a checkout: walk what it points at
-    files = sorted((here / "kernels").resolve().rglob("*.py"))
-    if target == "emulator":
-        files.append(here / "emulator" / "dsl.py")  # what it changes in the DSL's code generation
-    origin = importlib.util.find_spec(kernel.partition(":")[0]).origin
-    files.append(Path(origin).resolve())
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)} ".encode())
-        digest.update(content)
-    return digest.hexdigest()
+    is_emulated = target == "emulator"  # which names lines in its messages
+    found = fingerprint.of_modules(kernel.partition(":")[0], with_lines=is_emulated)
+    if is_emulated:  # what it changes in the DSL's code generation
+        dsl = Path(__file__).with_name("emulator") / "dsl.py"
+        found += fingerprint.of_file(dsl, with_lines=False)
+    return found
 
 
 def _emulating() -> bool:
