@@ -9,13 +9,13 @@ do: the weights of a row add up to 1, so that its O is what the bytes give, plus
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
 from .arithmetic import minimum
+from .sequence import Sequence
 from .signature import Q_BLOCK, Quantised
 
 UNIT_STEP = 2.0**-60  # how far the unit of O may fall from one block of keys to the next
@@ -32,12 +32,12 @@ class Scales:
     v: cute.Tensor  # (blocks, h_k, b) fp32, or by channel (dv, h_k, b)
     v_shift: cute.Tensor  # (dv, h_k, b) fp32, channels side by side and aligned to 16 bytes
 
-    def of_tile(self, tile: Any, row, num_heads, scale_log2, plan) -> "TileScales":
+    def of_tile(self, tile, sequence: Sequence, row, num_heads, scale_log2, plan) -> "TileScales":  # noqa: PLR0913
         """Those of a tile and of the 128 queries that `row` is one of."""
         blocks, q_heads, _ = self.q.shape
         head = tile.head // (num_heads // q_heads)  # h_k scales serve h_q heads
-        q = self.q[minimum(row // Q_BLOCK, blocks - 1), head, tile.batch]
-        k, v = (t[None, tile.head_kv, tile.batch] for t in (self.k, self.v))
+        q = sequence.vector(self.q, head)[minimum(row // Q_BLOCK, blocks - 1)]
+        k, v = (sequence.vector(t, tile.head_kv) for t in (self.k, self.v))
         quantised = plan.signature.quantised
         if quantised.k_block == 0:
             q = q * k[0]

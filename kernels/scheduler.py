@@ -13,7 +13,7 @@ Without a mask all tiles are equal: head after head, one round.
 Plain arithmetic: runs on Python ints (tests) and on the DSL's Int32 (kernels).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -30,6 +30,8 @@ class WorkTile:
     head: Any  # of q
     head_kv: Any
     batch: Any
+    turn: Any = 0  # its index among the tiles of its CTA
+    is_valid: Any = True  # otherwise there is none, and the CTA is done
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,26 @@ class Deal:
         full_waves = tiles // self.num_ctas
         rest = tiles - full_waves * self.num_ctas
         return full_waves + clamp(rest - self._slot(full_waves), 0, 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tiles of one CTA, one after another: first(), then next() while they are valid."""
+
+    order: TileOrder
+    deal: Deal
+    count: Any  # deal.count, which takes some divisions
+
+    @staticmethod
+    def of(order: TileOrder, cta, num_ctas) -> "Schedule":
+        deal = Deal(cta, num_ctas, order.count, order.tiles_per_round)
+        return Schedule(order, deal, deal.count)
+
+    def first(self) -> WorkTile:
+        return self._at(0)
+
+    def next(self, tile: WorkTile) -> WorkTile:
+        return self._at(tile.turn + 1)
+
+    def _at(self, turn) -> WorkTile:
+        return replace(self.order[self.deal[turn]], turn=turn, is_valid=turn < self.count)

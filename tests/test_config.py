@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from fa3 import tuning
+from fa3.kernels.barriers import NamedBarriers
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature, head_dim_tile
 
@@ -67,3 +68,26 @@ def test_signature_rejects_what_no_kernel_has(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         Signature(**(right | wrong))
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+def test_named_barriers_are_apart(warpgroups):
+    barriers = NamedBarriers(warpgroups)
+    numbers = [
+        number
+        for i in range(warpgroups)
+        for number in (
+            barriers.turn(i),
+            barriers.o_written(i),
+            barriers.o_left(i),
+            barriers.o_may_be_written(i, 0),
+            barriers.o_may_be_written(i, 1),
+        )
+    ]
+    assert sorted(numbers) == list(range(1, 5 * warpgroups + 1))
+    assert barriers.o_may_be_written(0, 2) == barriers.o_may_be_written(0, 0)
+
+
+def test_more_named_barriers_than_there_are():
+    with pytest.raises(ValueError, match="4 warpgroups need 20 named barriers.* at most 15"):
+        NamedBarriers(4)

@@ -6,6 +6,7 @@ import cutlass.cute as cute
 from cutlass import Int32, pipeline
 from cutlass.cute.nvgpu import cpasync
 
+from ..sequence import Sequence
 from ..tensors import TmaOperand
 
 
@@ -83,9 +84,9 @@ class Ring:
         state = pipeline.PipelineState(self.pipeline.num_stages, Int32(0), slot, Int32(0))
         self.pipeline.consumer_release(state)
 
-    def filler(self, operand: TmaOperand, tile_shape, head, batch, block_mode: int):
+    def filler(self, operand: TmaOperand, tile_shape, sequence: Sequence, head, block_mode: int):
         """fill(block, handle): TMA block `block` of a head, along `block_mode`, into a stage."""
-        head_tensor = operand.tensor[None, None, head, batch]
+        head_tensor = sequence.matrix(operand.tensor, head)
         coordinate = (None, 0) if block_mode == 0 else (0, None)
         blocks = cute.local_tile(head_tensor, tile_shape, coordinate)  # (rows, columns, num_blocks)
         to_stage, from_block = cpasync.tma_partition(

@@ -31,7 +31,8 @@ from ...blocks import BlockRange, Window
 from ...config import FwdConfig, OSpace
 from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ...mask import Mask
-from ...scheduler import Deal, TileOrder, WorkTile
+from ...scheduler import Schedule, TileOrder, WorkTile
+from ...sequence import Sequence, Sequences
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, permute
@@ -85,15 +86,6 @@ class FwdPlan:
         return self.signature.quantised is not None
 
     @property
-    def looks_ahead(self) -> bool:
-        """A tile is looked up beside the product before it.
-
-        What is carried from tile to tile leaves the uniform registers, and with it every address of
-        a scale: in FP8 that costs more than the divisions.
-        """
-        return self.signature.quantised is None
-
-    @property
     def elements(self) -> tuple[int, int, int, int]:
         """Of Q, O, a K stage and a V stage."""
         return self.config.elements(self.signature)
@@ -130,22 +122,30 @@ class FwdPlan:
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """index -> WorkTile of this CTA, and the key blocks of a tile."""
+class Work:
+    """The tiles of this CTA, one after another, and what each of them is about."""
 
-    order: TileOrder
-    deal: Deal
-    block_range: partial
+    plan: cutlass.Constexpr[FwdPlan]
+    schedule: Schedule
+    sequences: Sequences
+    scalars: FwdScalars
 
-    @property
-    def count(self):
-        return self.deal.count
+    def first(self) -> WorkTile:
+        return self.schedule.first()
 
-    def __getitem__(self, index) -> WorkTile:
-        return self.order[self.deal[index]]
+    def next(self, tile: WorkTile) -> WorkTile:
+        return self.schedule.next(tile)
+
+    def sequence_of(self, tile: WorkTile) -> Sequence:
+        return self.sequences[tile.batch]
+
+    def window_of(self, tile: WorkTile) -> Window:
+        left, right = self.scalars.window_left, self.scalars.window_right
+        return self.sequence_of(tile).window(self.plan.signature.mask, left, right)
 
     def blocks_of(self, tile: WorkTile) -> BlockRange:
-        return self.block_range(tile.m_block)
+        plan, window = self.plan, self.window_of(tile)
+        return BlockRange.of(window, tile.m_block, tile_m=plan.tile_m, tile_n=plan.tile_n)
 
 
 class ForwardSm90:
@@ -232,44 +232,30 @@ class ForwardSm90:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
         rings, o_pointer = self.operands.shared_memory(SmemAllocator())
-        tiles = self._tiles(tensors, scalars, order)
+        work = self._work(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(plan.config.producer_registers)
-            self._produce(warp, tensors, rings, tiles)
+            self._produce(warp, tensors, rings, work)
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
-            self._consume(tensors, scalars, rings, o_pointer, tiles)
+            self._consume(tensors, scalars, rings, o_pointer, work)
 
     @cute.jit
-    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, tiles: Tiles):
+    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, work: Work):
         """The producer warpgroup: all tiles of this CTA."""
         if warp == 0:
-            load(self.plan, tensors, rings, tiles)
+            load(self.plan, tensors, rings, work)
         else:
-            self.operands.assist(rings, tiles, warp - 1, cute.arch.lane_idx())
+            self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
 
-    def _tiles(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Tiles:
-        plan = self.plan
+    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Work:
         cta, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
-        window = self._window(tensors, scalars)
-        return Tiles(
-            order,
-            Deal(cta, num_ctas, order.count, order.tiles_per_round),
-            partial(BlockRange.of, window, tile_m=plan.tile_m, tile_n=plan.tile_n),
-        )
-
-    def _window(self, tensors: FwdTensors, scalars: FwdScalars) -> Window:
-        return Window(
-            kind=self.plan.signature.mask,
-            s_q=tensors.q.tensor.shape[0],
-            s_k=tensors.k.tensor.shape[0],
-            left=scalars.window_left,
-            right=scalars.window_right,
-        )
+        sequences = Sequences(tensors.q.tensor.shape[0], tensors.k.tensor.shape[0])
+        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
 
     @cute.jit
     def _consume(
@@ -278,7 +264,7 @@ class ForwardSm90:
         scalars: FwdScalars,
         rings: FwdRings,
         o_pointer: cute.Pointer,
-        tiles: Tiles,
+        work: Work,
     ):
         """A consumer warpgroup: all tiles of this CTA."""
         plan = self.plan
@@ -291,44 +277,37 @@ class ForwardSm90:
         fragments = operands.fragments(FwdMma.of(plan.signature, plan.config), rings, warpgroup)
         softmax = plan.softmax()
         lse = cute.make_rmem_tensor(2, Float32)
-        window = self._window(tensors, scalars)
         space = operands.output_space(o_pointer, warp)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
 
         q, k, v = rings.q.consumer(), rings.k.consumer(), rings.v.consumer()
-        tile = tiles[0]
         last = LastSlots(Int32(0), Int32(0))
-        for wave in cutlass.range(tiles.count, unroll=1):
-            if cutlass.const_expr(not plan.looks_ahead):
-                tile = tiles[wave]
-            blocks = tiles.blocks_of(tile)
+        tile = work.first()
+        while tile.is_valid:
+            blocks = work.blocks_of(tile)
             first_row = tile.m_block * plan.tile_m + 64 * warpgroup
             row = first_row + warp % 4 * 16 + lane // 4
-            mask = Mask(window, plan.tile_n, row, 2 * (lane % 4))
-            frag, factors = operands.of_tile(fragments, tensors, scalars, tile, first_row)
+            place = Place(tile, work.sequence_of(tile), thread, first_row, row)
+            mask = Mask(work.window_of(tile), plan.tile_n, row, 2 * (lane % 4))
+            frag, factors = operands.of_tile(fragments, tensors, scalars, place)
             query = q.wait_and_advance()
-            give_back = partial(space.give_back, rings, last, wave)
+            give_back = partial(space.give_back, rings, last, tile.turn)
             k, v = attend(
                 frag, softmax, factors, mask, turn, k, v, blocks, plan.keeps_last_k, give_back
             )
-            space.scores_done(query, wave)
-            look_ahead = partial(tiles.__getitem__, wave + 1) if plan.looks_ahead else _nothing
+            space.scores_done(query, tile.turn)
+            look_ahead = partial(work.next, tile)
             v, next_tile = accumulate_last(frag, v, blocks.n_min, look_ahead, plan.keeps_last_v)
-            space.output_done(wave)
+            space.output_done(tile.turn)
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             frag.take_sum(softmax)
             softmax.finish(frag.acc_O, lse)
-            store_lse(tensors.lse[None, tile.head, tile.batch], lse, row, lane)
-            space.store(tensors, frag, lse, Place(tile, wave, thread, row), last)
+            store_lse(place.sequence.vector(tensors.lse, tile.head), lse, row, lane)
+            space.store(tensors, frag, lse, place, last)
             space.stored(query)
-            if cutlass.const_expr(plan.looks_ahead):
-                tile = next_tile
+            tile = next_tile
         space.drain()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _in_16_bytes(dtype) -> int:

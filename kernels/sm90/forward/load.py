@@ -1,5 +1,7 @@
 """The producer warp of the forward kernel."""
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 
@@ -8,7 +10,7 @@ from ..rings import FwdRings
 
 
 @cute.jit
-def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
+def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: Any):
     """Fill the rings, tile after tile: K of block n travels beside V of block n + 1.
 
     Whichever has the earlier free slot goes first, or it would wait for the other's.
@@ -17,12 +19,12 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
     before has left the same space (config.OSpace).
     """
     q, k, v = rings.q.producer(), rings.k.producer(), rings.v_loaded.producer()
-    for wave in cutlass.range(tiles.count, unroll=1):
-        tile = tiles[wave]
-        blocks = tiles.blocks_of(tile)
-        fill_q = rings.q.filler(tensors.q, plan.q_tile, tile.head, tile.batch, 0)
-        fill_k = rings.k.filler(tensors.k, plan.k_tile, tile.head_kv, tile.batch, 0)
-        fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, tile.head_kv, tile.batch, 1)
+    tile = work.first()
+    while tile.is_valid:
+        sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
+        fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence, tile.head, 0)
+        fill_k = rings.k.filler(tensors.k, plan.k_tile, sequence, tile.head_kv, 0)
+        fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, sequence, tile.head_kv, 1)
 
         fill_k(blocks.n_max - 1, k.acquire_and_advance())
         fill_q(tile.m_block, q.acquire_and_advance())
@@ -34,3 +36,4 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, tiles):
             if cutlass.const_expr(not plan.frees_v_first):
                 fill_v(n_block + 1, v.acquire_and_advance())
         fill_v(blocks.n_min, v.acquire_and_advance())
+        tile = work.next(tile)

@@ -19,7 +19,7 @@ from ..rings import FwdRings, Ring, swizzled
 from ..tma import tma_store
 from ..wgmma import FwdMma, FwdSmem, issue_gemm, o_layout
 from .kernel import ForwardSm90
-from .store import OutputSpace
+from .store import OutputSpace, Place
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class Operands16Bit:
         o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
         return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
 
-    def assist(self, rings: FwdRings, tiles: Any, worker, lane):
+    def assist(self, rings: FwdRings, work: Any, worker, lane):
         """The producer warpgroup's other warps have nothing to do."""
 
     def fragments(self, mma: FwdMma, rings: FwdRings, warpgroup) -> FwdFragments:
         return FwdFragments.of(self.plan, mma, rings, warpgroup)
 
-    def of_tile(self, frag: FwdFragments, tensors: FwdTensors, scalars: FwdScalars, tile, row):
-        """The fragments and the factors of scores for a tile's rows from `row` on."""
+    def of_tile(self, frag: FwdFragments, tensors: FwdTensors, scalars: FwdScalars, place: Place):
+        """The fragments, and the factors of the scores of a warpgroup's rows."""
         return frag, SoftmaxScale(scalars.scale_log2)
 
     def output_space(self, pointer: cute.Pointer, warp) -> OutputSpace:

@@ -37,6 +37,7 @@ from ...views import four_bytes
 from ..rings import FwdRings, Ring, swizzled
 from ..wgmma import Elements, FwdMma, FwdSmem, issue_gemm, v_slice, vt_layout, vt_rows
 from .kernel import ForwardSm90
+from .store import Place
 from .store_fp8 import RegistersToGlobal
 from .transpose import TRANSPOSING_WARPS, transpose
 
@@ -198,17 +199,23 @@ class OperandsFp8:
         v = ring(by_warps, element.v, transposed, consumer_warps)
         return FwdRings(q, k, v, v_by_keys), None
 
-    def assist(self, rings: FwdRings, tiles: Any, worker, lane):
+    def assist(self, rings: FwdRings, work: Any, worker, lane):
         """The producer warpgroup's other warps transpose V."""
-        transpose(self.plan, rings, tiles, worker, lane)
+        transpose(self.plan, rings, work, worker, lane)
 
     def fragments(self, mma: FwdMma, rings: FwdRings, warpgroup) -> Fp8Fragments:
         return Fp8Fragments.of(self.plan, mma, rings, warpgroup)
 
-    def of_tile(self, frag: Fp8Fragments, tensors: FwdTensors, scalars: FwdScalars, tile, row):
-        """The fragments and the factors of scores for a tile's rows from `row` on."""
+    def of_tile(self, frag: Fp8Fragments, tensors: FwdTensors, scalars: FwdScalars, place: Place):
+        """The fragments, and the factors of the scores of a warpgroup's rows."""
+        # What a loop carries has left the uniform registers, and with it every address of a scale.
+        uniform = cute.arch.make_warp_uniform
+        tile = replace(place.tile, head_kv=uniform(place.tile.head_kv))
+        sequence = replace(place.sequence, entry=uniform(place.sequence.entry))
         num_heads = tensors.lse.shape[1]
-        scales = tensors.scales.of_tile(tile, row, num_heads, scalars.scale_log2, self.plan)
+        scales = tensors.scales.of_tile(
+            tile, sequence, place.first_row, num_heads, scalars.scale_log2, self.plan
+        )
         return frag.with_scales(scales), scales
 
     def output_space(self, pointer: None, warp) -> RegistersToGlobal:

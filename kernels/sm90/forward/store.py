@@ -10,7 +10,9 @@ from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.tensor_utils import LayoutEnum
 
-from ...barriers import WARPGROUP, NamedBarrier
+from ...barriers import WARPGROUP, NamedBarriers
+from ...scheduler import WorkTile
+from ...sequence import Sequence
 from ...tensors import FwdTensors
 from ...views import convert
 from ..rings import FwdRings, swizzled
@@ -28,10 +30,11 @@ class LastSlots:
 class Place:
     """Where a consumer thread's results belong."""
 
-    tile: Any  # WorkTile
-    wave: Any  # its index among the tiles of the CTA
+    tile: WorkTile
+    sequence: Sequence
     thread: Any  # of the consumers
-    row: Any  # query of the thread's first row; the second one is 8 below
+    first_row: Any  # query of the warpgroup's first row
+    row: Any  # of the thread's first row; the second one is 8 below
 
 
 @dataclass(frozen=True)
@@ -51,42 +54,46 @@ class OutputSpace:
     def kind(self) -> str:
         return self.plan.o_space
 
+    @property
+    def barriers(self) -> NamedBarriers:
+        return NamedBarriers(self.plan.num_mma_warpgroups)
+
     @cute.jit
-    def scores_done(self, query: Any, wave: Any):
-        """This warpgroup has finished the last Q K^T of its wave-th tile."""
+    def scores_done(self, query: Any, turn: Any):
+        """This warpgroup has finished the last Q K^T of its turn-th tile."""
         if cutlass.const_expr(self.kind != "q"):
             query.release()
         if cutlass.const_expr(self.kind != "own"):
             for other in cutlass.range_constexpr(self.plan.num_mma_warpgroups):
                 # "kv": the second warpgroup writes where V was, output_done() lets it
                 if cutlass.const_expr(self.kind != "kv" or other == 0):
-                    self._let(other, wave)
+                    self._let(other, turn)
 
     @cute.jit
-    def output_done(self, wave: Any):
-        """This warpgroup has finished the last O += P V of its wave-th tile."""
+    def output_done(self, turn: Any):
+        """This warpgroup has finished the last O += P V of its turn-th tile."""
         if cutlass.const_expr(self.kind == "kv"):
-            self._let(1, wave)
+            self._let(1, turn)
 
     @cute.jit
-    def _let(self, other: cutlass.Constexpr, wave: Any):
+    def _let(self, other: cutlass.Constexpr, turn: Any):
         if other != self.warpgroup:
             cute.arch.barrier_arrive(
-                barrier_id=_may_write(other, wave),
+                barrier_id=self.barriers.o_may_be_written(other, turn),
                 number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
             )
 
     @cute.jit
-    def wait_until_free(self, wave: Any):
-        """Before this warpgroup writes the O of its wave-th tile."""
+    def wait_until_free(self, turn: Any):
+        """Before this warpgroup writes the O of its turn-th tile."""
         if cutlass.const_expr(self.kind == "own"):
             self._wait_for_store()
             cute.arch.barrier(
-                barrier_id=NamedBarrier.O_LEFT + self.warpgroup, number_of_threads=WARPGROUP
+                barrier_id=self.barriers.o_left(self.warpgroup), number_of_threads=WARPGROUP
             )
         else:
             cute.arch.barrier(
-                barrier_id=_may_write(self.warpgroup, wave),
+                barrier_id=self.barriers.o_may_be_written(self.warpgroup, turn),
                 number_of_threads=WARPGROUP * self.plan.num_mma_warpgroups,
             )
 
@@ -98,10 +105,10 @@ class OutputSpace:
             query.release()
 
     @cute.jit
-    def give_back(self, rings: FwdRings, last: LastSlots, wave: Any):
+    def give_back(self, rings: FwdRings, last: LastSlots, turn: Any):
         """Release the slots that held the O of the tile before; called beside a product."""
         if cutlass.const_expr(self.plan.keeps_last_k):
-            if wave > 0:
+            if turn > 0:
                 self._wait_for_store(before_release=True)
                 rings.k.release(last.k)
                 if cutlass.const_expr(self.plan.keeps_last_v):
@@ -138,16 +145,15 @@ class OutputSpace:
         convert(frag.acc_O, acc_16)
         atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, plan.element, Float32)
         copy = cute.make_tiled_copy_C(atom, frag.mma.pv).get_slice(place.thread % WARPGROUP)
-        self.wait_until_free(place.wave)
+        self.wait_until_free(tile.turn)
         cute.copy(copy, copy.retile(acc_16), copy.partition_D(sO))
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(
-            barrier_id=NamedBarrier.O_WRITTEN + self.warpgroup, number_of_threads=WARPGROUP
+            barrier_id=self.barriers.o_written(self.warpgroup), number_of_threads=WARPGROUP
         )
         if self.is_storing_warp:
-            rows = cute.local_tile(
-                tensors.o.tensor[None, None, tile.head, tile.batch], plan.o_tile, (None, 0)
-            )  # (64, dv, num_64_row_blocks)
+            o = place.sequence.matrix(tensors.o.tensor, tile.head)  # (s_q, dv)
+            rows = cute.local_tile(o, plan.o_tile, (None, 0))  # (64, dv, num_64_row_blocks)
             from_smem, to_rows = cpasync.tma_partition(
                 tensors.o.atom,
                 0,
@@ -165,10 +171,6 @@ class OutputSpace:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             if cutlass.const_expr(before_release):
                 cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
-
-
-def _may_write(warpgroup, wave):
-    return NamedBarrier.O_MAY_BE_WRITTEN + warpgroup + 3 * (wave % 2)
 
 
 @cute.jit

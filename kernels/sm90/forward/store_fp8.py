@@ -18,13 +18,13 @@ CHANNELS = 16  # that are transposed together; the four lanes of a row hold 4 of
 class RegistersToGlobal:
     """O waits nowhere: the tile's Q is free after its last product, and nothing is given back."""
 
-    def scores_done(self, query: Any, wave: Any):
+    def scores_done(self, query: Any, turn: Any):
         query.release()
 
-    def output_done(self, wave: Any):
+    def output_done(self, turn: Any):
         pass
 
-    def give_back(self, rings: FwdRings, last: LastSlots, wave: Any):
+    def give_back(self, rings: FwdRings, last: LastSlots, turn: Any):
         pass
 
     def stored(self, query: Any):
@@ -36,7 +36,7 @@ class RegistersToGlobal:
     def store(
         self, tensors: FwdTensors, frag: Any, lse: cute.Tensor, place: Place, last: LastSlots
     ):
-        store_output(tensors, frag, lse, place.tile, place.row, place.thread % 32)
+        store_output(tensors, frag, lse, place)
 
 
 @cute.jit
@@ -44,9 +44,7 @@ def store_output(
     tensors: FwdTensors,
     frag: Any,  # holds O, normalised, in units of its `unit`
     lse: cute.Tensor,  # (2,) -inf for a row that sees no key: O is 0 there, without the shift
-    tile: Any,
-    row: Any,  # of this thread's first row; the second one is 8 below
-    lane: Any,
+    place: Place,
 ):
     """A quad writes 16 neighbouring channels of a row: 32 or 64 bytes, whole sectors.
 
@@ -54,9 +52,10 @@ def store_output(
     c of a thread's pair in the first and second 8 columns are channels 4 (lane % 4) + 2 c and the
     next.
     """
-    mO = tensors.o[None, None, tile.head, tile.batch]  # (s_q, dv)
-    mShift = tensors.scales.v_shift[None, tile.head_kv, tile.batch]  # (dv,)
-    num_rows, num_channels = mO.shape
+    tile, sequence, row, lane = place.tile, place.sequence, place.row, place.thread % 32
+    mO = sequence.matrix(tensors.o, tile.head)  # (s_q, dv)
+    mShift = sequence.vector(tensors.scales.v_shift, tile.head_kv)  # (dv,)
+    num_rows, num_channels = sequence.s_q, mO.shape[1]
     for part in cutlass.range_constexpr(cute.size(frag.o) // 8):
         channel = CHANNELS * part + 4 * (lane % 4)
         if channel < num_channels:

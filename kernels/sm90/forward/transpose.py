@@ -17,6 +17,8 @@ come first: stmatrix then writes 8 neighbouring rows, which the swizzle spreads 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3.3.
 """
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
@@ -34,13 +36,14 @@ FIRST_BYTES, SECOND_BYTES = 0x6420, 0x7531  # of each 16 bits of two registers (
 
 
 @cute.jit
-def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
+def transpose(plan: cutlass.Constexpr, rings: FwdRings, work: Any, worker, lane):
     """Fill the ring of transposed V, tile after tile, in the order of load()."""
     by_keys, by_channels = _pairs(plan, rings)
     _write_ones(plan, by_channels, worker, lane)
     v, vt = rings.v_by_keys.consumer(), rings.v.producer()
-    for wave in cutlass.range(tiles.count, unroll=1):
-        blocks = tiles.blocks_of(tiles[wave])
+    tile = work.first()
+    while tile.is_valid:
+        blocks = work.blocks_of(tile)
         for _ in cutlass.range(blocks.count, unroll=1):
             source = v.wait_and_advance()
             target = vt.acquire_and_advance()
@@ -50,6 +53,7 @@ def transpose(plan: cutlass.Constexpr, rings: FwdRings, tiles, worker, lane):
             source.release()
             cute.arch.fence_view_async_shared()
             target.commit()
+        tile = work.next(tile)
 
 
 def _pairs(plan, rings: FwdRings) -> tuple[cute.Tensor, cute.Tensor]:
