@@ -63,7 +63,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     FP8: q, k, v are torch.float8_e4m3fn; k and v may be torch.float8_e5m2, and q and k may both be
     torch.int8. The result is bf16, or what `out` is: bf16, fp16 or fp32.
     q_descale, k_descale, v_descale: scales of one-byte inputs, value = byte * descale. Each is fp32
-    with any strides, in any of these shapes; None is 1. `fa3.quantize_fp8` makes them.
+    with any strides, in any of these shapes; None is 1. `fa3.quantize_fp8` makes them. They must be
+    finite and not negative, which is not looked at; those that are 0 give scores or values of 0.
 
         q_descale   (batch, h_k)                    one for all queries that read a key head
                     (batch, h_q, ceil(s_q / 128))   [b, h, i // 128] for query i of query head h
