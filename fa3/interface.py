@@ -1,5 +1,7 @@
 """The public functions: FA3's names, order, defaults and meaning, and FP8 in one call."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     FP8: q, k, v are torch.float8_e4m3fn; k and v may be torch.float8_e5m2, and q and k may both be
     torch.int8. The result is bf16, or what `out` is: bf16, fp16 or fp32.
     q_descale, k_descale, v_descale: scales of one-byte inputs, value = byte * descale. Each is fp32
-    with any strides, in any of these shapes; None is 1. `fa3.quantize_fp8` makes them.
+    with any strides, in any of these shapes; None is 1. `fa3.quantize_fp8` makes them. They must be
+    finite and not negative, which is not looked at; those that are 0 give scores or values of 0.
 
         q_descale   (batch, h_k)                    one for all queries that read a key head
                     (batch, h_q, ceil(s_q / 128))   [b, h, i // 128] for query i of query head h
@@ -90,9 +93,19 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
-    if qv is not None or attention_chunk or softcap or num_splits != 1 or pack_gqa is not None:
+    if not (
+        qv is None
+        and type(attention_chunk) is int
+        and type(softcap) is float
+        and type(num_splits) is int
+        and attention_chunk == softcap == 0
+        and num_splits == 1
+        and pack_gqa is None
+    ):
         _check_hints(num_splits, pack_gqa)
         _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+    if return_attn_probs is not False:
+        return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = _options(softmax_scale, causal, window_size, sm_margin)
     descales = NO_DESCALES
     if (
@@ -143,6 +156,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     if unknown:
         raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
     options = _options(softmax_scale, causal, window_size, sm_margin)
+    return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
@@ -245,7 +259,8 @@ def _refuse(**arguments) -> None:
     for name, value in arguments.items():
         if name == "qv" and isinstance(value, bool):
             raise TypeError(f"qv is {value}, expected a tensor or None: {hints.ORDER}")
-        if isinstance(value, Tensor) or (value not in (None, 0) and value != _NOT_YET[name]):
+        is_unused = value is None or (isinstance(value, Real) and value == 0)
+        if not is_unused:
             shown = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise NotImplementedError(
                 f"{name} is {shown}: only {_NOT_YET[name]!r} is supported so far"

@@ -66,8 +66,8 @@ def _value_of(scale: torch.Tensor) -> float:
         raise NotImplementedError("softmax_scale has a tangent, but it has no derivative")
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
-            "softmax_scale is a tensor, of which torch.jit.trace would keep the value: "
-            "pass a number"
+            "softmax_scale is a tensor, as sizes are within torch.jit.trace, which would keep its "
+            "value: leave it out for 1 / sqrt(d), or pass a number made outside of the trace"
         )
     return scale.item()
 

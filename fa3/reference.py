@@ -41,14 +41,15 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
     s_k, h_k = k.shape[1:3]
     group = h_q // h_k
     scale = x.scale_log2 * math.log(2)
-    keys = k.permute(0, 2, 3, 1).float()  # (b, h_k, d, s_k)
-    values = v.transpose(1, 2).float()  # (b, h_k, s_k, dv)
+    wide = _dtype_of_products()
+    keys = k.permute(0, 2, 3, 1).to(wide)  # (b, h_k, d, s_k)
+    values = v.transpose(1, 2).to(wide)  # (b, h_k, s_k, dv)
     rows = max(1, SCORE_BYTES // (4 * b * h_q * s_k))
     for start in range(0, s_q, rows):
         stop = min(start + rows, s_q)
-        block = q[:, start:stop].float().view(b, stop - start, h_k, group, d)
+        block = q[:, start:stop].to(wide).view(b, stop - start, h_k, group, d)
         block = block.permute(0, 2, 3, 1, 4).reshape(b, h_k, group * (stop - start), d)
-        scores = (block @ keys).mul_(scale).view(b, h_q, stop - start, s_k)
+        scores = (block @ keys).float().mul_(scale).view(b, h_q, stop - start, s_k)
         window = x.window_left, x.window_right
         hidden = _hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
         if hidden is not None:
@@ -59,8 +60,17 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
         p = scores.sub_(top).exp_()
         total = p.sum(dim=-1, keepdim=True)  # 0, or at least 1
         lse[:, :, start:stop] = total.log().add_(top).squeeze(-1)
-        o = (p.view(b, h_k, -1, s_k) @ values).view(b, h_q, stop - start, -1)
+        o = (p.to(wide).view(b, h_k, -1, s_k) @ values).float().view(b, h_q, stop - start, -1)
         out[:, start:stop] = o.div_(total.clamp_(min=1.0)).transpose(1, 2)
+
+
+def _dtype_of_products() -> torch.dtype:
+    """fp32, but fp64 while torch may compute products of fp32 in fewer bits.
+
+    That setting is the process's: to change it for a call would change it for other threads.
+    """
+    is_exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return torch.float32 if is_exact else torch.float64
 
 
 def _values(quantised: Quantised, x: FwdArguments) -> tuple[torch.Tensor, ...]:

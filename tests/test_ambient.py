@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fa3
 from fa3 import scales
 
+from . import reference
+
 E4M3 = torch.float8_e4m3fn
 
 
@@ -128,6 +130,20 @@ def test_plain_torch(call, state, plain_torch, monkeypatch):
             STATES[state](call, _inputs())
     else:
         _check(call, state, _inputs(), monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_plain_torch_while_products_of_fp32_may_lose_bits(precision, plain_torch):
+    """torch.set_float32_matmul_precision: with AMX they are computed in bf16, which costs 5e-2."""
+    q, k, v = (torch.randn(1, 256, 2, 128).half() * 2 for _ in range(3))
+    wanted, wanted_lse = reference.exact(q, k, v, precision=torch.float64)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        out, lse = fa3.flash_attn_func(q, k, v, return_attn_probs=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(lse, wanted_lse.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=2.0**-8)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -200,9 +200,16 @@ def test_sm_margin():
 
 
 @pytest.mark.parametrize("name", ["num_splits", "pack_gqa"])
-@pytest.mark.parametrize("value", [[1], 0.5, "1"], ids=repr)
+@pytest.mark.parametrize("value", [[1], 0.5, "1", torch.tensor([1, 1])], ids=repr)
 def test_hints_about_speed(name, value):
     refused(TypeError, [name, repr(value), "expected"], **{name: value})
+
+
+@pytest.mark.parametrize("function", [fa3.flash_attn_func, fa3.flash_attn_fp8_func])
+@pytest.mark.parametrize("value", [1, None, "no", torch.ones(2)], ids=repr)
+def test_return_attn_probs(function, value):
+    with pytest.raises(TypeError, match="return_attn_probs is .*, expected True or False"):
+        function(**tensors(), return_attn_probs=value)
 
 
 def test_number_of_splits():
@@ -309,8 +316,13 @@ def test_length_beyond_int32(name, mask):
     ("name", "value", "supported"),
     [
         ("qv", zeros(1), None),
+        ("qv", numpy.zeros(2), None),
         ("attention_chunk", 64, 0),
+        ("attention_chunk", torch.zeros(2), 0),
         ("softcap", 15.0, 0.0),
+        ("softcap", math.nan, 0.0),
+        ("softcap", numpy.zeros(2), 0.0),
+        ("softcap", [0.0], 0.0),
     ],
 )
 def test_not_supported_yet(name, value, supported):

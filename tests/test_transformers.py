@@ -263,6 +263,10 @@ def test_a_mask_is_of_no_use_to_other_attention():
         lambda: pattern[:, :, :, :4],
         lambda: pattern.dtype,
         lambda: pattern or scores,
+        lambda: (1.0 - pattern) * -1e9,
+        lambda: 0 < pattern,
+        lambda: ~pattern,
+        lambda: torch.tensor(pattern),
     ):
         with pytest.raises(NotImplementedError, match='llama: fa3 cannot give a mask.*"sdpa"'):
             use()
@@ -368,12 +372,20 @@ def test_16_bit_models_keep_their_dtype(dtype, calls):
     assert {call[0] for call in calls} == {dtype}
 
 
-def test_fp32_keeps_its_range():
+@pytest.mark.parametrize(
+    "size, dtype, v_size, v_dtype",
+    [
+        (1.0, torch.float32, 1e30, torch.float32),
+        (1e6, torch.float32, 1.0, torch.float16),
+        (1e6, torch.bfloat16, 1.0, torch.float16),
+    ],
+)
+def test_values_beyond_fp16_keep_their_range(size, dtype, v_size, v_dtype):
     """fp16 ends at 65504."""
     q = torch.randn(1, 2, 4, 16)
-    v = torch.full((1, 2, 4, 16), 1e30)
-    out, _ = integration.attention(torch.nn.Module(), q, q, v, None)
-    assert out.dtype == torch.float32
+    v = torch.full((1, 2, 4, 16), v_size, dtype=v_dtype)
+    out, _ = integration.attention(torch.nn.Module(), (q * size).to(dtype), q.to(dtype), v, None)
+    assert out.dtype == v_dtype
     assert torch.allclose(out, v.transpose(1, 2), rtol=2**-8)
 
 
@@ -383,15 +395,13 @@ def test_shapes_on_the_meta_device():
     assert out.last_hidden_state.shape == (2, 9, 64)
 
 
-def test_fp32_follows_autocast_and_its_neighbours(calls):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp32_follows_autocast(dtype, calls):
     q = torch.randn(1, 2, 4, 16)
-    module = torch.nn.Module()
     with torch.autocast("cpu", torch.float16):
-        out, _ = integration.attention(module, q, q, q, None)
-    assert out.dtype == torch.float32
-    out, _ = integration.attention(module, q, q, q.half(), None)
-    assert out.dtype == torch.float16
-    assert [call[0] for call in calls] == [torch.float16] * 2
+        out, _ = integration.attention(torch.nn.Module(), q, q, q.to(dtype), None)
+    assert out.dtype == dtype
+    assert [call[0] for call in calls] == [torch.float16]
 
 
 def test_a_model_that_never_calls_fa3_warns_once():

@@ -65,7 +65,11 @@ class Schedule:
 
 def names(checks: str | Iterable[str]) -> tuple[str, ...]:
     """Several names of checks, or one."""
-    return (checks,) if isinstance(checks, str) else tuple(checks)
+    if isinstance(checks, str):
+        return (checks,)
+    if not isinstance(checks, Iterable):
+        raise TypeError(f"checks is {checks!r}, expected names among {', '.join(CHECKS)}")
+    return tuple(checks)
 
 
 @dataclasses.dataclass(frozen=True)

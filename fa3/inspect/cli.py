@@ -6,7 +6,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -90,15 +90,15 @@ def signature_of(args: argparse.Namespace) -> Signature:
 
 
 def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
-    """The tuning table's, with NAME=VALUE changes; ValueError for what a config does not have."""
+    """The tuning table's, with NAME=NUMBER changes; ValueError for what a config does not have."""
     shipped = tuning.forward(signature)
-    known = {field.name for field in fields(shipped)}
+    known = {name for name, value in asdict(shipped).items() if isinstance(value, int)}
     values = {}
     for change in changes:
         name, _, value = change.partition("=")
         if name not in known or not value.isdigit():
             raise ValueError(f"--config {change}: expected NAME=NUMBER, NAME of {sorted(known)}")
-        values[name] = type(getattr(shipped, name))(int(value))
+        values[name] = int(value)
     config = replace(shipped, **values)
     try:
         config.check(signature)

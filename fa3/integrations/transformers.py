@@ -56,8 +56,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     (b, s_q, h_q, dv) in value's dtype, and None in place of the attention weights.
     attention_mask: what `mask` returned, or None: every query sees every key.
 
-    fp32 is computed in bf16, which holds its range, or under autocast in autocast's dtype; where
-    one of query, key and value has 16 bits, in that dtype. The result is rounded to it.
+    fp32, and several dtypes together, are computed in bf16, which holds the range of all, or under
+    autocast in autocast's dtype. The result is rounded to it.
 
     Raises:
         NotImplementedError: dropout, a head dim without a kernel, an argument that is not known to
@@ -120,9 +120,9 @@ def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
 
 def _computed_in(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype of the products."""
-    for x in reversed(tensors):
-        if x.dtype != torch.float32:
-            return x.dtype
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) == 1 and torch.float32 not in dtypes:
+        return tensors[0].dtype
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -82,8 +82,13 @@ class Pattern:
     def __getitem__(self, index):
         raise self._foreign()
 
-    def __bool__(self):
+    def _refuse(self, *others):
         raise self._foreign()
+
+    __bool__ = __len__ = __float__ = __int__ = __array__ = _refuse
+    __neg__ = __invert__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __and__ = __rand__ = __or__ = __ror__ = _refuse
 
     def __getattr__(self, name):
         if name.startswith("_") or name in self.__dataclass_fields__:

@@ -41,6 +41,13 @@ def test_late_mode_runs_bulk_loads_when_nothing_else_can(emulator, double):
     assert double("wait") == 0 and double("wait", "late") > 0
 
 
+@pytest.mark.parametrize("checks", [None, True, 5])
+def test_checks_that_are_no_names(emulator, checks):
+    message = f"checks is {checks}, expected names among proxy, "
+    with pytest.raises(TypeError, match=message), emulator.options(checks=checks):
+        pass
+
+
 def test_operands_in_flight_may_be_read_but_not_overwritten():
     from fa3.emulator.checks import Checks
     from fa3.emulator.registers import WgmmaRegisters

@@ -109,7 +109,7 @@ def test_another_config_than_the_tables(call):
     assert "x 112 key rows" in out and "2 of K and of V" in out
 
 
-@pytest.mark.parametrize("change", ["tile=112", "tile_n", "tile_n=wide", "tile_n=-1"])
+@pytest.mark.parametrize("change", ["tile=112", "tile_n", "tile_n=wide", "tile_n=-1", "o_space=1"])
 def test_a_change_that_is_none_of_a_config_is_refused(call, change):
     status, out, err = call("--head-dim", "64", "--config", change)
     assert (status, out) == (2, "")
