@@ -18,8 +18,7 @@ from .arithmetic import minimum
 from .sequence import Sequence
 from .signature import Q_BLOCK, Quantised
 
-UNIT_STEP = 2.0**-60  # how far the unit of O may fall from one block of keys to the next
-# Added where a factor may not be 0: a hidden score, -inf, would become NaN, and O needs a unit.
+# Added to the factors of blocks that a mask hides in part: -inf times a factor of 0 would be NaN.
 TINY = 2.0**-126  # changes no factor above 2^-102
 
 
@@ -72,30 +71,3 @@ class TileScales:
 
     def _at(self, scales: cute.Tensor, block) -> Float32:
         return scales[minimum(block, scales.shape[0] - 1)]
-
-
-@dataclass(frozen=True)
-class OutputUnit:
-    """O is kept in units of the last block's scale of V, so that adding a block is one FMA."""
-
-    scale: cute.Tensor  # (1,) fp32
-    change: cute.Tensor  # (1,) what O must be multiplied by to be in units of `scale`
-
-    @staticmethod
-    def of() -> "OutputUnit":
-        return OutputUnit(*(cute.make_rmem_tensor(1, Float32) for _ in range(2)))
-
-    def start(self, scale: Float32):
-        """Before a tile's first product."""
-        self.scale[0] = scale + TINY
-        self.change[0] = Float32(1.0)
-
-    def become(self, scale: Float32):
-        """The next products are in units of `scale`.
-
-        The unit falls by UNIT_STEP at most, so that O stays finite whatever the scales: a block
-        that is smaller still counts too much, but no more than 2^-60 of what came before.
-        """
-        before = self.scale[0]
-        self.scale[0] = cute.arch.fmax(scale, before * UNIT_STEP + TINY)
-        self.change[0] = before * cute.arch.rcp_approx(self.scale[0])

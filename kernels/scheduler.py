@@ -70,7 +70,9 @@ class TileOrder:
         group = position // group_tiles
         first_head = group * self.heads_per_group
         heads_left = self.num_heads * self.num_batches - first_head
-        heads = minimum(heads_left, self.heads_per_group)
+        heads = maximum(
+            minimum(heads_left, self.heads_per_group), 1
+        )  # beyond the end there is none
         place = position - group * group_tiles
         rank = place // heads
         pair = first_head + place - rank * heads  # batch * num_heads + head
@@ -120,12 +122,10 @@ class Schedule:
 
     order: TileOrder
     deal: Deal
-    count: Any  # deal.count, which takes some divisions
 
     @staticmethod
     def of(order: TileOrder, cta, num_ctas) -> "Schedule":
-        deal = Deal(cta, num_ctas, order.count, order.tiles_per_round)
-        return Schedule(order, deal, deal.count)
+        return Schedule(order, Deal(cta, num_ctas, order.count, order.tiles_per_round))
 
     def first(self) -> WorkTile:
         return self._at(0)
@@ -134,4 +134,6 @@ class Schedule:
         return self._at(tile.turn + 1)
 
     def _at(self, turn) -> WorkTile:
-        return replace(self.order[self.deal[turn]], turn=turn, is_valid=turn < self.count)
+        """Beyond its last tile a CTA is dealt a position beyond the last one of all."""
+        position = self.deal[turn]
+        return replace(self.order[position], turn=turn, is_valid=position < self.deal.num_tiles)

@@ -69,7 +69,6 @@ def attention(
 
     softmax = _Softmax.of(q.shape[:3], numerics)
     O = torch.zeros(*q.shape[:3], dv + 1)  # the last column sums P
-    unit = torch.ones(1)  # of O: the scale of V in the last block
     for start in reversed(range(0, s_k, numerics.tile_n)):
         keys = slice(start, start + numerics.tile_n)
         S = _product(None, q, k[:, :, keys].mT, numerics)
@@ -78,18 +77,18 @@ def attention(
         y = _fma(S, scale, softmax.shift)
         P, correction = softmax.exponentiate(y)
         P = P.clamp(max=LARGEST).to(torch.float8_e4m3fn)
-        before, unit = unit, torch.ones(1) if is_by_channel else _only(v_scale[:, :, keys])
-        change = torch.ones(*unit.shape[:-1], dv + 1) * (before / unit)
-        change[..., -1] = 1.0
+        of_block = torch.ones(1) if is_by_channel else _only(v_scale[:, :, keys])
+        scale = torch.ones(*of_block.shape[:-1], dv + 1) * of_block
+        scale[..., -1] = 1.0
         O, V = O * correction, _with_ones(v[:, :, keys])
         if numerics.is_two_level:
-            O = _fma(O, change, _product(None, P, V, numerics))
+            O = _fma(_product(None, P, V, numerics), scale, O)
         else:
-            O = _product(O * change, P, V, numerics)
+            O = _product(O / scale, P, V, numerics) * scale
 
     O, rounded_sum = O[..., :-1], O[..., -1:]
     row_sum = rounded_sum if numerics.sums_rounded else softmax.row_sum
-    channels = v_descale.repeat_interleave(h_q // h_k, dim=1) if is_by_channel else unit
+    channels = v_descale.repeat_interleave(h_q // h_k, dim=1) if is_by_channel else 1.0
     is_empty = row_sum == 0.0
     lse = (torch.log2(row_sum) - softmax.shift - softmax.far) * LN2
     lse = lse.masked_fill(is_empty, -math.inf).squeeze(-1)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fa3 import tuning
 from fa3.kernels.blocks import BlockRange, Window
-from fa3.kernels.scheduler import MIN_WAVES, Deal, TileOrder
+from fa3.kernels.scheduler import MIN_WAVES, Schedule, TileOrder
 from fa3.kernels.signature import Signature
 
 SMS = 132
@@ -22,8 +22,17 @@ def order_of(m, heads, heads_kv, batches, num_ctas, longest_first=True, key_byte
 def dealt(order: TileOrder, num_ctas: int) -> list[list[int]]:
     """Positions by CTA; the grid is as the kernel launches it."""
     grid = min(num_ctas, order.count)
-    deals = [Deal(cta, grid, order.count, order.tiles_per_round) for cta in range(grid)]
-    return [[deal[i] for i in range(deal.count)] for deal in deals]
+    return [positions_of(Schedule.of(order, cta, grid)) for cta in range(grid)]
+
+
+def positions_of(schedule: Schedule) -> list[int]:
+    """As the roles of a CTA walk through them."""
+    positions, tile = [], schedule.first()
+    while tile.is_valid:
+        positions.append(schedule.deal[tile.turn])
+        tile = schedule.next(tile)
+    assert len(positions) == schedule.deal.count
+    return positions
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -31,7 +31,7 @@ def attend(
     first product.  One wgmma.fence serves both products of a step: what they use is ready by then.
     """
     softmax.start()
-    frag.start(blocks.n_max - 1)
+    frag.start()
     scales = factors.of_scores(blocks.n_max - 1, is_masked=True)
     key = k.wait_and_advance()
     warpgroup.fence()

@@ -62,7 +62,7 @@ class FwdFragments:
         """O += P V, asynchronously."""
         issue_gemm(self.mma.pv, self.acc_O, self.p, self.v[None, None, None, stage], True)
 
-    def start(self, n_block):
+    def start(self):
         """Before the first block of a tile."""
         self.acc_O.fill(0.0)
 

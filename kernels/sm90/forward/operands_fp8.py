@@ -29,7 +29,7 @@ from cutlass.memory import SmemAllocator
 from ...arguments import FwdArguments
 from ...barriers import WARPGROUP
 from ...config import FwdConfig
-from ...scales import OutputUnit, Scales, TileScales
+from ...scales import Scales, TileScales
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, permute
@@ -58,7 +58,7 @@ class Fp8Fragments:
     acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
     acc_O: cute.Tensor  # ((2, 2, columns / 8), 1, 1) fp32 registers
     block_O: cute.Tensor  # ((2, 2, slice / 8), 1, 1) fp32 registers: P V of one block
-    unit: OutputUnit
+    v_scale: cute.Tensor  # (1,) fp32, of the block whose P V is being made
     scales: TileScales | None
     head_dim_v: cutlass.Constexpr[int]
     is_integer: cutlass.Constexpr[bool]  # Q and K
@@ -77,7 +77,7 @@ class Fp8Fragments:
             acc_S=_accumulator(plan.tile_n),
             acc_O=_accumulator(vt_rows(plan.signature, plan.config)),
             block_O=_accumulator(v_slice(plan.signature, plan.config)),
-            unit=OutputUnit.of(),
+            v_scale=cute.make_rmem_tensor(1, Float32),
             scales=None,
             head_dim_v=plan.head_dim_v,
             is_integer=plan.signature.dtype == "int8",
@@ -105,7 +105,7 @@ class Fp8Fragments:
     def issue_output(self, stage, n_block):
         """P V of the first slice, asynchronously."""
         self._issue(stage, 0)
-        self.unit.become(self.scales.of_values(n_block))
+        self.v_scale[0] = self.scales.of_values(n_block)
 
     def add_output(self, stage):
         """O += P V, slice by slice; the first one has been waited for."""
@@ -116,9 +116,8 @@ class Fp8Fragments:
             warpgroup.wait_group(0)
             self._add(part)
 
-    def start(self, n_block):
+    def start(self):
         self.acc_O.fill(0.0)
-        self.unit.start(self.scales.of_values(n_block))
 
     def take_sum(self, softmax: OnlineSoftmax):
         """The sum of P from the rows of ones, which gave it to all four threads of a row.
@@ -148,11 +147,11 @@ class Fp8Fragments:
         """O += P V, for a slice."""
         first = part * cute.size(self.block_O)
         for i in range(cute.size(self.block_O)):
-            before = self.acc_O[first + i]
+            product = self.block_O[i]
             is_sum = first + i >= cute.size(self.o)
             if self.scales.quantised.v_block and not is_sum:
-                before = before * self.unit.change[0]
-            self.acc_O[first + i] = before + self.block_O[i]
+                product = product * self.v_scale[0]
+            self.acc_O[first + i] += product
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class RegistersToGlobal:
 @cute.jit
 def store_output(
     tensors: FwdTensors,
-    frag: Any,  # holds O, normalised, in units of its `unit`
+    frag: Any,  # holds O, normalised; scales by head or channel are still to come
     lse: cute.Tensor,  # (2,) -inf for a row that sees no key: O is 0 there, without the shift
     place: Place,
 ):
@@ -77,6 +77,6 @@ def store_output(
 
 def _factors(frag: Any, channel) -> list[Float32]:
     """The scales of V that O still lacks, for four channels."""
-    if frag.scales.quantised.v_block:
-        return 4 * [frag.unit.scale[0]]
+    if frag.scales.quantised.v_block:  # they are in O
+        return 4 * [Float32(1.0)]
     return [frag.scales.v[channel + i] for i in range(4)]
