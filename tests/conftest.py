@@ -9,6 +9,9 @@ SEED = 20240711
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 if not HOPPER:
     os.environ["FA3_CPU"] = "emulate"  # fa3 reads it when it meets the first CPU tensor
+    # Several tests run at once, if any, and the cores are busy: more threads wait for each other.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # Quick and basic first, so that a broken build shows early; other files come after these.
 ORDER = (
@@ -49,7 +52,6 @@ def device() -> torch.device:
     from fa3 import emulator
 
     emulator.install()
-    # several tests run at once, if any: the cores are busy
     emulator.configure(checks=emulator.ALL_CHECKS, processes=1)
     return torch.device("cpu")
 

@@ -40,6 +40,7 @@ class Case:
 
 SMOOTH = {"smooth_k": True, "hadamard": True}
 MEANS = {"smooth_k": True, "smooth_v": True}
+ALL = {**SMOOTH, **MEANS}
 CASES = [
     *(Case(s_q=n, s_k=n, options={"rows_per_block": 64}) for n in (1, 63, 64, 65, 129, 300)),
     *(Case(d=d, dv=d) for d in (16, 80, 128, 192, 256)),
@@ -236,7 +237,7 @@ def test_zeros(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_subnormals(dtype, device):
     """fp16's have a descale like any others; bf16's get the least there is."""
-    case = Case(dtype=dtype, d=128, dv=128)
+    case = Case(dtype=dtype)
     tiny = torch.finfo(dtype).tiny
     q, k, v = ((x.sign() * tiny / 8).to(dtype) for x in _inputs(case, device))
     given = _quantize(q, k, v)
@@ -296,7 +297,7 @@ def test_layouts(device):
 )
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "heads"])
 def test_empty(sizes, blocks, device):
-    case = Case(**sizes, options={"block_scales": blocks, "v_per_channel": True, **MEANS})
+    case = Case(**sizes, options={"block_scales": blocks, "v_per_channel": True, **ALL})
     q, k, v = _inputs(case, device)
     given = _quantize(q, k, v, **case.options)
     with FakeTensorMode() as mode:
@@ -353,7 +354,7 @@ def test_head_dims_that_an_option_or_the_kernel_lacks(d, device):
 
 
 def _model(q, k, v):
-    given = _quantize(q * 2, k, v * 3, hadamard=True, **MEANS, rows_per_block=64)
+    given = _quantize(q * 2, k, v * 3, **ALL, rows_per_block=64)
     return tuple(x.float() + 1 for x in given)
 
 
@@ -368,7 +369,7 @@ def test_compile_without_graph_breaks(device):
 
     compiled = torch.compile(_model, fullgraph=True, backend=backend, dynamic=True)
     for length in (70, 200):
-        inputs = _inputs(Case(d=128, h_q=4, s_k=length), device)
+        inputs = _inputs(Case(d=128, dv=128, h_q=4, s_k=length), device)
         for a, b in zip(compiled(*inputs), _model(*inputs), strict=True):
             torch.testing.assert_close(a, b)
     assert len(graphs) == 1

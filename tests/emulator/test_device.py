@@ -37,20 +37,6 @@ def python(code: str, tmp_path: Path, **environment) -> str:
     return done.stdout
 
 
-def test_importing_the_emulator_does_not_import_the_dsl(tmp_path):
-    assert (
-        python(
-            """
-        import sys
-        import fa3.emulator
-        print("cutlass" in sys.modules)
-        """,
-            tmp_path,
-        )
-        == "False\n"
-    )
-
-
 def test_installing_twice_is_harmless_and_another_arch_is_not(emulator):
     emulator.install()
     assert emulator.installed()
@@ -140,19 +126,7 @@ PRELUDE = """
 """
 
 
-def test_installing_after_the_dsl_was_imported_works(emulator, tmp_path):
-    assert "True" in python(
-        PRELUDE
-        + """
-    emulator.install()
-    compiled()(a, b, c)
-    print(torch.equal(c, a + b))
-    """,
-        tmp_path,
-    )
-
-
-def test_a_forgotten_install_is_named(tmp_path):
+def test_a_forgotten_install_is_named_and_comes_too_late_afterwards(tmp_path):
     said = python(
         PRELUDE
         + """
@@ -178,18 +152,24 @@ def test_a_forgotten_install_is_named(tmp_path):
                 call()
         except Exception as error:
             print(type(error).__name__, error)
+    try:
+        emulator.install()
+    except emulator.SetupError as error:
+        print(error)
     """,
         tmp_path,
         CUTE_DSL_ARCH="sm_90a",
         CUDA_VISIBLE_DEVICES="",
     )
     hint = "SetupError the kernel was compiled for a GPU, as the emulator is not installed: call "
-    first, second, third = said.splitlines()
+    first, second, third, fourth = said.splitlines()
     assert first.startswith(hint) and second.startswith(hint)
     assert third == "TypeError its own fault"
+    assert "came too late" in fourth
 
 
 def test_a_forked_child_that_ends_takes_nothing_away(emulator, tmp_path):
+    """From an emulator that was installed after the DSL was imported."""
     said = python(
         PRELUDE
         + """
@@ -207,59 +187,57 @@ def test_a_forked_child_that_ends_takes_nothing_away(emulator, tmp_path):
     assert said == "True\n"
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_an_installation_leaves_on_the_disk(kept, emulator, tmp_path):
-    home, temporary = tmp_path / "home", tmp_path / "temporary"
-    home.mkdir()
-    temporary.mkdir()
+def test_what_an_installation_leaves_on_the_disk(emulator, tmp_path):
+    """With its cache and without one: children of a process that has only imported it."""
+    for name in ("kept", "not kept"):
+        for folder in ("home", "temporary"):
+            (tmp_path / name / folder).mkdir(parents=True)
     python(
-        "from fa3 import emulator; emulator.install()",
-        tmp_path,
-        HOME=str(home),
-        TMPDIR=str(temporary),
-        FA3_CACHE_DIR="~/c",
-        FA3_CACHE="1" if kept else "0",
-    )
-    left = sorted(path.suffix for path in home.rglob("*") if path.is_file())
-    assert left == ([".lock", ".runtime"] if kept else [])
-    assert not list(temporary.glob("fa3*")) and not (tmp_path / "~").exists()
+        f"""
+    import os
+    from pathlib import Path
+    from fa3 import emulator
 
-
-def test_installing_after_something_was_compiled_is_an_error(emulator, tmp_path):
-    said = python(
-        PRELUDE
-        + """
-    compiled()
-    try:
-        emulator.install()
-    except emulator.SetupError as error:
-        print(error)
+    for name, cache in (("kept", "1"), ("not kept", "0")):
+        child = os.fork()
+        if child == 0:
+            folder = Path({str(tmp_path)!r}) / name
+            os.environ.update(
+                HOME=str(folder / "home"),
+                TMPDIR=str(folder / "temporary"),
+                FA3_CACHE_DIR="~/c",
+                FA3_CACHE=cache,
+            )
+            emulator.install()
+            raise SystemExit
+        assert os.waitpid(child, 0)[1] == 0
     """,
         tmp_path,
-        CUTE_DSL_ARCH="sm_90a",
     )
-    assert "came too late" in said
+    for name, expected in (("kept", [".lock", ".runtime"]), ("not kept", [])):
+        folder = tmp_path / name
+        left = sorted(x.suffix for x in (folder / "home").rglob("*") if x.is_file())
+        assert left == expected
+        assert not list((folder / "temporary").glob("fa3*"))
+    assert not list(tmp_path.rglob("~"))
 
 
-def test_functions_from_object_files(emulator, tmp_path):
+def test_functions_from_object_files(emulator, compiled, tmp_path):
     """Exported here, loaded in another process with the cubin and PTX that were kept."""
-    prelude = PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1)
-    folder = f"    from pathlib import Path\n    folder = Path({str(tmp_path)!r})\n"
-    python(
-        prelude
-        + folder
-        + """
-    function = compiled()
-    function.export_to_c(str(folder / "add.o"), function_name="add")
-    (folder / "cubin").write_bytes(function.__cubin__)
-    (folder / "ptx").write_text(function.__ptx__)
-    """,
-        tmp_path,
-    )
+    function = compiled("add", *torch.randn(3, 128))
+    function.export_to_c(str(tmp_path / "add.o"), function_name="add")
+    (tmp_path / "cubin").write_bytes(function.__cubin__)
+    (tmp_path / "ptx").write_text(function.__ptx__)
     said = python(
-        prelude
-        + folder
-        + """
+        f"""
+    from pathlib import Path
+    import torch
+    from cutlass.cute.runtime import load_module
+    from fa3 import emulator
+
+    emulator.install()
+    folder = Path({str(tmp_path)!r})
+    a, b, c = torch.randn(3, 128)
     function = load_module(str(folder / "add.o"), enable_tvm_ffi=True)["add"]
     emulator.remember((folder / "cubin").read_bytes(), (folder / "ptx").read_text())
     emulator.call(function, a, b, c)
@@ -275,20 +253,12 @@ def test_functions_from_object_files(emulator, tmp_path):
     assert "OutOfBounds: global read" in said and "none is registered" in said
 
 
-def test_a_kernel_without_ptx_is_named(emulator, compiled, tmp_path):
-    said = python(
-        PRELUDE.replace("emulator\n", "emulator\n    emulator.install()\n", 1)
-        + """
-    from fa3.emulator.images import Images
-    Images.remember = lambda self, cubin, ptx: None
-    try:
-        compiled()(a, b, c)
-    except emulator.SetupError as error:
-        print(error)
-    """,
-        tmp_path,
-    )
-    assert "no PTX is known for kernel kernel_cutlass" in said
+def test_a_kernel_without_ptx_is_named(emulator, compiled, monkeypatch):
+    a, b, c = torch.randn(3, 128)
+    monkeypatch.setattr(Images, "remember", lambda self, cubin, ptx: None)
+    forgotten = compiled("add", a, b, c, excess=1025)  # no other test compiles it
+    with pytest.raises(SetupError, match="no PTX is known for kernel kernel_cutlass"):
+        forgotten(a, b, c)
 
 
 def test_images_are_recognised_by_the_cubin_inside():
