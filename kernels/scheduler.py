@@ -44,6 +44,13 @@ class TileOrder:
     num_heads_kv: Any
     num_batches: Any
     heads_per_group: Any  # (batch, head) pairs that run side by side
+    count: Any  # of all tiles: computed once, on the host
+
+    @staticmethod
+    def of(longest_first, num_m_blocks, num_heads, num_heads_kv, num_batches, heads_per_group):
+        sizes = num_m_blocks, num_heads, num_heads_kv, num_batches
+        count = num_m_blocks * num_heads * num_batches
+        return TileOrder(longest_first, *sizes, heads_per_group, count)
 
     @staticmethod
     def group_of(key_bytes, s_k, num_m_blocks, num_heads, num_heads_kv, num_batches, num_ctas):
@@ -55,10 +62,6 @@ class TileOrder:
         fitting = maximum(L2_BUDGET // key_bytes // s_k, 1) * (num_heads // num_heads_kv)
         filling = MIN_WAVES * num_ctas // num_m_blocks
         return minimum(maximum(fitting, filling), num_heads * num_batches)
-
-    @property
-    def count(self):
-        return self.num_m_blocks * self.num_heads * self.num_batches
 
     @property
     def tiles_per_round(self):

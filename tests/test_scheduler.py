@@ -16,7 +16,7 @@ def order_of(m, heads, heads_kv, batches, num_ctas, longest_first=True, key_byte
     group = 1
     if longest_first:
         group = TileOrder.group_of(key_bytes, s_k, m, heads, heads_kv, batches, num_ctas)
-    return TileOrder(longest_first, m, heads, heads_kv, batches, group)
+    return TileOrder.of(longest_first, m, heads, heads_kv, batches, group)
 
 
 def dealt(order: TileOrder, num_ctas: int) -> list[list[int]]:

@@ -222,7 +222,7 @@ class ForwardSm90:
             heads_per_group = TileOrder.group_of(
                 key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, num_ctas
             )
-        return TileOrder(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
+        return TileOrder.of(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
 
     @cute.kernel
     def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
