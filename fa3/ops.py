@@ -156,11 +156,10 @@ def run(  # noqa: PLR0913
         torch.autograd.graph.increment_version(out)
     lse = q.new_empty(*plan.lse_shape, dtype=torch.float32)
     views = descales if plan.scales is None else plan.scales.views(q.device, *descales)
+    target = out
     if plan.copies is not None or plan.views is not None:
         q, k, v, target = _for_tma(plan, q, k, v, out)
-        plan.run((q, k, v, target, lse, *views, *plan.scalars))
-    else:
-        plan.run((q, k, v, out, lse, *views, *plan.scalars))
+    plan.run((q, k, v, target, lse, *views, *plan.scalars))
     return out, lse
 
 
@@ -286,8 +285,6 @@ _OTHERS = ", ".join(f"Tensor? {name}=None" for name in scales.NAMES) + (
 _QKV = "Tensor q, Tensor k, Tensor v"
 _library.define(f"forward_fp8({_QKV}, {_OTHERS}) -> (Tensor, Tensor)")
 _library.define(f"forward_fp8_out({_QKV}, Tensor(a!) out, {_OTHERS}) -> Tensor")
-
-
 _NAMES = (*scales.NAMES, *Options._fields, "check_scales")
 
 

@@ -73,9 +73,7 @@ class TileOrder:
         group = position // group_tiles
         first_head = group * self.heads_per_group
         heads_left = self.num_heads * self.num_batches - first_head
-        heads = maximum(
-            minimum(heads_left, self.heads_per_group), 1
-        )  # beyond the end there is none
+        heads = maximum(minimum(heads_left, self.heads_per_group), 1)  # none beyond the end
         place = position - group * group_tiles
         rank = place // heads
         pair = first_head + place - rank * heads  # batch * num_heads + head
@@ -93,13 +91,6 @@ class Deal:
     num_ctas: Any
     num_tiles: Any
     tiles_per_round: Any
-
-    @property
-    def count(self):
-        """Tiles of this CTA."""
-        rounds = self.num_tiles // self.tiles_per_round
-        rest = self.num_tiles - rounds * self.tiles_per_round
-        return rounds * self._share(self.tiles_per_round) + self._share(rest)
 
     def __getitem__(self, index):
         share = self._share(self.tiles_per_round)

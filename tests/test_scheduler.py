@@ -31,8 +31,14 @@ def positions_of(schedule: Schedule) -> list[int]:
     while tile.is_valid:
         positions.append(schedule.deal[tile.turn])
         tile = schedule.next(tile)
-    assert len(positions) == schedule.deal.count
+    assert len(positions) == count_of(schedule.deal)
     return positions
+
+
+def count_of(deal) -> int:
+    """Tiles of a CTA in closed form: its share of every whole round and of the rest."""
+    rounds, rest = divmod(deal.num_tiles, deal.tiles_per_round)
+    return rounds * deal._share(deal.tiles_per_round) + deal._share(rest)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
