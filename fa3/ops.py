@@ -159,7 +159,7 @@ def run(  # noqa: PLR0913
     target = out
     if plan.copies is not None or plan.views is not None:
         q, k, v, target = _for_tma(plan, q, k, v, out)
-    plan.run((q, k, v, target, lse, *views, *plan.scalars))
+    plan.run((q, k, v, target, lse, *views, *(None,) * 6, *plan.scalars))
     return out, lse
 
 

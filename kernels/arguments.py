@@ -6,7 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FwdArguments:
-    """All but the stream; a tuple in this order will do. Scales are None but for FP8."""
+    """All but the stream; a tuple in this order will do.
+
+    Scales are None but for FP8, and what tells lengths but for ragged sequences.  The batch of a
+    packed tensor is 1, and its rows are those of all sequences.
+    """
 
     q: Any  # (b, s_q, h_q, d)
     k: Any  # (b, s_k, h_k, d)
@@ -17,6 +21,12 @@ class FwdArguments:
     k_scales: Any  # (b, h_k, blocks) fp32
     v_scales: Any  # (b, h_k, blocks or dv) fp32
     v_shift: Any  # (b, h_k, dv) fp32
+    cu_seqlens_q: Any  # (b + 1,) int32: rows of packed q before each sequence; (0,): q is dense
+    cu_seqlens_k: Any  # the same of k and v
+    seqused_q: Any  # (b,) int32: how many rows of a sequence count; (0,): all
+    seqused_k: Any
+    tiles: Any  # int32: room for the list of a ragged call's tiles (scheduler.TileList)
+    num_sequences: Any  # Int32
     scale_log2: Any  # Float32: softmax_scale * log2(e)
     window_left: Any  # Int32
     window_right: Any  # Int32

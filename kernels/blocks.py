@@ -70,7 +70,7 @@ class BlockRange:
         first_row = m_block * tile_m
         last_row = minimum(first_row + tile_m, window.s_q) - 1
         n_min, n_edge = 0, 0
-        n_max = ceil_div(window.s_k, tile_n)
+        n_max = maximum(ceil_div(window.s_k, tile_n), 1)
         n_diagonal = n_max - 1
         if window.kind != "full":
             end = clamp(window.end_key(last_row), 0, window.s_k)

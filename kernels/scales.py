@@ -33,14 +33,20 @@ class Scales:
 
     def of_tile(self, tile, sequence: Sequence, row, num_heads, scale_log2, plan) -> "TileScales":  # noqa: PLR0913
         """Those of a tile and of the 128 queries that `row` is one of."""
-        blocks, q_heads, _ = self.q.shape
-        head = tile.head // (num_heads // q_heads)  # h_k scales serve h_q heads
-        q = sequence.vector(self.q, head)[minimum(row // Q_BLOCK, blocks - 1)]
-        k, v = (sequence.vector(t, tile.head_kv) for t in (self.k, self.v))
         quantised = plan.signature.quantised
+        head = tile.head // (num_heads // self.q.shape[1])  # h_k scales serve h_q heads
+        of_queries = sequence.queries.blocks(self.q, head, Q_BLOCK)
+        q = of_queries[minimum(row // Q_BLOCK, of_queries.shape[0] - 1)]
+        k = self._of_keys(self.k, sequence, tile.head_kv, quantised.k_block)
+        v = self._of_keys(self.v, sequence, tile.head_kv, quantised.v_block)
         if quantised.k_block == 0:
             q = q * k[0]
         return TileScales(scale_log2 * q + TINY, k, v, plan.tile_n, quantised)
+
+    def _of_keys(self, tensor: cute.Tensor, sequence: Sequence, head_kv, block: int):
+        if block == 0:
+            return sequence.vector(tensor, head_kv)
+        return sequence.keys.blocks(tensor, head_kv, block)
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,181 @@
-"""Sequence: one entry of the batch, the only owner of its lengths and of where its rows lie."""
+"""Sequence: one entry of the batch, the only owner of its lengths and of where its rows lie.
 
-from dataclasses import dataclass
+Dense tensors have a mode for the batch, and every entry has all of its rows.  Ragged sequences have
+lengths that live on the device: they follow each other in a packed tensor, or are the first rows
+of the entries of a dense one.
+
+TMA must not carry rows of a neighbour into a tile, nor rows of a tile into a neighbour.  It only
+knows the bounds of a tensor, so a ragged tensor of n rows is shown to it with one mode more:
+
+    element (i, e) of the modes (rows, ends) is row i + e - n          0 <= i < n, 0 <= e <= n
+
+A sequence whose rows end before row e is the slice e: its rows are the last ones of the mode of
+rows, and what follows them is out of bounds, so that it loads as zeros and is not stored.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
+from cutlass import Int64
 
+from .arithmetic import ceil_div, clamp, maximum, minimum
 from .blocks import Window
 from .signature import MaskKind
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Cuts what belongs to it out of the tensors of a call, whose last mode is the batch."""
+class Span:
+    """The queries or the keys of a sequence: all rows of an entry of a dense tensor."""
 
     entry: Any  # index of the batch
-    s_q: Any
-    s_k: Any
+    length: Any
+
+    start = 0  # its first row in the tensor
+
+    def tiled(self, tensor: cute.Tensor, head, row_mode: int) -> cute.Tensor:
+        """TMA's (rows, columns, heads, b) -> (rows, columns) of a head; columns may come first."""
+        return tensor[None, None, head, self.entry]
 
     def matrix(self, tensor: cute.Tensor, head) -> cute.Tensor:
-        """(rows, columns, heads, b) -> (rows, columns) of a head; columns may come first."""
+        """(rows, columns, heads, b) -> (rows, columns) of a head, in memory."""
         return tensor[None, None, head, self.entry]
 
     def vector(self, tensor: cute.Tensor, head) -> cute.Tensor:
-        """(n, heads, b) -> (n,) of a head."""
+        """(rows, heads, b) -> (rows,) of a head."""
         return tensor[None, head, self.entry]
+
+    def blocks(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
+        """(blocks, heads, b) -> (blocks,) of a head: of `num_rows` each, or one of all rows."""
+        return tensor[None, head, self.entry]
+
+    def uniform(self) -> "Span":
+        return replace(self, entry=cute.arch.make_warp_uniform(self.entry))
+
+
+@dataclass(frozen=True)
+class RaggedSpan:
+    """The same of a ragged sequence: some of the rows of a tensor."""
+
+    batch: Any  # index of the sequence
+    entry: Any  # the same in a dense tensor, 0 in a packed one
+    start: Any
+    length: Any
+    num_rows: Any  # of the tensor
+
+    def tiled(self, tensor: cute.Tensor, head, row_mode: int) -> cute.Tensor:
+        """(rows, columns, heads, b, ends) -> (rows, columns) of a head; columns may come first."""
+        matrix = tensor[None, None, head, self.entry, self.start + self.length]
+        first = self.num_rows - self.length
+        return cute.domain_offset((first, 0) if row_mode == 0 else (0, first), matrix)
+
+    def matrix(self, tensor: cute.Tensor, head) -> cute.Tensor:
+        return cute.domain_offset((self.start, 0), tensor[None, None, head, self.entry])
+
+    def vector(self, tensor: cute.Tensor, head) -> cute.Tensor:
+        return cute.domain_offset((self.start,), tensor[None, head, self.entry])
+
+    def blocks(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
+        """In a packed tensor no two sequences share a block: see `first_block`."""
+        count, _, entries = tensor.shape
+        vector = tensor[None, head, minimum(self.batch, entries - 1)]
+        first = minimum(self.first_block(num_rows), count - 1)
+        own = clamp(ceil_div(self.length, num_rows), 1, count - first)
+        vector = cute.domain_offset((first,), vector)
+        return cute.make_tensor(vector.iterator, cute.make_layout(own, stride=vector.stride[0]))
+
+    def first_block(self, num_rows: int):
+        """Of a packed tensor of n rows in n // num_rows + b blocks, which is enough for all."""
+        return self.start // num_rows + self.batch - self.entry
+
+    def uniform(self) -> "RaggedSpan":
+        uniform = cute.arch.make_warp_uniform
+        numbers = ("batch", "entry", "start", "length")
+        return replace(self, **{name: uniform(getattr(self, name)) for name in numbers})
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The queries and keys that attend to each other."""
+
+    batch: Any
+    queries: Span | RaggedSpan
+    keys: Span | RaggedSpan
+
+    @property
+    def s_q(self):
+        return self.queries.length
+
+    @property
+    def s_k(self):
+        return self.keys.length
+
+    @property
+    def k_start(self):
+        return self.keys.start
+
+    def vector(self, tensor: cute.Tensor, head) -> cute.Tensor:
+        """(n, heads, b) -> (n,) of a head, where all rows have the same."""
+        return tensor[None, head, self.batch]
 
     def window(self, kind: MaskKind, left, right) -> Window:
         return Window(kind, self.s_q, self.s_k, left, right)
 
+    def uniform(self) -> "Sequence":
+        """With its numbers in uniform registers again, which values carried by a loop have left."""
+        batch = cute.arch.make_warp_uniform(self.batch)
+        return Sequence(batch, self.queries.uniform(), self.keys.uniform())
+
 
 @dataclass(frozen=True)
 class Sequences:
-    """All of a call: they have one length."""
+    """All of a call with dense tensors: they have one length."""
 
     s_q: Any
     s_k: Any
 
-    def __getitem__(self, entry) -> Sequence:
-        return Sequence(entry, self.s_q, self.s_k)
+    def __getitem__(self, batch) -> Sequence:
+        return Sequence(batch, Span(batch, self.s_q), Span(batch, self.s_k))
+
+
+@dataclass(frozen=True)
+class RaggedSpans:
+    """Where the sequences lie in the tensors of queries or of keys."""
+
+    num_rows: Any  # of the tensor: all rows of a packed one, of an entry of a dense one
+    cu_seqlens: cute.Tensor  # (b + 1,) Int32 for packed tensors: rows before a sequence; or (0,)
+    seqused: cute.Tensor  # (b,) Int32: how many of a sequence's rows count; or (0,) for all
+
+    @cute.jit
+    def __getitem__(self, batch) -> RaggedSpan:
+        """Lengths that the tensor cannot have are cut to what it has."""
+        entry, start, end = batch, cutlass.Int32(0), self.num_rows
+        if self.cu_seqlens.shape[0] > 0:
+            entry = cutlass.Int32(0)
+            start = clamp(self.cu_seqlens[batch], 0, self.num_rows)
+            end = clamp(self.cu_seqlens[batch + 1], start, self.num_rows)
+        length = end - start
+        if self.seqused.shape[0] > 0:
+            length = minimum(length, maximum(self.seqused[batch], 0))
+        return RaggedSpan(batch, entry, start, length, self.num_rows)
+
+
+@dataclass(frozen=True)
+class RaggedSequences:
+    """All of a call with lengths of their own."""
+
+    count: Any
+    queries: RaggedSpans
+    keys: RaggedSpans
+
+    def __getitem__(self, batch) -> Sequence:
+        return Sequence(batch, self.queries[batch], self.keys[batch])
+
+
+def ragged_view(tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
+    """The tensor (.., b) with the mode of ends, for TMA."""
+    num_rows, stride = tensor.shape[row_mode], Int64(tensor.stride[row_mode])
+    first = (tensor.iterator - num_rows * stride).align(16)
+    shape, strides = (*tensor.shape, num_rows + 1), (*tensor.stride, stride)
+    return cute.make_tensor(first, cute.make_layout(shape, stride=strides))

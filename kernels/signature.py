@@ -55,6 +55,7 @@ class Signature:
     head_dim_v: int  # tile of v and out, one of HEAD_DIM_TILES
     mask: MaskKind  # full; causal: bottom-right aligned; local: a window with two run-time bounds
     quantised: Quantised | None = None  # for one-byte q, k and v
+    is_ragged: bool = False  # sequences have lengths of their own, which live on the device
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):

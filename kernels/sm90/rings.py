@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Int32, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from ..sequence import Sequence
+from ..sequence import RaggedSpan, Span
 from ..tensors import TmaOperand
 
 
@@ -84,10 +84,10 @@ class Ring:
         state = pipeline.PipelineState(self.pipeline.num_stages, Int32(0), slot, Int32(0))
         self.pipeline.consumer_release(state)
 
-    def filler(self, operand: TmaOperand, tile_shape, sequence: Sequence, head, block_mode: int):
-        """fill(block, handle): TMA block `block` of a head, along `block_mode`, into a stage."""
-        head_tensor = sequence.matrix(operand.tensor, head)
-        coordinate = (None, 0) if block_mode == 0 else (0, None)
+    def filler(self, operand: TmaOperand, tile_shape, span: Span | RaggedSpan, head, row_mode: int):
+        """fill(block, handle): TMA block `block` of the rows of a head into a stage."""
+        head_tensor = span.tiled(operand.tensor, head, row_mode)
+        coordinate = (None, 0) if row_mode == 0 else (0, None)
         blocks = cute.local_tile(head_tensor, tile_shape, coordinate)  # (rows, columns, num_blocks)
         to_stage, from_block = cpasync.tma_partition(
             operand.atom,

@@ -30,9 +30,10 @@ from ...barriers import WARPGROUP, WarpgroupTurn
 from ...blocks import BlockRange, Window
 from ...config import FwdConfig, OSpace
 from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
+from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
 from ...scheduler import Schedule, TileOrder, WorkTile
-from ...sequence import Sequence, Sequences
+from ...sequence import RaggedSequences, Sequence, Sequences
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, permute
@@ -66,6 +67,10 @@ class FwdPlan:
     @property
     def head_dim(self) -> int:
         return self.signature.head_dim
+
+    @property
+    def lengths(self) -> EqualLengths | RaggedLengths:
+        return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
 
     @property
     def o_space(self) -> OSpace:
@@ -127,7 +132,7 @@ class Work:
 
     plan: cutlass.Constexpr[FwdPlan]
     schedule: Schedule
-    sequences: Sequences
+    sequences: Sequences | RaggedSequences
     scalars: FwdScalars
 
     def first(self) -> WorkTile:
@@ -162,23 +167,26 @@ class ForwardSm90:
 
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
-        element = Elements.of(self.plan.signature)
-        batch, heads_q, heads_k, s_q, s_k = (cute.sym_int32() for _ in range(5))
+        plan = self.plan
+        element = Elements.of(plan.signature)
+        heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
+        batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
         d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
 
-        def tensor(dtype, length, heads, width):
+        def tensor(dtype, batch, length, heads, width):
             strides = (cute.sym_int64(divisibility=_in_16_bytes(dtype)) for _ in range(3))
             shape = (batch, length, heads, width)
             return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
 
         lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
         arguments = FwdArguments(
-            tensor(element.q, s_q, heads_q, d),
-            tensor(element.k, s_k, heads_k, d),
-            tensor(element.v, s_k, heads_k, dv),
-            tensor(element.out, s_q, heads_q, dv),
+            tensor(element.q, batch, s_q, heads_q, d),
+            tensor(element.k, batch_k, s_k, heads_k, d),
+            tensor(element.v, batch_k, s_k, heads_k, dv),
+            tensor(element.out, batch, s_q, heads_q, dv),
             make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
             *self.operands.example_scales(batch, heads_k, dv),
+            *plan.lengths.example(),
             scale_log2=Float32(1.0),
             window_left=Int32(0),
             window_right=Int32(0),
@@ -191,48 +199,42 @@ class ForwardSm90:
         plan = self.plan
         smem = FwdSmem.of(plan.signature, plan.config)
         q, k, o = (permute(t, [1, 3, 2, 0]) for t in (arguments.q, arguments.k, arguments.out))
+        v = permute(arguments.v, [3, 1, 2, 0])
+        view = plan.lengths.view
         tensors = FwdTensors(
-            q=tma_load(q, smem.q, plan.q_tile),
-            k=tma_load(k, smem.k, plan.k_tile),
-            v=tma_load(permute(arguments.v, [3, 1, 2, 0]), smem.v, plan.v_tile),
+            q=tma_load(view(q, 0), smem.q, plan.q_tile),
+            k=tma_load(view(k, 0), smem.k, plan.k_tile),
+            v=tma_load(view(v, 1), smem.v, plan.v_tile),
             o=self.operands.output(o),
             lse=permute(arguments.lse, [2, 1, 0]),
             scales=self.operands.scales(arguments),
         )
         scalars = FwdScalars(arguments.scale_log2, arguments.window_left, arguments.window_right)
-        order = self._order(arguments.q, arguments.k, arguments.v, arguments.num_ctas)
-        self._launch(tensors, scalars, order, arguments.num_ctas, stream)
-
-    def _launch(self, tensors, scalars, order: TileOrder, num_ctas, stream):
-        self.kernel(tensors, scalars, order).launch(
-            grid=(cutlass.min(num_ctas, order.count), 1, 1),
-            block=(self.plan.config.num_threads, 1, 1),
+        sequences = plan.lengths.sequences(arguments)
+        order = plan.lengths.order(arguments, sequences, stream)
+        self.kernel(tensors, scalars, sequences, order).launch(
+            grid=(cutlass.min(arguments.num_ctas, order.count), 1, 1),
+            block=(plan.config.num_threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
         )
 
-    def _order(self, mQ, mK, mV, num_ctas) -> TileOrder:
-        batches, s_q, heads, _ = mQ.shape
-        _, s_k, heads_kv, d = mK.shape
-        num_m_blocks = cute.ceil_div(s_q, self.plan.tile_m)
-        longest_first = self.plan.signature.mask != "full"
-        heads_per_group = Int32(1)
-        if longest_first:
-            key_bytes = (d + mV.shape[3]) * (mK.element_type.width // 8)
-            heads_per_group = TileOrder.group_of(
-                key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, num_ctas
-            )
-        return TileOrder.of(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
-
     @cute.kernel
-    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
+    def kernel(
+        self,
+        tensors: FwdTensors,
+        scalars: FwdScalars,
+        sequences: Sequences | RaggedSequences,
+        order: TileOrder,
+    ):
         plan = self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
         rings, o_pointer = self.operands.shared_memory(SmemAllocator())
-        work = self._work(tensors, scalars, order)
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        work = Work(plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -250,12 +252,6 @@ class ForwardSm90:
             load(self.plan, tensors, rings, work)
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
-
-    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Work:
-        cta, _, _ = cute.arch.block_idx()
-        num_ctas, _, _ = cute.arch.grid_dim()
-        sequences = Sequences(tensors.q.tensor.shape[0], tensors.k.tensor.shape[0])
-        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
 
     @cute.jit
     def _consume(
@@ -303,7 +299,7 @@ class ForwardSm90:
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             frag.take_sum(softmax)
             softmax.finish(frag.acc_O, lse)
-            store_lse(place.sequence.vector(tensors.lse, tile.head), lse, row, lane)
+            store_lse(tensors.lse, lse, place)
             space.store(tensors, frag, lse, place, last)
             space.stored(query)
             tile = next_tile

@@ -22,9 +22,9 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
     tile = work.first()
     while tile.is_valid:
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
-        fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence, tile.head, 0)
-        fill_k = rings.k.filler(tensors.k, plan.k_tile, sequence, tile.head_kv, 0)
-        fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, sequence, tile.head_kv, 1)
+        fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence.queries, tile.head, 0)
+        fill_k = rings.k.filler(tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0)
+        fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, sequence.keys, tile.head_kv, 1)
 
         fill_k(blocks.n_max - 1, k.acquire_and_advance())
         fill_q(tile.m_block, q.acquire_and_advance())

@@ -101,7 +101,9 @@ class Operands16Bit:
         return None
 
     def output(self, o: cute.Tensor) -> TmaOperand:
-        return tma_store(o, o_layout(self.plan.signature, self.plan.config), self.plan.o_tile)
+        plan = self.plan
+        smem = o_layout(plan.signature, plan.config)
+        return tma_store(plan.lengths.view(o, 0), smem, plan.o_tile)
 
     def shared_memory(self, allocator: SmemAllocator) -> tuple[FwdRings, cute.Pointer]:
         """Rings of Q, K and V, and where O goes."""

@@ -210,7 +210,7 @@ class OperandsFp8:
         # What a loop carries has left the uniform registers, and with it every address of a scale.
         uniform = cute.arch.make_warp_uniform
         tile = replace(place.tile, head_kv=uniform(place.tile.head_kv))
-        sequence = replace(place.sequence, entry=uniform(place.sequence.entry))
+        sequence = place.sequence.uniform()
         num_heads = tensors.lse.shape[1]
         scales = tensors.scales.of_tile(
             tile, sequence, place.first_row, num_heads, scalars.scale_log2, self.plan

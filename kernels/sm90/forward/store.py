@@ -152,7 +152,7 @@ class OutputSpace:
             barrier_id=self.barriers.o_written(self.warpgroup), number_of_threads=WARPGROUP
         )
         if self.is_storing_warp:
-            o = place.sequence.matrix(tensors.o.tensor, tile.head)  # (s_q, dv)
+            o = place.sequence.queries.tiled(tensors.o.tensor, tile.head, 0)  # (s_q, dv)
             rows = cute.local_tile(o, plan.o_tile, (None, 0))  # (64, dv, num_64_row_blocks)
             from_smem, to_rows = cpasync.tma_partition(
                 tensors.o.atom,
@@ -174,8 +174,10 @@ class OutputSpace:
 
 
 @cute.jit
-def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, row, lane):
+def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, place: Place):
     """Two rows per thread; the four threads that share a row hold the same value."""
+    queries = place.sequence.queries
+    rows = queries.vector(mLSE, place.tile.head)  # (s_q,)
     for r in cutlass.range_constexpr(2):
-        if lane % 4 == 0 and row + 8 * r < mLSE.shape[0]:
-            mLSE[row + 8 * r] = lse[r]
+        if place.thread % 4 == 0 and place.row + 8 * r < queries.length:
+            rows[place.row + 8 * r] = lse[r]

@@ -53,7 +53,7 @@ def store_output(
     next.
     """
     tile, sequence, row, lane = place.tile, place.sequence, place.row, place.thread % 32
-    mO = sequence.matrix(tensors.o, tile.head)  # (s_q, dv)
+    mO = sequence.queries.matrix(tensors.o, tile.head)  # (s_q, dv)
     mShift = sequence.vector(tensors.scales.v_shift, tile.head_kv)  # (dv,)
     num_rows, num_channels = sequence.s_q, mO.shape[1]
     for part in cutlass.range_constexpr(cute.size(frag.o) // 8):
