@@ -2,17 +2,31 @@
 
     out = fa3.flash_attn_func(q, k, v, causal=True)
     out = fa3.flash_attn_fp8_func(q, k, v, causal=True)  # the same in FP8
+    out = fa3.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest)  # packed
 
 Importing this package registers `torch.ops.fa3` and imports neither the CuTe DSL nor the emulator.
 """
 
 import importlib
 
-from .interface import flash_attn_fp8_func, flash_attn_func
+from .interface import (
+    flash_attn_fp8_func,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
 from .quantize import Fp8Inputs, quantize_fp8
 
 __version__ = "0.1.0"
-__all__ = ["Fp8Inputs", "emulator", "flash_attn_fp8_func", "flash_attn_func", "quantize_fp8"]
+__all__ = [
+    "Fp8Inputs",
+    "emulator",
+    "flash_attn_fp8_func",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "quantize_fp8",
+]
 
 
 def __getattr__(name: str):

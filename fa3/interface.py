@@ -5,8 +5,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import hints, ops
+from . import hints, lengths, ops
 from .layout import check_tensors
+from .lengths import EQUAL, Lengths
 from .options import Options, bool_of, int_of
 from .plain import is_plain
 from .quantize import quantize_fp8
@@ -93,30 +94,150 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
-    if not (
-        qv is None
-        and type(attention_chunk) is int
-        and type(softcap) is float
-        and type(num_splits) is int
-        and attention_chunk == softcap == 0
-        and num_splits == 1
-        and pack_gqa is None
-    ):
-        _check_hints(num_splits, pack_gqa)
-        _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+    _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = _options(softmax_scale, causal, window_size, sm_margin)
-    descales = NO_DESCALES
-    if (
-        q_descale is not None
-        or k_descale is not None
-        or v_descale is not None
-        or v_shift is not None
-    ):
-        descales = Descales(q_descale, k_descale, v_descale, v_shift)
+    descales = _descales(q_descale, k_descale, v_descale, v_shift)
     out, lse = _attend(q, k, v, out, options, descales, check_scales=check_scales)
     return (out, lse) if return_attn_probs else out
+
+
+@hints.closed
+def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    out=None,
+    v_shift=None,
+    check_scales=False,
+    check_lengths=False,
+    **unknown,
+):
+    """flash_attn_func of sequences with lengths of their own, packed without padding.
+
+    q (total_q, h_q, d), k (total_k, h_k, d), v (total_k, h_k, dv): the rows of one sequence after
+    those of another.
+    cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device; the queries of sequence i are the
+        rows cu_seqlens_q[i] to cu_seqlens_q[i + 1], and so are its keys. Either may be None: then
+        q, or k and v, are dense, (batch, s, h, d).
+    max_seqlen_q, max_seqlen_k: at least the largest lengths, needed beside cu_seqlens. They are
+        bounds that programs keep on the host; the result does not depend on them.
+    seqused_q, seqused_k: (batch,) int32; only so many first rows of each sequence count. The rows
+        of out and lse beyond are left as they are, which in new tensors is uninitialised, and so
+        are rows of out that belong to no sequence.
+    check_lengths: wait for the device and refuse lengths that do not fit the tensors: cu_seqlens
+        has to begin with 0, never to fall and to end with the number of rows. On CPU tensors all is
+        checked anyway, but packed tensors may have more rows. Elsewhere lengths that reach beyond
+        the tensors are cut, so that nothing else is read or written.
+
+    Lengths stay on the device: no call waits for them, none recompiles for others, and a CUDA graph
+    may be replayed with other lengths in the same tensors. A sequence may be without queries or
+    keys. Queries and keys of a sequence are aligned as in flash_attn_func, by its own lengths, so
+    that causal and window_size mean the same.
+
+    One-byte inputs: descales by head and channel and v_shift are as in flash_attn_func, with the
+    number of sequences for the batch; those by blocks, of packed tensors,
+
+        q_descale   (1, h_q, total_q // 128 + batch)   [0, h, cu_seqlens_q[i] // 128 + i + j // 128]
+        k_descale   (1, h_k, total_k // B + batch)     [0, h, cu_seqlens_k[i] // B + i + j // B]
+        v_descale   as k_descale, with a B of its own
+
+    for query or key j of sequence i.
+
+    The other arguments are those of flash_attn_func.
+
+    Returns out, like q but with v's head dim, or with return_attn_probs=True the pair out and lse,
+    in fp32: (h_q, total_q), of dense q (batch, h_q, s_q).
+
+    Raises: as flash_attn_func.
+    """
+    if unknown:
+        raise hints.unknown_argument(flash_attn_varlen_func, next(iter(unknown)))
+    _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa)
+    if return_attn_probs is not False:
+        return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
+    options = _options(softmax_scale, causal, window_size, sm_margin)
+    descales = _descales(q_descale, k_descale, v_descale, v_shift)
+    given = _lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    longest = tuple(
+        _longest(side, most, cu)
+        for side, most, cu in (("q", max_seqlen_q, cu_seqlens_q), ("k", max_seqlen_k, cu_seqlens_k))
+    )
+    if check_lengths is not False:
+        check_lengths = bool_of("check_lengths", check_lengths)
+    more = given, longest, check_lengths
+    out, lse = _attend(q, k, v, out, options, descales, None, check_scales, *more)
+    return (out, lse) if return_attn_probs else out
+
+
+@hints.closed
+def flash_attn_qkvpacked_func(  # noqa: PLR0913 - the signature is FA3's
+    qkv,
+    softmax_scale=None,
+    causal=False,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    deterministic=False,
+    num_heads_q=None,
+    sm_margin=0,
+    return_attn_probs=False,
+    **unknown,
+):
+    """flash_attn_func of q, k and v that are slices of one tensor; none of them is copied.
+
+    qkv: (batch, s, 3, h, d), or with num_heads_q = h_q also (batch, s, h_q + 2 h_k, d), the heads
+        of q before those of k and v.
+
+    The other arguments and what is returned are as in flash_attn_func.
+
+    Raises: as flash_attn_func.
+    """
+    if unknown:
+        raise hints.unknown_argument(flash_attn_qkvpacked_func, next(iter(unknown)))
+    q, k, v = _unpacked(qkv, num_heads_q)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        None,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_attn_probs=return_attn_probs,
+    )
 
 
 @hints.closed
@@ -205,7 +326,71 @@ def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
         raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
 
 
-def _attend(q, k, v, out, options, descales, out_dtype=None, check_scales=False):  # noqa: PLR0913
+def _descales(q_descale, k_descale, v_descale, v_shift) -> Descales:
+    if q_descale is None and k_descale is None and v_descale is None and v_shift is None:
+        return NO_DESCALES
+    return Descales(q_descale, k_descale, v_descale, v_shift)
+
+
+def _lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> Lengths:
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    check_tensors(**lengths.named(given))
+    return given
+
+
+def _longest(side: str, most, cu_seqlens) -> int | None:
+    """max_seqlen_q or max_seqlen_k, checked."""
+    if most is None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                f"max_seqlen_{side} is None but cu_seqlens_{side} is a tensor, expected the length "
+                "of its longest sequence, or more"
+            )
+        return None
+    if type(most) is not int:
+        most = int_of(f"max_seqlen_{side}", most)
+    if most < 0:
+        raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
+    return most
+
+
+def _unpacked(qkv, num_heads_q) -> tuple[Tensor, Tensor, Tensor]:
+    check_tensors(qkv=qkv)
+    shape = tuple(qkv.shape)
+    if qkv.dim() == 5:
+        if shape[2] != 3:
+            raise ValueError(f"qkv has shape {shape}, expected 3 in dimension 2: (b, s, 3, h, d)")
+        return qkv.unbind(dim=2)
+    if qkv.dim() != 4:
+        raise ValueError(
+            f"qkv has shape {shape}, expected (b, s, 3, h, d), or (b, s, h_q + 2 h_k, d) with "
+            "num_heads_q"
+        )
+    if num_heads_q is None:
+        raise ValueError(f"num_heads_q is None but qkv has shape {shape}, expected the heads of q")
+    h_q = int_of("num_heads_q", num_heads_q)
+    others = shape[2] - h_q
+    if h_q < 0 or others < 0 or others % 2:
+        raise ValueError(
+            f"num_heads_q is {h_q} but qkv has {shape[2]} heads, expected those of q and an even "
+            "number of others"
+        )
+    return qkv.split([h_q, others // 2, others // 2], dim=2)
+
+
+def _attend(  # noqa: PLR0913
+    q,
+    k,
+    v,
+    out,
+    options,
+    descales,
+    out_dtype=None,
+    check_scales=False,
+    given=EQUAL,
+    longest=(None, None),
+    check_lengths=False,
+):
     """out and lse; directly, or by the operator where somebody watches."""
     plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
     if not plain:
@@ -216,15 +401,20 @@ def _attend(q, k, v, out, options, descales, out_dtype=None, check_scales=False)
         _refuse_grad(q=q, k=k, v=v)
     if descales is not NO_DESCALES:
         plain = _check_descales(descales) and plain
+    if given is not EQUAL:
+        plain = plain and is_plain(*lengths.named(given).values())
     if check_scales is not False:
         check_scales = bool_of("check_scales", check_scales)
     try:
         if plain:
-            return ops.run(q, k, v, out, options, descales, out_dtype, check_scales)
+            checks = out_dtype, check_scales, given, longest, check_lengths
+            return ops.run(q, k, v, out, options, descales, *checks)
+        more = () if given is EQUAL else (*given, *longest, check_lengths)
         if out is None:
-            more = *descales, out_dtype, check_scales
+            more = *descales, out_dtype, check_scales, *more
             return torch.ops.fa3.forward(q, k, v, *options, *more)
-        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *descales, check_scales)
+        more = *descales, check_scales, *more
+        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more)
     except (RuntimeError, ValueError):
         check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
         raise
@@ -246,6 +436,20 @@ def _check_out(out) -> None:
     # torch's fallback for lazy negation has no custom operators, torch.compile no is_neg
     if not torch.compiler.is_dynamo_compiling() and out.is_neg():
         raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
+
+
+def _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa) -> None:
+    if not (
+        qv is None
+        and type(attention_chunk) is int
+        and type(softcap) is float
+        and type(num_splits) is int
+        and attention_chunk == softcap == 0
+        and num_splits == 1
+        and pack_gqa is None
+    ):
+        _check_hints(num_splits, pack_gqa)
+        _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
 
 
 def _check_hints(num_splits, pack_gqa) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from . import dispatch, jit, reference, scales, transforms, tuning
-from .kernels.arguments import FwdArguments
+from . import dispatch, jit, reference, reference_ragged, scales, transforms, tuning
+from . import lengths as lengths_
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -24,6 +24,7 @@ from .layout import (
     odd_dimension,
     tma_strides,
 )
+from .lengths import EQUAL, Lengths, Sequences
 from .problem import Options, Problem, check_out
 from .scales import NO_DESCALES, Descales, Scales
 
@@ -35,7 +36,9 @@ class Plan(NamedTuple):
 
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
-    scalars: tuple[float, int, int, int]  # the last fields of FwdArguments
+    sequences: Sequences
+    num_tiles: int  # that a list of a ragged call's tiles has room for
+    scalars: tuple  # the last fields of FwdArguments
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
@@ -44,18 +47,20 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, descales, out_dtype, *options) -> Plan:  # noqa: PLR0913
+def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
-    q, k, v, out and each of descales are the fields of a `Layout`, or None; options: of `Options`.
+    q, k, v, out and each of descales and lengths are the fields of a `Layout`, or None; options: of
+    `Options`.
     """
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
     out = None if out is None else Layout(*out)
     problem = Problem.of(
         *layouts.values(),
         Options(*options),
-        Descales(*(None if x is None else Layout(*x) for x in descales)),
+        Descales(*map(_layout, descales)),
         out_dtype if out is None else out.dtype,
+        Lengths(*map(_layout, lengths)),
     )
     for name, layout in layouts.items():
         check_last_stride(name, layout)
@@ -66,10 +71,15 @@ def plan_of(q, k, v, out, descales, out_dtype, *options) -> Plan:  # noqa: PLR09
         check_out(out, problem)
         views.append(tma_strides(out))
     run, num_ctas = _kernel_of(problem)
+    num_sequences = problem.batch if problem.sequences.is_ragged else None
+    scale = problem.softmax_scale * LOG2_E
+    num_tiles = 0
     return Plan(
         run,
         problem.scales,
-        (problem.softmax_scale * LOG2_E, problem.mask.left, problem.mask.right, num_ctas),
+        problem.sequences,
+        num_tiles,
+        (num_sequences, scale, problem.mask.left, problem.mask.right, num_ctas),
         problem.out_shape,
         problem.out_dtype,
         problem.lse_shape,
@@ -92,9 +102,9 @@ def _kernel_of(problem: Problem) -> tuple[Callable, int]:
     """The function to call, compiled, and the most CTAs it may launch."""
     if problem.is_empty or problem.device.type == "meta":
         return _do_nothing, 0
-    if problem.s_k == 0:
-        return _see_no_key, 0
     signature = problem.signature
+    if problem.s_k == 0:
+        return functools.partial(reference_ragged.see_no_key, signature), 0
     target = _target_of(problem)
     if target.kind == "reference":
         return reference.bind(signature), 0
@@ -116,19 +126,25 @@ def _do_nothing(arguments: Sequence) -> None:
     pass
 
 
-def _see_no_key(arguments: Sequence) -> None:
-    arguments = FwdArguments(*arguments)
-    arguments.out.zero_()
-    arguments.lse.fill_(-math.inf)
-
-
 def run(  # noqa: PLR0913
-    q, k, v, out, options, descales=NO_DESCALES, out_dtype=None, check_scales=False
+    q,
+    k,
+    v,
+    out,
+    options,
+    descales=NO_DESCALES,
+    out_dtype=None,
+    check_scales=False,
+    lengths=EQUAL,
+    longest=(None, None),
+    check_lengths=False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of real tensors. Returns out and lse (b, h_q, s_q).
+    """Attention of real tensors. Returns out and lse (b, h_q, s_q), of packed q (h_q, total_q).
 
     out: written, or None; then out_dtype is its dtype, by default q's, or bf16 of FP8 inputs.
-    options: the fields of `Options`; descales: of `Descales`.
+    options: the fields of `Options`; descales: of `Descales`; lengths: of `Lengths`.
+    longest: max_seqlen_q and max_seqlen_k, which are only compared with the lengths, where those
+        can be read without waiting, or with check_lengths.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
@@ -141,6 +157,7 @@ def run(  # noqa: PLR0913
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
         tuple(map(_fields, descales)) if has_scales else NO_DESCALES,
         out_dtype,
+        EQUAL if lengths is EQUAL else tuple(map(_fields, lengths)),
         *options,
     )
     if has_scales or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -150,6 +167,8 @@ def run(  # noqa: PLR0913
         check_disjoint(out, q=q, k=k, v=v, **scales.named(descales))
     if check_scales:
         scales.check_values(**scales.named(descales))
+    if check_lengths or (lengths is not EQUAL and q.device.type == "cpu"):
+        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=check_lengths)
     if out is None:  # sizes apart: half the time of a tuple of them
         out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
@@ -159,8 +178,29 @@ def run(  # noqa: PLR0913
     target = out
     if plan.copies is not None or plan.views is not None:
         q, k, v, target = _for_tma(plan, q, k, v, out)
-    plan.run((q, k, v, target, lse, *views, *(None,) * 6, *plan.scalars))
+    if lengths is EQUAL:
+        plan.run((q, k, v, target, lse, *views, *_NO_LENGTHS, *plan.scalars))
+    else:
+        plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
     return out, lse
+
+
+_NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to tiles
+
+
+def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
+    """FwdArguments; packed tensors get a dimension of 1 for the batch."""
+    if plan.sequences.q_is_packed:
+        q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
+    if plan.sequences.k_is_packed:
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    tiles = q.new_empty(plan.num_tiles, dtype=torch.int32)
+    given = lengths_.views(lengths, q.device)
+    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars
+
+
+def _layout(fields: tuple | None) -> Layout | None:
+    return None if fields is None else Layout(*fields)
 
 
 def _fields(tensor: Tensor | None) -> tuple | None:
@@ -214,11 +254,21 @@ def forward(  # noqa: PLR0913
     v_shift: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     check_scales: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    check_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`."""
     options = softmax_scale, causal, window_left, window_right, sm_margin
     descales = q_descale, k_descale, v_descale, v_shift
-    return run(q, k, v, None, options, descales, out_dtype, check_scales)
+    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    longest = max_seqlen_q, max_seqlen_k
+    checks = out_dtype, check_scales, lengths, longest, check_lengths
+    return run(q, k, v, None, options, descales, *checks)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -237,20 +287,33 @@ def forward_out(  # noqa: PLR0913
     v_descale: Tensor | None = None,
     v_shift: Tensor | None = None,
     check_scales: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    check_lengths: bool = False,
 ) -> Tensor:
     """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin
     descales = q_descale, k_descale, v_descale, v_shift
-    return run(q, k, v, out, options, descales, None, check_scales)[1]
+    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    longest = max_seqlen_q, max_seqlen_k
+    checks = None, check_scales, lengths, longest, check_lengths
+    return run(q, k, v, out, options, descales, *checks)[1]
 
 
 @forward.register_fake
 def _(  # noqa: PLR0913
     q, k, v, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
-    check_scales=False,
+    check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False,
 ):  # fmt: skip
-    problem = _fake(q, k, v, (q_descale, k_descale, v_descale, v_shift), out_dtype)
+    descales = q_descale, k_descale, v_descale, v_shift
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    problem = _fake(q, k, v, descales, out_dtype, lengths)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
 
@@ -259,16 +322,23 @@ def _(  # noqa: PLR0913
 def _(  # noqa: PLR0913
     q, k, v, out, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
+    cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False,
 ):  # fmt: skip
-    problem = _fake(q, k, v, (q_descale, k_descale, v_descale, v_shift), out.dtype)
+    descales = q_descale, k_descale, v_descale, v_shift
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    problem = _fake(q, k, v, descales, out.dtype, lengths)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 
-def _fake(q, k, v, descales, out_dtype) -> Problem:
+def _fake(q, k, v, descales, out_dtype, lengths) -> Problem:  # noqa: PLR0913
     """The options may be symbols; they change no shape and are checked when the call runs."""
-    given = Descales(*(None if x is None else Layout.of(x) for x in descales))
-    return Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), Options(), given, out_dtype)
+    descales, lengths = (
+        (None if x is None else Layout.of(x) for x in given) for given in (descales, lengths)
+    )
+    q, k, v = (Layout.of(x) for x in (q, k, v))
+    return Problem.of(q, k, v, Options(), Descales(*descales), out_dtype, Lengths(*lengths))
 
 
 for _operator in (forward, forward_out):

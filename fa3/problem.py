@@ -12,6 +12,7 @@ import torch
 from .hints import ORDER
 from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
+from .lengths import EQUAL, Lengths, Sequences
 from .mask import MaskSpec
 from .options import Options
 from .scales import NO_DESCALES, Descales, Scales, named
@@ -34,16 +35,18 @@ MAX_LENGTH_LOCAL = UNBOUNDED - 1024
 # Of softmax_scale: what fp32 holds without loss after the change to base 2.
 SCALES = (2.0**-126 * math.log(2.0), torch.finfo(torch.float32).max * math.log(2.0))
 
-Q_SHAPE = "(batch, s_q, h_q, d)"
-K_SHAPE = "(batch, s_k, h_k, d)"
-V_SHAPE = "(batch, s_k, h_k, dv)"
+SHAPES = {"q": "(batch, s_q, h_q, d)", "k": "(batch, s_k, h_k, d)", "v": "(batch, s_k, h_k, dv)"}
+PACKED_SHAPES = {"q": "(total_q, h_q, d)", "k": "(total_k, h_k, d)", "v": "(total_k, h_k, dv)"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv)."""
+    """q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv).
 
-    batch: int
+    Packed tensors have no dimension for the batch, and s_q and s_k are the rows of all sequences.
+    """
+
+    sequences: Sequences
     s_q: int
     s_k: int
     h_q: int
@@ -69,6 +72,7 @@ class Problem:
         options: Options,
         descales: Descales = NO_DESCALES,
         out_dtype: torch.dtype | None = None,
+        lengths: Lengths = EQUAL,
     ) -> "Problem":
         """Check everything that does not depend on strides or addresses.
 
@@ -79,9 +83,10 @@ class Problem:
             ValueError: anything else; nothing has been launched.
         """
         _check_types(q, k, v)
-        _check_shapes(q, k, v)
-        batch, s_q, h_q, head_dim = q.shape
-        _, s_k, h_k, head_dim_v = v.shape
+        _check_shapes(q, k, v, lengths)
+        sequences = Sequences.of(q, k, lengths)
+        s_q, h_q, head_dim = q.shape[-3:]
+        s_k, h_k, head_dim_v = v.shape[-3:]
         mask = MaskSpec.of(options.causal, options.window_left, options.window_right)
         for name, length in (("q", s_q), ("k", s_k)):
             limit = MAX_LENGTH_LOCAL if mask.kind == "local" else MAX_LENGTH
@@ -90,7 +95,7 @@ class Problem:
                     f"{name} has length {length}, over the limit of {limit} (mask {mask.kind})"
                 )
         return cls(
-            batch,
+            sequences,
             s_q,
             s_k,
             h_q,
@@ -102,7 +107,7 @@ class Problem:
             v.dtype,
             _out_dtype_of(q.dtype, out_dtype),
             q.device,
-            _scales_of(q, v, descales),
+            _scales_of(q, v, descales, sequences),
             _scale_of(options.softmax_scale, head_dim),
             mask,
             _margin_of(options.sm_margin),
@@ -111,13 +116,15 @@ class Problem:
     @property
     def signature(self) -> Signature:
         """The part of the problem that a kernel is compiled for."""
+        dtype = (DTYPES if self.scales is None else BYTE_DTYPES)[self.dtype]
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
-        if self.scales is None:
-            return Signature(DTYPES[self.dtype], *tiles, self.mask.kind)
-        return Signature(BYTE_DTYPES[self.dtype], *tiles, self.mask.kind, self._quantised)
+        is_ragged = self.sequences.is_ragged
+        return Signature(dtype, *tiles, self.mask.kind, self._quantised, is_ragged)
 
     @property
-    def _quantised(self) -> Quantised:
+    def _quantised(self) -> Quantised | None:
+        if self.scales is None:
+            return None
         return Quantised(
             BYTE_DTYPES[self.k_dtype],
             BYTE_DTYPES[self.v_dtype],
@@ -127,12 +134,18 @@ class Problem:
         )
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.s_q, self.h_q, self.head_dim_v
+    def batch(self) -> int:
+        return self.sequences.batch
 
     @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return self.batch, self.h_q, self.s_q
+    def out_shape(self) -> tuple[int, ...]:
+        shape = self.s_q, self.h_q, self.head_dim_v
+        return shape if self.sequences.q_is_packed else (self.batch, *shape)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        shape = self.h_q, self.s_q
+        return shape if self.sequences.q_is_packed else (self.batch, *shape)
 
     @property
     def is_empty(self) -> bool:
@@ -187,9 +200,9 @@ def _either(dtypes) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _scales_of(q: Layout, v: Layout, descales: Descales) -> Scales | None:
+def _scales_of(q: Layout, v: Layout, descales: Descales, sequences: Sequences) -> Scales | None:
     if q.dtype in BYTE_DTYPES:
-        return Scales.of(q, v, descales)
+        return Scales.of(q, v, descales, sequences)
     if descales == NO_DESCALES:
         return None
     name = next(iter(named(descales)))
@@ -209,36 +222,57 @@ def _out_dtype_of(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dt
     return out_dtype
 
 
-def _check_shapes(q: Layout, k: Layout, v: Layout) -> None:
-    for name, layout, shape in (("q", q, Q_SHAPE), ("k", k, K_SHAPE), ("v", v, V_SHAPE)):
-        if len(layout.shape) != 4:
-            raise ValueError(
-                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, "
-                f"expected 4: {shape}"
-            )
-    for what, name, dim, other, reference in (
-        ("batch", "k", 0, "q", q),
-        ("batch", "v", 0, "q", q),
-        ("length", "v", 1, "k", k),
-        ("number of heads", "v", 2, "k", k),
-        ("head dim", "k", 3, "q", q),
+def _check_shapes(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> None:
+    layouts = {"q": q, "k": k, "v": v}
+    _check_ranks(layouts, lengths)
+    for what, name, dim, other in (
+        ("batch", "k", -4, "q"),
+        ("batch", "v", -4, "k"),
+        ("length", "v", -3, "k"),
+        ("number of heads", "v", -2, "k"),
+        ("head dim", "k", -1, "q"),
     ):
-        given, wanted = {"k": k, "v": v}[name].shape[dim], reference.shape[dim]
-        if given != wanted:
+        shape, wanted = layouts[name].shape, layouts[other].shape
+        if min(len(shape), len(wanted)) + dim >= 0 and shape[dim] != wanted[dim]:
             raise ValueError(
-                f"{name} has {what} {given} but {other} has {wanted} (dimension {dim})"
+                f"{name} has {what} {shape[dim]} but {other} has {wanted[dim]} "
+                f"(dimension {len(shape) + dim})"
             )
     unit = ALIGNMENT // q.dtype.itemsize
     for name, layout in (("q", q), ("v", v)):
-        d = layout.shape[3]
+        d = layout.shape[-1]
         if d <= 0 or d > MAX_HEAD_DIM or d % unit:
             raise ValueError(
                 f"{name} has head dim {d}, expected a multiple of {unit} from {unit} to "
                 f"{MAX_HEAD_DIM} for {layout.dtype}"
             )
-    h_q, h_k = q.shape[2], k.shape[2]
+    h_q, h_k = q.shape[-2], k.shape[-2]
     if (h_k == 0 and h_q > 0) or (h_k > 0 and h_q % h_k):
         raise ValueError(f"q has {h_q} heads, expected a multiple of the {h_k} heads of k")
+
+
+def _check_ranks(layouts: dict[str, Layout], lengths: Lengths) -> None:
+    packed = {
+        "q": lengths.cu_seqlens_q is not None,
+        "k": lengths.cu_seqlens_k is not None,
+        "v": lengths.cu_seqlens_k is not None,
+    }
+    for name, layout in layouts.items():
+        shape = (PACKED_SHAPES if packed[name] else SHAPES)[name]
+        rank = 3 if packed[name] else 4
+        if len(layout.shape) != rank:
+            given = f"cu_seqlens_{'q' if name == 'q' else 'k'}"
+            why = (
+                f" with {given}"
+                if packed[name]
+                else f" without {given}"
+                if lengths != EQUAL
+                else ""
+            )
+            raise ValueError(
+                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, "
+                f"expected {rank}{why}: {shape}"
+            )
 
 
 def _scale_of(softmax_scale: float | None, head_dim: int) -> float:

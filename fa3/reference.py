@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from . import reference_ragged
 from .kernels.arguments import FwdArguments
 from .kernels.signature import Q_BLOCK, Quantised, Signature
 
@@ -14,6 +15,8 @@ SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 
 def bind(signature: Signature) -> Callable[[Sequence], None]:
     """A function that is called as the kernel compiled for `signature` is."""
+    if signature.is_ragged:
+        return functools.partial(reference_ragged.forward, _forward, signature)
     return functools.partial(_forward, signature)
 
 

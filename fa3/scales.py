@@ -8,6 +8,12 @@
                                                   (b, h_k, 1, dv)           per channel
     v_shift     (b, h_k, dv)
 
+Of packed tensors (total, h, d) a descale per block of rows has a dimension of 1 for the batch, and
+no two sequences share a block:
+
+    q_descale   (1, h_q, total_q // 128 + b)      [0, h, cu_seqlens_q[i] // 128 + i + row // 128]
+    k_descale   (1, h_k, total_k // B + b)        [0, h, cu_seqlens_k[i] // B + i + row // B]
+
 The kernel takes each descale as (b, heads, n) in fp32 with any strides: a dimension that a form
 lacks has stride 0, and None is a one that is read for all of them. Rank and length tell the forms
 apart. It reads v_shift by 16 bytes, which may cost a copy; None is a row of zeros.
@@ -21,6 +27,7 @@ import torch
 
 from .kernels.signature import HEAD_DIM_TILES, Q_BLOCK
 from .layout import ALIGNMENT, Layout
+from .lengths import Sequences
 
 K_BLOCKS = (128, 64)  # keys per scale; the first where both make one block
 BYTES = 4  # of a descale, which may start at any multiple of them
@@ -106,14 +113,14 @@ class Scales:
     v_shift: ShiftView
 
     @classmethod
-    def of(cls, q: Layout, v: Layout, descales: Descales) -> "Scales":
-        """Check them against q (b, s_q, h_q, d) and v (b, s_k, h_k, dv).
+    def of(cls, q: Layout, v: Layout, descales: Descales, sequences: Sequences) -> "Scales":
+        """Check them against q (.., s_q, h_q, d) and v (.., s_k, h_k, dv).
 
         Raises:
             TypeError: a dtype is not float32.
             ValueError: a shape has none of the forms, or a device is not that of q.
         """
-        forms = forms_of(q.shape, v.shape)
+        forms = forms_of(q.shape, v.shape, sequences)
         found = {
             name: _form_of(name, layout, forms[name], q.device)
             for name, layout in zip(NAMES, descales, strict=True)
@@ -134,23 +141,28 @@ class Scales:
         )
 
 
-def forms_of(q_shape: Sequence[int], v_shape: Sequence[int]) -> dict[str, list[Form]]:
+def forms_of(
+    q_shape: Sequence[int], v_shape: Sequence[int], sequences: Sequences
+) -> dict[str, list[Form]]:
     """The forms that each argument may have; the first also stands for None."""
-    batch, s_q, h_q, _ = q_shape
-    _, s_k, h_k, head_dim_v = v_shape
+    s_q, h_q, _ = q_shape[-3:]
+    s_k, h_k, head_dim_v = v_shape[-3:]
+    batch = sequences.batch
 
     def per_head(width: int) -> Form:
         return Form("(batch, h_k)", (batch, h_k), width)
 
-    def per_block(rows: str, length: int, heads: int, block: int) -> Form:
-        count = num_blocks(length, block)
-        return Form(f"per {block} {rows}", (batch, heads, count), count, block)
+    def per_block(rows: str, length: int, heads: int, block: int, is_packed: bool) -> Form:
+        entries, count = batch, num_blocks(length, block)
+        if is_packed:
+            entries, count = 1, packed_blocks(length, block, batch)
+        return Form(f"per {block} {rows}", (entries, heads, count), count, block)
 
-    keys = [per_block("keys", s_k, h_k, block) for block in K_BLOCKS]
+    keys = [per_block("keys", s_k, h_k, block, sequences.k_is_packed) for block in K_BLOCKS]
     channels = Form("per channel", (batch, h_k, 1, head_dim_v), head_dim_v)
     shift = Form("(batch, h_k, dv)", (batch, h_k, head_dim_v), head_dim_v)
     return {
-        "q_descale": [per_head(1), per_block("queries", s_q, h_q, Q_BLOCK)],
+        "q_descale": [per_head(1), per_block("queries", s_q, h_q, Q_BLOCK, sequences.q_is_packed)],
         "k_descale": [per_head(1), *keys],
         "v_descale": [per_head(head_dim_v), *keys, channels],
         "v_shift": [shift],
@@ -164,6 +176,11 @@ def named(descales: Sequence) -> dict:
 
 def num_blocks(length: int, block: int) -> int:
     return -(-length // block)
+
+
+def packed_blocks(total: int, block: int, batch: int) -> int:
+    """Blocks of all sequences: the first of sequence i is cu_seqlens[i] // block + i."""
+    return total // block + batch
 
 
 def check_values(**descales: torch.Tensor) -> None:

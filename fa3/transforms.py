@@ -1,7 +1,7 @@
 """What torch's transforms ask of an operator: vmap, forward-mode AD, counts of operations.
 
 It holds for every operator of fa3 that the first dimension of each tensor, given or returned, is
-the batch.
+the batch, but for packed tensors.
 """
 
 import torch
@@ -27,14 +27,35 @@ def count_as_attention(operator: CustomOpDef) -> None:
     """
     packet = _overload(operator)._overloadpacket
     if packet not in flop_counter.flop_registry:  # a module may be loaded twice
-        flop_counter.register_flop_formula(packet)(_operations)
+        names = [x.name for x in _overload(operator)._schema.arguments]
+
+        def operations(*arguments, out_val=None, **options) -> int:
+            return _operations(**dict(zip(names, arguments, strict=False)), **options)
+
+        flop_counter.register_flop_formula(packet, get_raw=True)(operations)
 
 
-def _operations(q_shape, k_shape, v_shape, *arguments, out_shape=None, **options) -> int:
-    """For each query head two matrix products: (s_q, d) by (d, s_k), (s_q, s_k) by (s_k, dv)."""
-    batch, s_q, h_q, d = q_shape
-    _, s_k, _, dv = v_shape
-    return 2 * batch * h_q * s_q * s_k * (d + dv)
+def _operations(q, k, v, **others) -> int:
+    """For each query head two matrix products: (s_q, d) by (d, s_k), (s_q, s_k) by (s_k, dv).
+
+    Of packed sequences each with its own lengths, which are read from the device as torch does for
+    its own attention; of those without memory each has the largest that max_seqlen allows.
+    """
+    lengths = [_lengths_of(x, side, others) for x, side in ((q, "q"), (v, "k"))]
+    count = max(map(len, lengths))  # a dense batch is one length for all
+    pairs = zip(*(x * count if len(x) == 1 else x for x in lengths), strict=True)
+    batch = q.shape[0] if q.dim() == 4 and count == 1 else 1
+    return 2 * batch * q.shape[-2] * sum(a * b for a, b in pairs) * (q.shape[-1] + v.shape[-1])
+
+
+def _lengths_of(x: Tensor, side: str, others: dict) -> list[int]:
+    """Of the sequences of a packed tensor, or a single one of a dense one."""
+    cu_seqlens, longest = (others.get(f"{name}_{side}") for name in ("cu_seqlens", "max_seqlen"))
+    if cu_seqlens is None:
+        return [x.shape[1]]
+    if cu_seqlens.is_meta or type(cu_seqlens) is not Tensor:
+        return [longest] * (cu_seqlens.shape[0] - 1)
+    return cu_seqlens.diff().tolist()
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -54,9 +75,16 @@ class _BatchRule:
     def __init__(self, operator: CustomOpDef):
         self.operator = operator
         arguments = _overload(operator)._schema.arguments
+        self.names = [x.name for x in arguments]
         self.written = [x.name if _is_written(x) else None for x in arguments]
 
     def __call__(self, info, dims, *arguments):
+        for name, x in zip(self.names, arguments, strict=False):
+            if name.startswith("cu_seqlens") and x is not None:
+                raise NotImplementedError(
+                    f"{name} is a tensor, but vmap has no rule for packed sequences: "
+                    "expected dense tensors, with seqused_q and seqused_k for their lengths"
+                )
         n = info.batch_size
         batch = _batch_of(arguments[0], dims[0])
         given = list(arguments)

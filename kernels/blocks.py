@@ -23,6 +23,7 @@ class Window:
     s_k: Any
     left: Any
     right: Any
+    may_lack_keys: bool = False  # compile-time: s_k may be 0
 
     @property
     def shift(self):
@@ -70,7 +71,9 @@ class BlockRange:
         first_row = m_block * tile_m
         last_row = minimum(first_row + tile_m, window.s_q) - 1
         n_min, n_edge = 0, 0
-        n_max = maximum(ceil_div(window.s_k, tile_n), 1)
+        n_max = ceil_div(window.s_k, tile_n)
+        if window.may_lack_keys:
+            n_max = maximum(n_max, 1)
         n_diagonal = n_max - 1
         if window.kind != "full":
             end = clamp(window.end_key(last_row), 0, window.s_k)

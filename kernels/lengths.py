@@ -26,10 +26,13 @@ class EqualLengths:
         """A tensor as TMA is to see it, which Span.tiled cuts."""
         return tensor
 
-    def sequences(self, arguments: FwdArguments) -> Sequences:
-        return Sequences(arguments.q.shape[1], arguments.k.shape[1])
+    def given(self, arguments: FwdArguments) -> None:
+        """What tells lengths, besides the rows of the tensors."""
 
-    def order(self, arguments: FwdArguments, sequences: Sequences, stream) -> TileOrder:
+    def sequences(self, q_rows, k_rows, given: None) -> Sequences:
+        return Sequences(q_rows, k_rows)
+
+    def order(self, arguments: FwdArguments, stream) -> TileOrder:
         batches, s_q, heads, _ = arguments.q.shape
         _, s_k, heads_kv, d = arguments.k.shape
         num_m_blocks = cute.ceil_div(s_q, self.plan.tile_m)
@@ -41,6 +44,17 @@ class EqualLengths:
                 key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, arguments.num_ctas
             )
         return TileOrder.of(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
+
+
+@dataclass(frozen=True)
+class GivenLengths:
+    """Fields of FwdArguments."""
+
+    num_sequences: Int32
+    cu_seqlens_q: cute.Tensor
+    cu_seqlens_k: cute.Tensor
+    seqused_q: cute.Tensor
+    seqused_k: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,14 +72,21 @@ class RaggedLengths:
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         return ragged_view(tensor, row_mode)
 
-    def sequences(self, arguments: FwdArguments) -> RaggedSequences:
-        return RaggedSequences(
+    def given(self, arguments: FwdArguments) -> GivenLengths:
+        return GivenLengths(
             arguments.num_sequences,
-            RaggedSpans(arguments.q.shape[1], arguments.cu_seqlens_q, arguments.seqused_q),
-            RaggedSpans(arguments.k.shape[1], arguments.cu_seqlens_k, arguments.seqused_k),
+            arguments.cu_seqlens_q,
+            arguments.cu_seqlens_k,
+            arguments.seqused_q,
+            arguments.seqused_k,
         )
 
-    def order(self, arguments: FwdArguments, sequences: RaggedSequences, stream) -> TileOrder:
+    def sequences(self, q_rows, k_rows, given: GivenLengths) -> RaggedSequences:
+        queries = RaggedSpans(q_rows, given.cu_seqlens_q, given.seqused_q)
+        keys = RaggedSpans(k_rows, given.cu_seqlens_k, given.seqused_k)
+        return RaggedSequences(given.num_sequences, queries, keys)
+
+    def order(self, arguments: FwdArguments, stream) -> TileOrder:
         heads, heads_kv = arguments.q.shape[2], arguments.k.shape[2]
         num_m_blocks = cute.ceil_div(arguments.q.shape[1], self.plan.tile_m)
-        return TileOrder.of(False, num_m_blocks, heads, heads_kv, sequences.count, Int32(1))
+        return TileOrder.of(False, num_m_blocks, heads, heads_kv, arguments.num_sequences, Int32(1))

@@ -120,7 +120,8 @@ class Sequence:
         return tensor[None, head, self.batch]
 
     def window(self, kind: MaskKind, left, right) -> Window:
-        return Window(kind, self.s_q, self.s_k, left, right)
+        may_lack_keys = isinstance(self.keys, RaggedSpan)
+        return Window(kind, self.s_q, self.s_k, left, right, may_lack_keys)
 
     def uniform(self) -> "Sequence":
         """With its numbers in uniform registers again, which values carried by a loop have left."""

@@ -25,6 +25,7 @@ class FwdTensors:
     o: TmaOperand | cute.Tensor  # (s_q, dv, h_q, b)
     lse: cute.Tensor  # (s_q, h_q, b) fp32
     scales: Any = None  # Scales, of FP8 inputs
+    lengths: Any = None  # lengths.GivenLengths, of ragged sequences
 
     @property
     def tma_atoms(self) -> list[cute.CopyAtom]:

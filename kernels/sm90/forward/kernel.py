@@ -208,11 +208,11 @@ class ForwardSm90:
             o=self.operands.output(o),
             lse=permute(arguments.lse, [2, 1, 0]),
             scales=self.operands.scales(arguments),
+            lengths=plan.lengths.given(arguments),
         )
         scalars = FwdScalars(arguments.scale_log2, arguments.window_left, arguments.window_right)
-        sequences = plan.lengths.sequences(arguments)
-        order = plan.lengths.order(arguments, sequences, stream)
-        self.kernel(tensors, scalars, sequences, order).launch(
+        order = plan.lengths.order(arguments, stream)
+        self.kernel(tensors, scalars, order).launch(
             grid=(cutlass.min(arguments.num_ctas, order.count), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
@@ -220,21 +220,14 @@ class ForwardSm90:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        tensors: FwdTensors,
-        scalars: FwdScalars,
-        sequences: Sequences | RaggedSequences,
-        order: TileOrder,
-    ):
+    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
         plan = self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
         rings, o_pointer = self.operands.shared_memory(SmemAllocator())
-        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        work = Work(plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
+        work = self._work(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -252,6 +245,12 @@ class ForwardSm90:
             load(self.plan, tensors, rings, work)
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
+
+    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Work:
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        q_rows, k_rows = tensors.q.tensor.shape[0], tensors.k.tensor.shape[0]
+        sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
+        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
 
     @cute.jit
     def _consume(

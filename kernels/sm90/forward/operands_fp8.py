@@ -161,15 +161,18 @@ class OperandsFp8:
     plan: Any
 
     def example_scales(self, batch, heads_k, dv) -> tuple:
-        """The descales, and the shift of v by 16 bytes."""
+        """The descales, and the shift of v by 16 bytes; packed tensors tell no batch."""
+
+        def entries():
+            return cute.sym_int32() if self.plan.signature.is_ragged else batch
 
         def scales(heads):
             strides = (cute.sym_int64(), cute.sym_int64(), cute.sym_int32())
-            shape = (batch, heads, cute.sym_int32())
+            shape = (entries(), heads, cute.sym_int32())
             return make_fake_tensor(Float32, shape, strides, assumed_align=4)
 
         strides = tuple(cute.sym_int64(divisibility=4) for _ in range(2))
-        shift = make_fake_tensor(Float32, (batch, heads_k, dv), (*strides, 1), assumed_align=16)
+        shift = make_fake_tensor(Float32, (entries(), heads_k, dv), (*strides, 1), assumed_align=16)
         return scales(cute.sym_int32()), scales(heads_k), scales(heads_k), shift
 
     def scales(self, arguments: FwdArguments) -> Scales:

@@ -1,0 +1,101 @@
+"""Sequences with lengths of their own in plain torch: one after another, as dense ones."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels.arguments import FwdArguments
+from .kernels.signature import Q_BLOCK, Quantised, Signature
+
+
+def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
+    """dense(signature, arguments): attention of sequences of one length, which have keys."""
+    x = FwdArguments(*arguments)
+    signature = dataclasses.replace(signature, is_ragged=False)
+    for i in range(x.num_sequences):
+        one = _sequence(x, i, signature.quantised)
+        if one.q.shape[1]:
+            run = dense if one.k.shape[1] else see_no_key
+            run(signature, [getattr(one, field.name) for field in dataclasses.fields(one)])
+
+
+def see_no_key(signature: Signature, arguments: Sequence) -> None:
+    """Where the tensor of keys has no rows at all; does not wait for the device."""
+    x = FwdArguments(*arguments)
+    if not signature.is_ragged:
+        x.out.zero_()
+        x.lse.fill_(-math.inf)
+        return
+    counts = _counts(x.q.shape[1], x.cu_seqlens_q, x.seqused_q, x.q.device)
+    x.out.masked_fill_(counts[:, :, None, None], 0.0)
+    x.lse.masked_fill_(counts[:, None], -math.inf)
+
+
+def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tensor:
+    """Which rows belong to a sequence: (b or 1, num_rows)."""
+    row = torch.arange(num_rows, device=device)
+    if cu_seqlens.numel() == 0:
+        used = seqused if seqused.numel() else row.new_full((1,), num_rows)
+        return row < used[:, None]
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if seqused.numel():
+        ends = torch.minimum(ends, starts + seqused)
+    sequence = torch.searchsorted(starts, row, right=True, out_int32=True) - 1
+    is_used = row < torch.cat([ends, ends.new_zeros(1)])[sequence]  # [-1]: before the first one
+    return is_used[None]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where a sequence lies in a tensor of queries or of keys."""
+
+    index: int
+    entry: int  # of the batch
+    start: int
+    length: int
+
+    @classmethod
+    def of(cls, index: int, num_rows: int, cu_seqlens: Tensor, seqused: Tensor) -> "_Rows":
+        entry, start, end = index, 0, num_rows
+        if cu_seqlens.numel():
+            entry, (start, end) = 0, cu_seqlens[index : index + 2].tolist()
+        length = end - start
+        if seqused.numel():
+            length = min(length, seqused[index].item())
+        return cls(index, entry, start, length)
+
+    def cut(self, x: Tensor, dim: int = 1) -> Tensor:
+        return x[self.entry : self.entry + 1].narrow(dim, self.start, self.length)
+
+    def scales(self, x: Tensor, block: int) -> Tensor:
+        """The sequence's own: of (b, heads, 1), or of (b or 1, heads, blocks)."""
+        entry = min(self.index, x.shape[0] - 1)
+        x = x[entry : entry + 1]
+        if x.shape[2] == 1:
+            return x
+        first = self.start // block + self.index - self.entry
+        return x[:, :, first : first + max(1, -(-self.length // block))]
+
+
+def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArguments:
+    """What sequence i would be given alone."""
+    q = _Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
+    k = _Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
+    one = dataclasses.replace(
+        x, q=q.cut(x.q), k=k.cut(x.k), v=k.cut(x.v), out=q.cut(x.out), lse=q.cut(x.lse, dim=2)
+    )
+    if quantised is None:
+        return one
+    per_sequence = slice(i, i + 1)
+    k_block, v_block = quantised.k_block, quantised.v_block
+    return dataclasses.replace(
+        one,
+        q_scales=q.scales(x.q_scales, Q_BLOCK),
+        k_scales=k.scales(x.k_scales, k_block) if k_block else x.k_scales[per_sequence],
+        v_scales=k.scales(x.v_scales, v_block) if v_block else x.v_scales[per_sequence],
+        v_shift=x.v_shift[per_sequence],
+    )
