@@ -227,6 +227,7 @@ def _check_shapes(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> None:
     _check_ranks(layouts, lengths)
     for what, name, dim, other in (
         ("batch", "k", -4, "q"),
+        ("batch", "v", -4, "q"),
         ("batch", "v", -4, "k"),
         ("length", "v", -3, "k"),
         ("number of heads", "v", -2, "k"),

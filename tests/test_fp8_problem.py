@@ -8,6 +8,7 @@ import torch
 
 import fa3
 from fa3 import ops
+from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import Quantised
 from fa3.problem import Layout, Options, Problem
 from fa3.scales import Descales
@@ -275,15 +276,17 @@ def test_what_the_kernel_is_called_with(calls, name, form, strided):
     out, lse = fa3.flash_attn_func(
         **given, causal=True, return_attn_probs=True, **{name: descale}, sm_margin=2
     )
-    ((q, k, v, o, l, *views, scale_log2, left, right, num_ctas),) = calls
-    assert all(x is y for x, y in zip((q, k, v, o, l), (*given.values(), out, lse), strict=True))
+    call = FwdArguments(*calls[0])
+    same = zip(
+        (call.q, call.k, call.v, call.out, call.lse), (*given.values(), out, lse), strict=True
+    )
+    assert all(x is y for x, y in same)
     assert (out.shape, out.dtype, out.stride()[-1]) == (OUT_SHAPE, torch.bfloat16, 1)
     assert (lse.shape, lse.dtype) == ((2, 4, 140), torch.float32)
-    assert scale_log2 == pytest.approx(64**-0.5 * math.log2(math.e))
-    assert num_ctas == 7
-    *views, shift = views
-    assert torch.equal(shift, torch.zeros(SHIFT_SHAPE))
-    views = dict(zip(FORMS, views, strict=True))
+    assert call.scale_log2 == pytest.approx(64**-0.5 * math.log2(math.e))
+    assert call.num_ctas == 7
+    assert torch.equal(call.v_shift, torch.zeros(SHIFT_SHAPE))
+    views = dict(zip(FORMS, (call.q_scales, call.k_scales, call.v_scales), strict=True))
     for other, width in (("q_descale", 1), ("k_descale", 1), ("v_descale", 48)):
         wanted = torch.ones(2, 2, width)
         if other == name:

@@ -69,7 +69,8 @@ def _cpu_forward(q, k, v, causal, window, scale):
     out, lse = q.new_empty(problem.out_shape), torch.empty(problem.lse_shape)
     scale_log2 = problem.softmax_scale * math.log2(math.e)
     window = problem.mask.left, problem.mask.right
-    run((q, k, v, out, lse, *NO_DESCALES, scale_log2, *window, 0))
+    no_lengths = (None,) * 6
+    run((q, k, v, out, lse, *NO_DESCALES, *no_lengths, scale_log2, *window, 0))
     return out, lse
 
 
