@@ -83,7 +83,7 @@ class RaggedSpan:
         first = minimum(self.first_block(num_rows), count - 1)
         own = clamp(ceil_div(self.length, num_rows), 1, count - first)
         vector = cute.domain_offset((first,), vector)
-        return cute.make_tensor(vector.iterator, cute.make_layout(own, stride=vector.stride[0]))
+        return cute.make_tensor(vector.iterator, cute.make_layout((own,), stride=vector.stride))
 
     def first_block(self, num_rows: int):
         """Of a packed tensor of n rows in n // num_rows + b blocks, which is enough for all."""
