@@ -11,17 +11,23 @@
 Without a mask all tiles are equal: head after head, one round.
 
 Plain arithmetic: runs on Python ints (tests) and on the DSL's Int32 (kernels).
+
+Tiles of a ragged batch are dealt on the device (simple/schedule.py), and TileList reads the result.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
+import cutlass.cute as cute
 
 from .arithmetic import clamp, maximum, minimum
 
 L2_BUDGET = 32 << 20  # bytes of K and V that may live in L2 at once; H100 has 50 MiB
 MIN_WAVES = 2  # of a round: a long tile of the first is made up for by a short one of the second
+MAX_CTAS = 160  # that a TileList has room for; no Hopper GPU has more than 144 SMs
+ENTRY = 4  # int32 per tile of a TileList: one load
+FIRST_ENTRY = MAX_CTAS + ENTRY  # int32 ahead of them: where each CTA's tiles begin, and all end
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class TileOrder:
         filling = MIN_WAVES * num_ctas // num_m_blocks
         return minimum(maximum(fitting, filling), num_heads * num_batches)
 
+    def deal(self, cta, num_ctas) -> "Deal":
+        return Deal(cta, num_ctas, self.count, self.tiles_per_round)
+
     @property
     def tiles_per_round(self):
         """Positions that are dealt together; at least one per CTA."""
@@ -84,6 +93,48 @@ class TileOrder:
 
 
 @dataclass(frozen=True)
+class TileList:
+    """The tiles of a ragged batch, those of a CTA together: position -> WorkTile."""
+
+    begins: cute.Tensor  # (MAX_CTAS + 1,) int32: a CTA's first position; the next CTA's ends it
+    entries: cute.Tensor  # (tiles + 1, ENTRY) int32: batch, m_block, head, head_kv
+
+    @staticmethod
+    def of(memory: cute.Tensor, num_tiles) -> "TileList":
+        """memory: int32, as simple/schedule.py lays it out; num_tiles: that there is room for."""
+        entries = cute.make_layout((num_tiles + 1, ENTRY), stride=(ENTRY, 1))
+        return TileList(
+            cute.make_tensor(memory.iterator, cute.make_layout(MAX_CTAS + 1)),
+            cute.make_tensor(memory.iterator + FIRST_ENTRY, entries),
+        )
+
+    @property
+    def count(self):
+        """More CTAs than this have nothing to do, or no place in the list."""
+        return minimum(self.entries.shape[0] - 1, MAX_CTAS)
+
+    def deal(self, cta, num_ctas) -> "Share":
+        return Share(self.begins[cta], self.begins[cta + 1])
+
+    def __getitem__(self, position) -> WorkTile:
+        entry = cute.make_rmem_tensor(ENTRY, cutlass.Int32)
+        cute.autovec_copy(self.entries[position, None], entry)
+        batch, m_block, head, head_kv = (entry[i] for i in range(ENTRY))
+        return WorkTile(m_block, head, head_kv, batch)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The positions of one CTA in a TileList: index -> position."""
+
+    begin: Any
+    end: Any
+
+    def __getitem__(self, index):
+        return self.begin + index
+
+
+@dataclass(frozen=True)
 class Deal:
     """The positions of one CTA: index -> position."""
 
@@ -91,6 +142,10 @@ class Deal:
     num_ctas: Any
     num_tiles: Any
     tiles_per_round: Any
+
+    @property
+    def end(self):
+        return self.num_tiles
 
     def __getitem__(self, index):
         share = self._share(self.tiles_per_round)
@@ -114,12 +169,12 @@ class Deal:
 class Schedule:
     """The tiles of one CTA, one after another: first(), then next() while they are valid."""
 
-    order: TileOrder
-    deal: Deal
+    order: TileOrder | TileList
+    deal: Deal | Share
 
     @staticmethod
-    def of(order: TileOrder, cta, num_ctas) -> "Schedule":
-        return Schedule(order, Deal(cta, num_ctas, order.count, order.tiles_per_round))
+    def of(order: TileOrder | TileList, cta, num_ctas) -> "Schedule":
+        return Schedule(order, order.deal(cta, num_ctas))
 
     def first(self) -> WorkTile:
         return self._at(0)
@@ -128,6 +183,6 @@ class Schedule:
         return self._at(tile.turn + 1)
 
     def _at(self, turn) -> WorkTile:
-        """Beyond its last tile a CTA is dealt a position beyond the last one of all."""
+        """Beyond its last tile a CTA is dealt a position from `end` on."""
         position = self.deal[turn]
-        return replace(self.order[position], turn=turn, is_valid=position < self.deal.num_tiles)
+        return replace(self.order[position], turn=turn, is_valid=position < self.deal.end)

@@ -23,11 +23,11 @@ class _Shadow:
 
     fenced = None
 
-    def __init__(self, start: int, before: int):
+    def __init__(self, start: int, before: int, nbytes: int):
         """start: address of the region.  before: bytes of it before the part."""
         self.start, self.before = start, before
-        self.values = np.zeros(1 << _PART, np.uint8)  # as the last write left them
-        self.writes = np.zeros(1 << _PART, np.int64)
+        self.values = np.zeros(nbytes, np.uint8)  # as the last write left them
+        self.writes = np.zeros(nbytes, np.int64)
         self.reads: list[np.ndarray] = []
 
     def named(self, first: int, others) -> str:
@@ -60,14 +60,14 @@ class ClusterRaces:
         if writes and start not in self._written:
             self._written.add(start)
             for its_place, earlier in self._reads.pop(start, ()):
-                for shadow, _, at in self._parts(start, its_place.flat()):
+                for shadow, _, at in self._parts(region, its_place.flat()):
                     self._races.read(shadow, at, earlier)
         if start not in self._written:
             kept = access._replace(clock=access.clock.copy())
             self._reads.setdefault(start, []).append((where, kept))
             return
         offsets = where.flat()
-        for shadow, mine, at in self._parts(start, offsets):
+        for shadow, mine, at in self._parts(region, offsets):
             if writes:
                 there = region.bytes[offsets[mine]]
                 self._write(shadow, at, access, there, None if values is None else values[mine])
@@ -83,14 +83,16 @@ class ClusterRaces:
         self._races.write(shadow, at, access, changed)
         shadow.values[at] = there if values is None else values
 
-    def _parts(self, start: int, offsets):
+    def _parts(self, region, offsets):
         """(shadow, those of the offsets that lie there, where in it they lie)"""
         parts = offsets >> _PART
         for part in [int(parts[0])] if (parts == parts[0]).all() else np.unique(parts).tolist():
             mine = parts == part
-            key = start, part
+            key = region.start, part
             if key not in self._shadows:
-                self._shadows[key] = _Shadow(start, part << _PART)
+                before = part << _PART
+                nbytes = min(len(region.bytes) - before, 1 << _PART)
+                self._shadows[key] = _Shadow(region.start, before, nbytes)
             yield self._shadows[key], mine, offsets[mine] & (1 << _PART) - 1
 
     def synchronise(self, w, lanes: np.ndarray) -> None:

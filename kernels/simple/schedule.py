@@ -1,0 +1,470 @@
+"""The tile list of a ragged batch: which CTA computes which tiles, in which order.
+
+Lengths are known on the device only, so one CTA deals the tiles there, ahead of the forward kernel:
+
+    weigh    the cost of every pair (sequence, m_block): its key blocks, and a constant
+    rounds   chunks of pairs by groups of heads, whose K and V fit in L2 together
+    sort     a round's pairs by classes of cost, longest first
+    deal     round after round, the next tiles go to the CTAs that have least to do, so to those
+             that would be free first: list scheduling (LPT in a round)
+    write    the tiles of a CTA, one after another
+
+No order depends on timing: the same lengths get the same list.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.memory import SmemAllocator
+
+from ..arithmetic import ceil_div, clamp, maximum, minimum
+from ..blocks import BlockRange
+from ..scheduler import ENTRY, FIRST_ENTRY, MAX_CTAS, TileList
+from ..signature import MaskKind
+
+WARP = 32
+THREADS = 1024
+CLASSES = THREADS // WARP  # of costs: a warp sorts a class
+LINEAR = 16  # of them by steps of 1/16 of a CTA's share of all work; each one below halves the cost
+MAX_CHUNKS = 128
+ROUND_PER_TILE = 2  # a round is this many times as long as its longest tile, or longer
+ITEMS_PER_ROUND = 2  # of a CTA, at least
+FIRST_AND_LAST = 3  # what a tile costs besides its key blocks, in halves of a block
+CTAS_PER_LANE = MAX_CTAS // WARP
+NEVER_FREE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A place for every pair (sequence, m_block), found without a pass over the lengths.
+
+    Some stay empty: sequences are shorter than there is room for.
+    """
+
+    tile_m: cutlass.Constexpr[int]
+    per_sequence: Any  # slots that a sequence has besides those for its packed rows
+    count: Any
+
+    @staticmethod
+    def of(tile_m: int, num_sequences, rows, is_packed) -> "Slots":
+        """rows: of the packed q (is_packed: 1), or of each sequence of a dense one (0)."""
+        per_sequence = ceil_div(rows, tile_m) * (1 - is_packed) + is_packed
+        count = per_sequence * num_sequences + rows // tile_m * is_packed
+        return Slots(tile_m, per_sequence, count)
+
+    def first(self, batch, q_start):
+        return q_start // self.tile_m + batch * self.per_sequence
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where what lies in the scratch memory, in int32."""
+
+    num_slots: Any
+    num_heads: Any
+
+    @property
+    def num_tiles(self):
+        """At most."""
+        return self.num_slots * self.num_heads
+
+    @property
+    def items(self):
+        return FIRST_ENTRY + (self.num_tiles + 1) * ENTRY
+
+    @property
+    def pairs(self):
+        return self.items + self.num_tiles * ENTRY
+
+    @property
+    def order(self):
+        return self.pairs + self.num_slots * ENTRY
+
+    @property
+    def size(self):
+        return self.order + self.num_slots * 2
+
+
+def capacity(tile_m: int, num_sequences: int, rows: int, num_heads: int, is_packed: bool) -> int:
+    """int32 of scratch memory, aligned to 16 bytes, for any lengths.
+
+    rows: of the packed q, or of each sequence of a dense one.
+    """
+    slots = Slots.of(tile_m, num_sequences, rows, int(is_packed))
+    return Memory(slots.count, num_heads).size
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of all pairs."""
+
+    work: Any  # the sum of their costs
+    longest: Any  # the highest cost
+    keys: Any  # of all sequences that have queries
+    longest_keys: Any
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """All tiles: chunk after chunk of slots, in it group after group of heads."""
+
+    num_chunks: Any
+    slots_per_chunk: Any
+    num_groups: Any
+    heads_per_group: Any  # of q
+    unit: Any  # of cost: a step between classes
+
+    @staticmethod
+    def of(totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, keys_in_l2) -> "Rounds":
+        work, longest = totals.work, maximum(totals.longest, 1)
+        share = work // num_ctas * num_heads + work % num_ctas * num_heads // num_ctas
+        most = maximum(share // (ROUND_PER_TILE * longest), 1)
+        keys = maximum(keys_in_l2, ceil_div(totals.keys, most) * num_heads_kv)  # of a round
+        heads_kv = clamp(keys // maximum(totals.longest_keys, 1), 1, num_heads_kv)
+        num_groups = ceil_div(num_heads_kv, heads_kv)
+        heads_kv = ceil_div(num_heads_kv, num_groups)
+        num_chunks = clamp(ceil_div(totals.keys * heads_kv, keys), 1, MAX_CHUNKS)
+        slots_per_chunk = ceil_div(num_slots, num_chunks)
+        return Rounds(
+            num_chunks=ceil_div(num_slots, slots_per_chunk),
+            slots_per_chunk=slots_per_chunk,
+            num_groups=num_groups,
+            heads_per_group=heads_kv * (num_heads // num_heads_kv),
+            unit=maximum(share // LINEAR, 1),
+        )
+
+    def class_of(self, cost):
+        """0 is the longest."""
+        below = self.unit // maximum(cost, 1)
+        halvings = sum(minimum(below >> i, 1) for i in range(1, CLASSES - LINEAR))
+        return LINEAR - minimum(cost // self.unit, LINEAR) + halvings
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pairs of one class in one round, dealt as items: a few heads of a pair at once."""
+
+    first_head: Any
+    heads: Any
+    heads_at_once: Any
+    num_items: Any
+    bands: Any  # how finely CTAs are ordered by what they have: the longer the tiles, the finer
+
+    @staticmethod
+    def of(cost_class, num_pairs, first_head, heads, tiles_of_round, num_ctas) -> "Run":
+        halvings = maximum(cost_class - LINEAR, 0)
+        fitting = minimum(1 << halvings, tiles_of_round // (ITEMS_PER_ROUND * num_ctas))
+        at_once = clamp(fitting, 1, heads)
+        bands = 8 - 6 * minimum(cost_class // LINEAR, 1)
+        return Run(first_head, heads, at_once, num_pairs * ceil_div(heads, at_once), bands)
+
+    def at(self, item):
+        """Index of its pair, its first head within the round, how many heads."""
+        parts = ceil_div(self.heads, self.heads_at_once)
+        pair = item // parts
+        head = (item - pair * parts) * self.heads_at_once
+        return pair, head, minimum(self.heads - head, self.heads_at_once)
+
+
+@dataclass(frozen=True)
+class ListArguments:
+    """What a list is made for."""
+
+    sequences: Any  # of the call: [b], count
+    slots: Slots
+    num_heads: Any
+    num_heads_kv: Any
+    window_left: Any
+    window_right: Any
+    max_ctas: Any  # of the forward kernel, before TileList.count limits them
+    keys_in_l2: Any  # L2_BUDGET // bytes of K and V of one key and head
+    memory: cute.Tensor  # int32, `capacity`
+
+    @property
+    def places(self) -> Memory:
+        return Memory(self.slots.count, self.num_heads)
+
+    def tiles(self) -> TileList:
+        return TileList.of(self.memory, self.places.num_tiles)
+
+    @property
+    def num_ctas(self):
+        return minimum(self.max_ctas, self.tiles().count)
+
+    @property
+    def items(self) -> cute.Tensor:
+        """Position in the CTA's list, CTA, slot * num_heads + first head, how many heads."""
+        return self._table(self.places.items, self.places.num_tiles, ENTRY)
+
+    @property
+    def pairs(self) -> cute.Tensor:
+        """By slot: batch, m_block, cost (0: none), class of cost."""
+        return self._table(self.places.pairs, self.slots.count, ENTRY)
+
+    @property
+    def order(self) -> cute.Tensor:
+        """Slot and cost; from each chunk's first slot on its pairs, longest first."""
+        return self._table(self.places.order, self.slots.count, 2)
+
+    def _table(self, offset, rows, columns: int) -> cute.Tensor:
+        layout = cute.make_layout((rows, columns), stride=(columns, 1))
+        return cute.make_tensor(self.memory.iterator + offset, layout)
+
+
+class ListTiles:
+    """The kernel that fills a TileList, for one kind of mask and one size of tiles."""
+
+    def __init__(self, mask: MaskKind, tile_m: int, tile_n: int):
+        self.mask = mask
+        self.tile_m = tile_m
+        self.tile_n = tile_n
+
+    def __call__(self, call: ListArguments, stream):
+        self.kernel(call).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)
+
+    @cute.kernel
+    def kernel(self, call: ListArguments):
+        thread, _, _ = cute.arch.thread_idx()
+        lane, warp = thread % WARP, cute.arch.make_warp_uniform(thread // WARP)
+        smem = SmemAllocator()
+        totals = smem.allocate_tensor(Int32, cute.make_layout(4))
+        in_class = smem.allocate_tensor(  # pairs by chunk and class
+            Int32, cute.make_layout((MAX_CHUNKS, CLASSES), stride=(CLASSES, 1))
+        )
+        begins = smem.allocate_tensor(Int32, cute.make_layout(MAX_CTAS))
+        num_items = smem.allocate_tensor(Int32, cute.make_layout(1))
+
+        if thread < 4:
+            totals[thread] = 0
+        cute.arch.sync_threads()
+        self._weigh(call, totals, thread)
+        cute.arch.sync_threads()
+        rounds = Rounds.of(
+            Totals(*(totals[i] for i in range(4))),
+            call.slots.count,
+            call.num_heads,
+            call.num_heads_kv,
+            call.num_ctas,
+            call.keys_in_l2,
+        )
+        self._classify(call, rounds, thread)
+        cute.arch.sync_threads()
+        self._count(call, rounds, in_class, warp, lane)
+        cute.arch.sync_threads()
+        self._sort(call, rounds, in_class, warp, lane)
+        cute.arch.sync_threads()
+        if warp == 0:
+            self._deal(call, rounds, in_class, begins, num_items, lane)
+        cute.arch.sync_threads()
+        self._write(call, begins, num_items[0], thread)
+
+    @cute.jit
+    def _weigh(self, call: ListArguments, totals: cute.Tensor, thread):
+        """Fill the pairs, but for their class, and the Totals."""
+        work, longest, keys, longest_keys = Int32(0), Int32(0), Int32(0), Int32(0)
+        for slot in cutlass.range(thread, call.slots.count, THREADS, unroll=1):
+            index = self._sequence_of(call, slot)
+            sequence = call.sequences[index]
+            m_block = slot - call.slots.first(index, sequence.queries.start)
+            cost = Int32(0)
+            if m_block >= 0 and m_block < ceil_div(sequence.s_q, self.tile_m):
+                window = sequence.window(self.mask, call.window_left, call.window_right)
+                blocks = BlockRange.of(window, m_block, tile_m=self.tile_m, tile_n=self.tile_n)
+                cost = 2 * blocks.count + FIRST_AND_LAST
+                longest_keys = maximum(longest_keys, sequence.s_k)
+                if m_block == 0:
+                    keys += sequence.s_k
+            _store(call.pairs, slot, (index, m_block, cost, 0))
+            work += cost
+            longest = maximum(longest, cost)
+        work, keys = (cute.arch.warp_redux_sync(x, "add") for x in (work, keys))
+        longest, longest_keys = (
+            cute.arch.warp_redux_sync(x, "max") for x in (longest, longest_keys)
+        )
+        if thread % WARP == 0:
+            cute.arch.atomic_add(totals.iterator, work)
+            cute.arch.atomic_max(totals.iterator + 1, longest)
+            cute.arch.atomic_add(totals.iterator + 2, keys)
+            cute.arch.atomic_max(totals.iterator + 3, longest_keys)
+
+    @cute.jit
+    def _sequence_of(self, call: ListArguments, slot) -> Int32:
+        """The last sequence whose first slot is not behind this one."""
+        low, high = Int32(0), call.sequences.count - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if call.slots.first(middle, call.sequences.queries[middle].start) <= slot:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    @cute.jit
+    def _classify(self, call: ListArguments, rounds: Rounds, thread):
+        for slot in cutlass.range(thread, call.slots.count, THREADS, unroll=1):
+            cost = call.pairs[slot, 2]
+            cost_class = rounds.class_of(cost)
+            if cost == 0:
+                cost_class = Int32(CLASSES)
+            call.pairs[slot, 3] = cost_class
+
+    @cute.jit
+    def _count(self, call: ListArguments, rounds: Rounds, in_class: cute.Tensor, cost_class, lane):
+        """A warp counts its class in every chunk."""
+        for chunk in cutlass.range(rounds.num_chunks, unroll=1):
+            first, end = self._slots_of(call, rounds, chunk)
+            count = Int32(0)
+            for base in cutlass.range(first, end, WARP, unroll=1):
+                count += cute.arch.popc(self._members(call, base + lane, end, cost_class))
+            in_class[chunk, cost_class] = count
+
+    @cute.jit
+    def _sort(self, call: ListArguments, rounds: Rounds, in_class: cute.Tensor, cost_class, lane):
+        """A warp puts its class of every chunk behind those that are longer."""
+        for chunk in cutlass.range(rounds.num_chunks, unroll=1):
+            first, end = self._slots_of(call, rounds, chunk)
+            longer = cutlass.select_(lane < cost_class, in_class[chunk, lane], Int32(0))
+            position = first + cute.arch.warp_redux_sync(longer, "add")
+            for base in cutlass.range(first, end, WARP, unroll=1):
+                slot = base + lane
+                members = self._members(call, slot, end, cost_class)
+                if (members >> lane) & 1 == 1:
+                    place = position + _before(members, lane)
+                    call.order[place, 0] = slot
+                    call.order[place, 1] = call.pairs[slot, 2]
+                position += cute.arch.popc(members)
+
+    def _slots_of(self, call: ListArguments, rounds: Rounds, chunk):
+        first = chunk * rounds.slots_per_chunk
+        return first, minimum(first + rounds.slots_per_chunk, call.slots.count)
+
+    def _members(self, call: ListArguments, slot, end, cost_class) -> Int32:
+        """Which lanes' slots hold a pair of the class."""
+        is_member = call.pairs[minimum(slot, end - 1), 3] == cost_class
+        return cute.arch.vote_ballot_sync((slot < end) & is_member)
+
+    @cute.jit
+    def _deal(
+        self,
+        call: ListArguments,
+        rounds: Rounds,
+        in_class: cute.Tensor,
+        begins: cute.Tensor,
+        num_items: cute.Tensor,
+        lane,
+    ):
+        """By one warp, whose lanes have some CTAs each: their loads and their numbers of tiles."""
+        loads = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
+        tiles = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
+        for i in cutlass.range_constexpr(CTAS_PER_LANE):
+            tiles[i] = 0
+            is_cta = i * WARP + lane < call.num_ctas
+            loads[i] = cutlass.select_(is_cta, Int32(0), Int32(NEVER_FREE))
+        items = Int32(0)
+        for chunk in cutlass.range(rounds.num_chunks, unroll=1):
+            pairs = in_class[chunk, lane]
+            num_pairs = cute.arch.warp_redux_sync(pairs, "add")
+            for group in cutlass.range(rounds.num_groups, unroll=1):
+                first_head = group * rounds.heads_per_group
+                heads = minimum(call.num_heads - first_head, rounds.heads_per_group)
+                first_pair = chunk * rounds.slots_per_chunk
+                classes = cute.arch.vote_ballot_sync(pairs > 0)
+                while classes != 0:
+                    cost_class = cute.arch.popc((classes & -classes) - 1)  # the lowest bit set
+                    count = in_class[chunk, cost_class]
+                    run = Run.of(
+                        cost_class, count, first_head, heads, num_pairs * heads, call.num_ctas
+                    )
+                    self._deal_run(call, run, first_pair, items, loads, tiles, lane)
+                    items += run.num_items
+                    first_pair += count
+                    classes = classes & (classes - 1)
+        num_items[0] = items
+        self._begin(call, tiles, begins, lane)
+
+    @cute.jit
+    def _deal_run(self, call: ListArguments, run: Run, first_pair, first_item, loads, tiles, lane):
+        """The next items go, one each, to all CTAs that end less than an item after the first.
+
+        Those that have less are served first; CTAs of a band count as equal.
+        """
+        done = Int32(0)
+        while done < run.num_items:
+            least = loads[0]
+            for i in cutlass.range_constexpr(1, CTAS_PER_LANE):
+                least = minimum(least, loads[i])
+            least = cute.arch.warp_redux_sync(least, "min")
+            pair, _, _ = run.at(done)
+            cost = call.order[first_pair + pair, 1] * run.heads_at_once
+            item = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
+            item.fill(run.num_items)
+            for band in cutlass.range(run.bands, unroll=1):
+                begin = least + cost * band // run.bands
+                end = least + cost * (band + 1) // run.bands
+                for i in cutlass.range_constexpr(CTAS_PER_LANE):
+                    is_next = (begin <= loads[i]) & (loads[i] < end)
+                    members = cute.arch.vote_ballot_sync(is_next)
+                    if is_next:
+                        item[i] = done + _before(members, lane)
+                    done += cute.arch.popc(members)
+            for i in cutlass.range_constexpr(CTAS_PER_LANE):
+                if item[i] < run.num_items:
+                    pair, head, heads = run.at(item[i])
+                    slot = call.order[first_pair + pair, 0]
+                    first_tile = slot * call.num_heads + run.first_head + head
+                    entry = (tiles[i], i * WARP + lane, first_tile, heads)
+                    _store(call.items, first_item + item[i], entry)
+                    tiles[i] += heads
+                    loads[i] += call.order[first_pair + pair, 1] * heads
+
+    @cute.jit
+    def _begin(self, call: ListArguments, tiles: cute.Tensor, begins: cute.Tensor, lane):
+        """Where each CTA's tiles begin: after those of the CTAs before it."""
+        listed = call.tiles()
+        begin = Int32(0)
+        for i in cutlass.range_constexpr(CTAS_PER_LANE):
+            end = tiles[i]
+            for bit in cutlass.range_constexpr(5):
+                below = cute.arch.shuffle_sync_up(end, offset=1 << bit)
+                end += cutlass.select_(lane >= 1 << bit, below, Int32(0))
+            begins[i * WARP + lane] = begin + end - tiles[i]
+            listed.begins[i * WARP + lane] = begin + end - tiles[i]
+            begin += cute.arch.shuffle_sync(end, WARP - 1)
+        if lane == 0:
+            listed.begins[MAX_CTAS] = begin
+            _store(listed.entries, begin, (0, 0, 0, 0))  # read past the last tile
+
+    @cute.jit
+    def _write(self, call: ListArguments, begins: cute.Tensor, num_items, thread):
+        entries = call.tiles().entries
+        group = call.num_heads // call.num_heads_kv
+        for item in cutlass.range(thread, num_items, THREADS, unroll=1):
+            position, cta, first_tile, heads = _load(call.items, item)
+            slot = first_tile // call.num_heads
+            first_head = first_tile - slot * call.num_heads
+            index, m_block, _, _ = _load(call.pairs, slot)
+            for i in cutlass.range(heads, unroll=1):
+                head = first_head + i
+                entry = (index, m_block, head, head // group)
+                _store(entries, begins[cta] + position + i, entry)
+
+
+def _before(members, lane):
+    """How many of the members are in lower lanes."""
+    return cute.arch.popc(members & ((1 << lane) - 1))
+
+
+def _load(table: cute.Tensor, row) -> tuple:
+    values = cute.make_rmem_tensor(ENTRY, Int32)
+    cute.autovec_copy(table[row, None], values)
+    return tuple(values[i] for i in range(ENTRY))
+
+
+def _store(table: cute.Tensor, row, values: tuple):
+    fragment = cute.make_rmem_tensor(ENTRY, Int32)
+    for i, value in enumerate(values):
+        fragment[i] = value
+    cute.autovec_copy(fragment, table[row, None])

@@ -1,0 +1,93 @@
+"""kernels/simple/schedule.py and CTAs that walk through its list, as fa3.jit compiles kernels."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from fa3.kernels.scheduler import Schedule, TileList
+from fa3.kernels.sequence import RaggedSequences, RaggedSpans
+from fa3.kernels.signature import MaskKind
+from fa3.kernels.simple.schedule import ListArguments, ListTiles, Slots
+
+COLUMNS = 5  # of a tile that was found: CTA, batch, m_block, head, head_kv
+
+
+@dataclass(frozen=True)
+class ListSignature:
+    mask: MaskKind
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    tile_m: int = 128
+    tile_n: int = 128
+
+
+class ListAndWalk:
+    def __init__(self, signature: ListSignature, config: ListConfig):
+        self.signature = signature
+        self.config = config
+
+    def example_args(self) -> tuple:
+        def numbers(alignment=4):
+            return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=alignment)
+
+        found = make_fake_tensor(Int32, (cute.sym_int32(), COLUMNS), (COLUMNS, 1), assumed_align=4)
+        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+        return numbers(16), found, *(numbers() for _ in range(4)), *[Int32(1)] * 9, stream
+
+    @cute.jit
+    def __call__(
+        self,
+        memory: cute.Tensor,
+        found: cute.Tensor,  # (tiles, COLUMNS): by position in the list
+        cu_q: cute.Tensor,
+        cu_k: cute.Tensor,
+        used_q: cute.Tensor,
+        used_k: cute.Tensor,
+        rows_q: Int32,
+        rows_k: Int32,
+        num_sequences: Int32,
+        num_heads: Int32,
+        num_heads_kv: Int32,
+        left: Int32,
+        right: Int32,
+        max_ctas: Int32,
+        keys_in_l2: Int32,
+        stream,
+    ):
+        queries, keys = RaggedSpans(rows_q, cu_q, used_q), RaggedSpans(rows_k, cu_k, used_k)
+        is_packed = cutlass.min(cu_q.shape[0], 1)
+        arguments = ListArguments(
+            RaggedSequences(num_sequences, queries, keys),
+            Slots.of(self.config.tile_m, num_sequences, rows_q, is_packed),
+            num_heads,
+            num_heads_kv,
+            left,
+            right,
+            max_ctas,
+            keys_in_l2,
+            memory,
+        )
+        ListTiles(self.signature.mask, self.config.tile_m, self.config.tile_n)(arguments, stream)
+        tiles = arguments.tiles()
+        self.walk(tiles, found).launch(
+            grid=(cutlass.min(max_ctas, tiles.count), 1, 1), block=(32, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def walk(self, tiles: TileList, found: cute.Tensor):
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        schedule = Schedule.of(tiles, cta, num_ctas)
+        tile = schedule.first()
+        while tile.is_valid:
+            if cute.arch.thread_idx()[0] == 0:
+                row = schedule.deal[tile.turn]
+                entry = (cta, tile.batch, tile.m_block, tile.head, tile.head_kv)
+                for i in cutlass.range_constexpr(COLUMNS):
+                    found[row, i] = entry[i]
+            tile = schedule.next(tile)
