@@ -15,6 +15,7 @@ from torch.types import Number
 
 from . import dispatch, jit, reference, reference_ragged, scales, transforms, tuning
 from . import lengths as lengths_
+from .kernels.config import FwdConfig
 from .layout import (
     ALIGNMENT,
     Layout,
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
-    num_tiles: int  # that a list of a ragged call's tiles has room for
+    scratch: int  # int32 for the list of a ragged call's tiles
     scalars: tuple  # the last fields of FwdArguments
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
@@ -70,15 +71,14 @@ def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # no
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas = _kernel_of(problem)
+    run, num_ctas, scratch = _kernel_of(problem)
     num_sequences = problem.batch if problem.sequences.is_ragged else None
     scale = problem.softmax_scale * LOG2_E
-    num_tiles = 0
     return Plan(
         run,
         problem.scales,
         problem.sequences,
-        num_tiles,
+        scratch,
         (num_sequences, scale, problem.mask.left, problem.mask.right, num_ctas),
         problem.out_shape,
         problem.out_dtype,
@@ -98,19 +98,30 @@ def _check_layouts(q, k, v, out, *options) -> None:
         check_out(Layout(*out), problem)
 
 
-def _kernel_of(problem: Problem) -> tuple[Callable, int]:
-    """The function to call, compiled, and the most CTAs it may launch."""
+def _kernel_of(problem: Problem) -> tuple[Callable, int, int]:
+    """The function to call, compiled, the most CTAs it may launch, and Plan.scratch."""
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0
+        return _do_nothing, 0, 0
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0
+        return functools.partial(reference_ragged.see_no_key, signature), 0, 0
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0
+        return reference.bind(signature), 0, 0
     kernel = dispatch.forward(signature, target)
-    run = jit.compile(kernel.where, signature, tuning.forward(signature), target.kind)
-    return run, target.num_sms - problem.sm_margin
+    config = tuning.forward(signature)
+    run = jit.compile(kernel.where, signature, config, target.kind)
+    return run, target.num_sms - problem.sm_margin, _scratch_of(problem, config)
+
+
+def _scratch_of(problem: Problem, config: FwdConfig) -> int:
+    sequences = problem.sequences
+    if not sequences.is_ragged:
+        return 0
+    from .kernels.simple.schedule import capacity  # imports the DSL, as the kernel has
+
+    rows = problem.s_q, problem.h_q, sequences.q_is_packed
+    return capacity(config.tile_m, sequences.batch, *rows)
 
 
 def _target_of(problem: Problem) -> dispatch.Target:
@@ -194,7 +205,7 @@ def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PL
         q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
     if plan.sequences.k_is_packed:
         k, v = k.unsqueeze(0), v.unsqueeze(0)
-    tiles = q.new_empty(plan.num_tiles, dtype=torch.int32)
+    tiles = q.new_empty(plan.scratch, dtype=torch.int32)
     given = lengths_.views(lengths, q.device)
     return q, k, v, out, lse, *views, *given, tiles, *plan.scalars
 

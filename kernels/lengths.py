@@ -8,8 +8,10 @@ from cutlass import Int32
 from cutlass.cute.runtime import make_fake_tensor
 
 from .arguments import FwdArguments
-from .scheduler import TileOrder
+from .arithmetic import minimum
+from .scheduler import L2_BUDGET, TileList, TileOrder
 from .sequence import RaggedSequences, RaggedSpans, Sequences, ragged_view
+from .simple.schedule import ListArguments, ListTiles, Slots
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class RaggedLengths:
     plan: Any
 
     def example(self) -> tuple:
-        def numbers():
-            return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
+        def numbers(alignment: int):
+            return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=alignment)
 
-        return *(numbers() for _ in range(5)), Int32(1)
+        return *(numbers(4) for _ in range(4)), numbers(16), Int32(1)
 
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         return ragged_view(tensor, row_mode)
@@ -86,7 +88,21 @@ class RaggedLengths:
         keys = RaggedSpans(k_rows, given.cu_seqlens_k, given.seqused_k)
         return RaggedSequences(given.num_sequences, queries, keys)
 
-    def order(self, arguments: FwdArguments, stream) -> TileOrder:
-        heads, heads_kv = arguments.q.shape[2], arguments.k.shape[2]
-        num_m_blocks = cute.ceil_div(arguments.q.shape[1], self.plan.tile_m)
-        return TileOrder.of(False, num_m_blocks, heads, heads_kv, arguments.num_sequences, Int32(1))
+    def order(self, arguments: FwdArguments, stream) -> TileList:
+        """Has it written first, by a kernel of its own."""
+        x, plan = arguments, self.plan
+        is_packed = minimum(x.cu_seqlens_q.shape[0], 1)
+        key_bytes = (x.k.shape[3] + x.v.shape[3]) * (x.k.element_type.width // 8)
+        call = ListArguments(
+            sequences=self.sequences(x.q.shape[1], x.k.shape[1], self.given(x)),
+            slots=Slots.of(plan.tile_m, x.num_sequences, x.q.shape[1], is_packed),
+            num_heads=x.q.shape[2],
+            num_heads_kv=x.k.shape[2],
+            window_left=x.window_left,
+            window_right=x.window_right,
+            max_ctas=x.num_ctas,
+            keys_in_l2=L2_BUDGET // key_bytes,
+            memory=x.tiles,
+        )
+        ListTiles(plan.signature.mask, plan.tile_m, plan.tile_n)(call, stream)
+        return call.tiles()

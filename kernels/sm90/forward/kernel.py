@@ -32,7 +32,7 @@ from ...config import FwdConfig, OSpace
 from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
-from ...scheduler import Schedule, TileOrder, WorkTile
+from ...scheduler import Schedule, TileList, TileOrder, WorkTile
 from ...sequence import RaggedSequences, Sequence, Sequences
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
@@ -220,7 +220,7 @@ class ForwardSm90:
         )
 
     @cute.kernel
-    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder):
+    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder | TileList):
         plan = self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -246,7 +246,7 @@ class ForwardSm90:
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
 
-    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder) -> Work:
+    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         q_rows, k_rows = tensors.q.tensor.shape[0], tensors.k.tensor.shape[0]
         sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
