@@ -9,6 +9,7 @@ do: the weights of a row add up to 1, so that its O is what the bytes give, plus
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -41,7 +42,8 @@ class Scales:
         v = self._of_keys(self.v, sequence, tile.head_kv, quantised.v_block)
         if quantised.k_block == 0:
             q = q * k[0]
-        return TileScales(scale_log2 * q + TINY, k, v, plan.tile_n, quantised)
+        has_keys = sequence.s_k > 0 if plan.signature.is_ragged else None
+        return TileScales(scale_log2 * q + TINY, k, v, plan.tile_n, quantised, has_keys)
 
     def _of_keys(self, tensor: cute.Tensor, sequence: Sequence, head_kv, block: int):
         if block == 0:
@@ -58,6 +60,7 @@ class TileScales:
     v: cute.Tensor  # (blocks,), or (dv,) if the scales belong to channels
     tile_n: cutlass.Constexpr[int]
     quantised: cutlass.Constexpr[Quantised]
+    has_keys: Any  # Boolean, or None: it has
 
     def of_scores(self, n_block, is_masked: bool) -> tuple:
         """A factor per equal part of a block's columns; above 0 if some scores are hidden."""
@@ -76,4 +79,7 @@ class TileScales:
         return self._at(self.v, n_block * self.tile_n // self.quantised.v_block)
 
     def _at(self, scales: cute.Tensor, block) -> Float32:
-        return scales[minimum(block, scales.shape[0] - 1)]
+        scale = scales[minimum(block, scales.shape[0] - 1)]
+        if self.has_keys is None:
+            return scale
+        return cutlass.select_(self.has_keys, scale, Float32(1.0))  # there is none to be read

@@ -155,6 +155,17 @@ def test_boxes_read_zeros_or_nan_outside_the_tensor(matrix):
     assert np.isnan(outside.view(np.float16)).all()
 
 
+def test_a_box_behind_the_rows_of_a_ragged_tensor_is_meant_to_be_empty():
+    """Modes (columns, rows, ends): rows and ends have one stride."""
+    box = TensorMap.__new__(TensorMap)
+    box.dims, box.strides, box.box = [64, 10, 11], [2, 128, 128], [64, 8, 1]
+    assert box.is_no_row([0, 10, 7])
+    assert not box.is_no_row([0, 18, 7])
+    assert not box.is_no_row([0, 9, 7])
+    box.strides = [2, 128, 1280]
+    assert not box.is_no_row([0, 10, 7])
+
+
 def test_boxes_are_written_and_reduced_inside_the_tensor_only(matrix):
     box = TensorMap(tensor_map(matrix.array, (16, 16)), matrix.memory)
     expected = matrix.array.copy()

@@ -60,7 +60,7 @@ class MBarrier:
 
     def note(self, box, coords, w, site: int) -> None:
         """A box of the current phase; a tile is several, of which the last may lie outside."""
-        if box.overlaps(coords):
+        if box.overlaps(coords) or box.is_no_row(coords):
             self.boxes[box] = None
         else:
             self.boxes.setdefault(box, (coords, w, site))

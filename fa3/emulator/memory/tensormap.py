@@ -73,6 +73,15 @@ class TensorMap:
         places = zip(coords, self.box, self.dims, strict=True)
         return all(x < n and x + b > 0 for x, b, n in places)
 
+    def is_no_row(self, coords) -> bool:
+        """Whether the box begins where the rows of a ragged tensor end.
+
+        Two modes of one stride make a tensor of many ends, of which the second picks one: a
+        sequence without rows is a box behind the last row of the first.
+        """
+        lengths = zip(coords, self.dims, self.strides, strict=True)
+        return any(x == n and self.strides.count(step) > 1 for x, n, step in lengths)
+
     def _window(self, coords):
         """The part of the box at coords inside the tensor.
 
