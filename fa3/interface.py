@@ -180,10 +180,10 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = _options(softmax_scale, causal, window_size, sm_margin)
     descales = _descales(q_descale, k_descale, v_descale, v_shift)
-    given = _lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    longest = tuple(
-        _longest(side, most, cu)
-        for side, most, cu in (("q", max_seqlen_q, cu_seqlens_q), ("k", max_seqlen_k, cu_seqlens_k))
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    longest = (
+        _longest("q", max_seqlen_q, cu_seqlens_q),
+        _longest("k", max_seqlen_k, cu_seqlens_k),
     )
     if check_lengths is not False:
         check_lengths = bool_of("check_lengths", check_lengths)
@@ -332,12 +332,6 @@ def _descales(q_descale, k_descale, v_descale, v_shift) -> Descales:
     return Descales(q_descale, k_descale, v_descale, v_shift)
 
 
-def _lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> Lengths:
-    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    check_tensors(**lengths.named(given))
-    return given
-
-
 def _longest(side: str, most, cu_seqlens) -> int | None:
     """max_seqlen_q or max_seqlen_k, checked."""
     if most is None:
@@ -392,7 +386,13 @@ def _attend(  # noqa: PLR0913
     check_lengths=False,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
-    plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
+    if given is not EQUAL:
+        tensors = [x for x in given if x is not None]
+        plain = is_plain(q, k, v, *tensors) if out is None else is_plain(q, k, v, out, *tensors)
+        if not plain:
+            check_tensors(**lengths.named(given))
+    else:
+        plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
     if not plain:
         check_tensors(q=q, k=k, v=v)
     if out is not None:
@@ -401,8 +401,6 @@ def _attend(  # noqa: PLR0913
         _refuse_grad(q=q, k=k, v=v)
     if descales is not NO_DESCALES:
         plain = _check_descales(descales) and plain
-    if given is not EQUAL:
-        plain = plain and is_plain(*lengths.named(given).values())
     if check_scales is not False:
         check_scales = bool_of("check_scales", check_scales)
     try:

@@ -71,9 +71,11 @@ class Sequences:
         return cls(batch, lengths != EQUAL, *packed)
 
 
-def given(*lengths: Tensor | None) -> Lengths:
-    """The fields of Lengths, as EQUAL where there are none."""
-    return EQUAL if all(x is None for x in lengths) else Lengths(*lengths)
+def given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> Lengths:
+    """EQUAL itself where there are none."""
+    if cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None and seqused_k is None:
+        return EQUAL
+    return Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
 
 
 def named(lengths: Sequence) -> dict:
@@ -83,7 +85,8 @@ def named(lengths: Sequence) -> dict:
 
 def views(lengths: Lengths, device: torch.device) -> tuple[Tensor, ...]:
     """As a kernel takes them: one without elements stands for None."""
-    return tuple(_nothing(device) if x is None else x for x in lengths)
+    nothing = _nothing(device)
+    return tuple([nothing if x is None else x for x in lengths])
 
 
 def check_values(lengths: Lengths, q_rows: int, k_rows: int, longest: tuple, totals: bool) -> None:

@@ -14,7 +14,7 @@ import time
 import torch
 
 import fa3
-from fa3 import ops
+from fa3 import lengths, ops
 
 from .sweep import hopper
 
@@ -40,7 +40,7 @@ def microseconds(call, synchronize) -> float:
     return 1e6 * statistics.median(times)
 
 
-def _nothing() -> None:
+def _nothing(*arguments, **options) -> None:
     pass
 
 
@@ -52,26 +52,43 @@ def rows(device: torch.device, stub: bool):
     def attention():
         fa3.flash_attn_func(q, k, v, causal=True)
 
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32, device=device)
+
+    def ragged():
+        fa3.flash_attn_varlen_func(*packed, cu_seqlens, cu_seqlens, 64, 64, causal=True)
+
     def operator():
         torch.ops.fa3.forward(q, k, v, None, True)
 
     if not stub:
         yield "flash_attn_func", microseconds(attention, synchronize)
+        yield "flash_attn_varlen_func", microseconds(ragged, synchronize)
         yield "torch.ops.fa3.forward", microseconds(operator, synchronize)
-    kernel_of = ops._kernel_of
-    ops._kernel_of = lambda problem: (lambda *arguments: None, 1)
+    kernel_of, check_values = ops._kernel_of, lengths.check_values
+    ops._kernel_of = lambda problem: (lambda *arguments: None, 1, 1)
+    lengths.check_values = _nothing  # of CPU tensors, whose lengths can be read at once
     ops.plan_of.cache_clear()
     try:
         yield "flash_attn_func without the launch", microseconds(attention, synchronize)
+        yield "flash_attn_varlen_func without the launch", microseconds(ragged, synchronize)
         yield "torch.ops.fa3.forward without the launch", microseconds(operator, synchronize)
 
         def unseen():
             ops.plan_of.cache_clear()
             attention()
 
+        def unseen_ragged():
+            ops.plan_of.cache_clear()
+            ragged()
+
         yield "flash_attn_func without the launch, new shape", microseconds(unseen, synchronize)
+        yield (
+            "flash_attn_varlen_func without the launch, new shape",
+            microseconds(unseen_ragged, synchronize),
+        )
     finally:
-        ops._kernel_of = kernel_of
+        ops._kernel_of, lengths.check_values = kernel_of, check_values
         ops.plan_of.cache_clear()
     yield (
         "  of which allocating out and lse",

@@ -133,7 +133,7 @@ def test_stride_of_out_that_tma_cannot_take(dim):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_misaligned(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
     x = {**tensors(), "out": zeros(2, 6, 4, 64)}[name]
     shifted = x.new_zeros(x.numel() + 8)[1 : x.numel() + 1].view(x.shape)
     refused(ValueError, [name, 2, 16, 0], **{name: shifted})
@@ -356,7 +356,7 @@ def test_out(out, words):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_out_over_an_input(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
     given = tensors()
     memory = zeros(2 * 2 * 8 * 4 * 64)
     given[name] = memory[: given[name].numel()].view(given[name].shape)
@@ -409,7 +409,7 @@ def test_numpy_numbers():
 def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-4:]), 7))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-4:]), 7, 0))
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
     fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)
@@ -431,7 +431,7 @@ def test_signature_has_no_lengths():
 
 def test_good_layouts_pass(monkeypatch):
     """Not everything is refused: odd strides of size-1 dimensions, expanded batches, defaults."""
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *_: None, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *_: None, 0, 0))
     given = tensors()
     given["k"] = given["k"][:1].expand(2, -1, -1, -1)
     given["q"] = given["q"][:, :1].as_strided((2, 1, 4, 64), (256, 3, 64, 1))
@@ -448,7 +448,7 @@ def test_good_layouts_pass(monkeypatch):
 def test_positions_of_arguments(monkeypatch):
     """The order is FA3's: the tenth argument is window_size, the sixteenth sm_margin."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0, 0))
     given = tensors().values()
     rest = (None, None, None, None, (3, 4), 0, 0.0, 1, None, False, 2, True)
     out, _ = fa3.flash_attn_func(*given, 0.5, False, *rest)
