@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import hints, lengths, ops
 from .layout import check_tensors
-from .lengths import EQUAL, Lengths
+from .lengths import EQUAL
 from .options import Options, bool_of, int_of
 from .plain import is_plain
 from .quantize import quantize_fp8
@@ -386,15 +386,7 @@ def _attend(  # noqa: PLR0913
     check_lengths=False,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
-    if given is not EQUAL:
-        tensors = [x for x in given if x is not None]
-        plain = is_plain(q, k, v, *tensors) if out is None else is_plain(q, k, v, out, *tensors)
-        if not plain:
-            check_tensors(**lengths.named(given))
-    else:
-        plain = is_plain(q, k, v) if out is None else is_plain(q, k, v, out)
-    if not plain:
-        check_tensors(q=q, k=k, v=v)
+    plain = _are_plain(q, k, v, out, given)
     if out is not None:
         _check_out(out)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -416,6 +408,17 @@ def _attend(  # noqa: PLR0913
     except (RuntimeError, ValueError):
         check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
         raise
+
+
+def _are_plain(q, k, v, out, given) -> bool:
+    """Whether all are plain tensors, once they are tensors at all."""
+    tensors = (q, k, v) if out is None else (q, k, v, out)
+    if given is not EQUAL:
+        tensors = (*tensors, *[x for x in given if x is not None])
+    if is_plain(*tensors):
+        return True
+    check_tensors(q=q, k=k, v=v, **lengths.named(given))
+    return False
 
 
 def _check_descales(descales: Descales) -> bool:

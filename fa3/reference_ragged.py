@@ -37,7 +37,7 @@ def see_no_key(signature: Signature, arguments: Sequence) -> None:
 
 def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tensor:
     """Which rows belong to a sequence: (b or 1, num_rows)."""
-    row = torch.arange(num_rows, device=device)
+    row = torch.arange(num_rows, dtype=torch.int32, device=device)
     if cu_seqlens.numel() == 0:
         used = seqused if seqused.numel() else row.new_full((1,), num_rows)
         return row < used[:, None]
