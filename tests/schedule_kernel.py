@@ -10,7 +10,8 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from fa3.kernels.scheduler import Schedule, TileList
 from fa3.kernels.sequence import RaggedSequences, RaggedSpans
 from fa3.kernels.signature import MaskKind
-from fa3.kernels.simple.schedule import ListArguments, ListTiles, Slots
+from fa3.kernels.simple.rounds import Slots
+from fa3.kernels.simple.schedule import ListArguments, ListTiles
 
 COLUMNS = 5  # of a tile that was found: CTA, batch, m_block, head, head_kv
 
@@ -40,7 +41,7 @@ class ListAndWalk:
         return numbers(16), found, *(numbers() for _ in range(4)), *[Int32(1)] * 9, stream
 
     @cute.jit
-    def __call__(
+    def __call__(  # noqa: PLR0913
         self,
         memory: cute.Tensor,
         found: cute.Tensor,  # (tiles, COLUMNS): by position in the list

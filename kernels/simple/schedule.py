@@ -20,153 +20,17 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.memory import SmemAllocator
 
-from ..arithmetic import ceil_div, clamp, maximum, minimum
+from ..arithmetic import ceil_div, maximum, minimum
 from ..blocks import BlockRange
-from ..scheduler import ENTRY, FIRST_ENTRY, MAX_CTAS, TileList
+from ..scheduler import ENTRY, MAX_CTAS, TileList
 from ..signature import MaskKind
+from .rounds import CLASSES, MAX_CHUNKS, Memory, Rounds, Run, Slots, Totals
 
 WARP = 32
-THREADS = 1024
-CLASSES = THREADS // WARP  # of costs: a warp sorts a class
-LINEAR = 16  # of them by steps of 1/16 of a CTA's share of all work; each one below halves the cost
-MAX_CHUNKS = 128
-ROUND_PER_TILE = 2  # a round is this many times as long as its longest tile, or longer
-ITEMS_PER_ROUND = 2  # of a CTA, at least
+THREADS = CLASSES * WARP  # a warp sorts a class
 FIRST_AND_LAST = 3  # what a tile costs besides its key blocks, in halves of a block
 CTAS_PER_LANE = MAX_CTAS // WARP
 NEVER_FREE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Slots:
-    """A place for every pair (sequence, m_block), found without a pass over the lengths.
-
-    Some stay empty: sequences are shorter than there is room for.
-    """
-
-    tile_m: cutlass.Constexpr[int]
-    per_sequence: Any  # slots that a sequence has besides those for its packed rows
-    count: Any
-
-    @staticmethod
-    def of(tile_m: int, num_sequences, rows, is_packed) -> "Slots":
-        """rows: of the packed q (is_packed: 1), or of each sequence of a dense one (0)."""
-        per_sequence = ceil_div(rows, tile_m) * (1 - is_packed) + is_packed
-        count = per_sequence * num_sequences + rows // tile_m * is_packed
-        return Slots(tile_m, per_sequence, count)
-
-    def first(self, batch, q_start):
-        return q_start // self.tile_m + batch * self.per_sequence
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where what lies in the scratch memory, in int32."""
-
-    num_slots: Any
-    num_heads: Any
-
-    @property
-    def num_tiles(self):
-        """At most."""
-        return self.num_slots * self.num_heads
-
-    @property
-    def items(self):
-        return FIRST_ENTRY + (self.num_tiles + 1) * ENTRY
-
-    @property
-    def pairs(self):
-        return self.items + self.num_tiles * ENTRY
-
-    @property
-    def order(self):
-        return self.pairs + self.num_slots * ENTRY
-
-    @property
-    def size(self):
-        return self.order + self.num_slots * 2
-
-
-def capacity(tile_m: int, num_sequences: int, rows: int, num_heads: int, is_packed: bool) -> int:
-    """int32 of scratch memory, aligned to 16 bytes, for any lengths.
-
-    rows: of the packed q, or of each sequence of a dense one.
-    """
-    slots = Slots.of(tile_m, num_sequences, rows, int(is_packed))
-    return Memory(slots.count, num_heads).size
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Of all pairs."""
-
-    work: Any  # the sum of their costs
-    longest: Any  # the highest cost
-    keys: Any  # of all sequences that have queries
-    longest_keys: Any
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """All tiles: chunk after chunk of slots, in it group after group of heads."""
-
-    num_chunks: Any
-    slots_per_chunk: Any
-    num_groups: Any
-    heads_per_group: Any  # of q
-    unit: Any  # of cost: a step between classes
-
-    @staticmethod
-    def of(totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, keys_in_l2) -> "Rounds":
-        work, longest = totals.work, maximum(totals.longest, 1)
-        share = work // num_ctas * num_heads + work % num_ctas * num_heads // num_ctas
-        most = maximum(share // (ROUND_PER_TILE * longest), 1)
-        keys = maximum(keys_in_l2, ceil_div(totals.keys, most) * num_heads_kv)  # of a round
-        heads_kv = clamp(keys // maximum(totals.longest_keys, 1), 1, num_heads_kv)
-        num_groups = ceil_div(num_heads_kv, heads_kv)
-        heads_kv = ceil_div(num_heads_kv, num_groups)
-        num_chunks = clamp(ceil_div(totals.keys * heads_kv, keys), 1, MAX_CHUNKS)
-        slots_per_chunk = ceil_div(num_slots, num_chunks)
-        return Rounds(
-            num_chunks=ceil_div(num_slots, slots_per_chunk),
-            slots_per_chunk=slots_per_chunk,
-            num_groups=num_groups,
-            heads_per_group=heads_kv * (num_heads // num_heads_kv),
-            unit=maximum(share // LINEAR, 1),
-        )
-
-    def class_of(self, cost):
-        """0 is the longest."""
-        below = self.unit // maximum(cost, 1)
-        halvings = sum(minimum(below >> i, 1) for i in range(1, CLASSES - LINEAR))
-        return LINEAR - minimum(cost // self.unit, LINEAR) + halvings
-
-
-@dataclass(frozen=True)
-class Run:
-    """Pairs of one class in one round, dealt as items: a few heads of a pair at once."""
-
-    first_head: Any
-    heads: Any
-    heads_at_once: Any
-    num_items: Any
-    bands: Any  # how finely CTAs are ordered by what they have: the longer the tiles, the finer
-
-    @staticmethod
-    def of(cost_class, num_pairs, first_head, heads, tiles_of_round, num_ctas) -> "Run":
-        halvings = maximum(cost_class - LINEAR, 0)
-        fitting = minimum(1 << halvings, tiles_of_round // (ITEMS_PER_ROUND * num_ctas))
-        at_once = clamp(fitting, 1, heads)
-        bands = 8 - 6 * minimum(cost_class // LINEAR, 1)
-        return Run(first_head, heads, at_once, num_pairs * ceil_div(heads, at_once), bands)
-
-    def at(self, item):
-        """Index of its pair, its first head within the round, how many heads."""
-        parts = ceil_div(self.heads, self.heads_at_once)
-        pair = item // parts
-        head = (item - pair * parts) * self.heads_at_once
-        return pair, head, minimum(self.heads - head, self.heads_at_once)
 
 
 @dataclass(frozen=True)
