@@ -4,24 +4,26 @@ import heapq
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa3 import dispatch, jit
+from fa3 import dispatch, emulator, jit
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
 from fa3.kernels.simple.schedule import FIRST_AND_LAST
 
+from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature
 
 SMS = 132
 KERNEL = "tests.schedule_kernel:ListAndWalk"
 TILE_M = TILE_N = 128
+GUARD = 64  # int32 past the memory of a list
 KEYS_IN_L2 = L2_BUDGET // 512  # head dim 128 in 16 bits
 WINDOWS = {"full": (0, 0), "causal": (0, 0), "local": (1024, 0)}
 
@@ -219,33 +221,41 @@ def test_a_round_has_work_for_its_longest_tile():
     assert (rounds.num_groups, rounds.num_chunks) == (1, 1)
 
 
-def run_kernel(batch: Ragged, device, cu_q=None, used_q=None, cu_k=None, used_k=None):
-    """Memory and tiles (CTA, batch, m_block, head, head_kv) by position; -1 where none was found.
+@dataclass(frozen=True)
+class Lengths:
+    """As the device has them: int32, or none."""
 
-    By default the lengths of the batch, q and k both packed, or q dense and k packed.
-    """
+    cu_q: tuple[int, ...] = ()
+    cu_k: tuple[int, ...] = ()
+    used_q: tuple[int, ...] = ()
+    used_k: tuple[int, ...] = ()
 
-    def numbers(values):
-        return torch.tensor(list(values), dtype=torch.int32, device=device)
+    @staticmethod
+    def of(batch: Ragged) -> "Lengths":
+        cu_q, cu_k = (
+            tuple(itertools.accumulate(lengths, initial=0))
+            for lengths in (batch.lengths_q, batch.lengths_k)
+        )
+        if batch.rows_q is None:
+            return Lengths(cu_q, cu_k)
+        return Lengths(cu_k=cu_k, used_q=batch.lengths_q)
 
-    total_q = sum(batch.lengths_q) if batch.rows_q is None else batch.rows_q
-    if cu_q is None and batch.rows_q is None:
-        cu_q = itertools.accumulate(batch.lengths_q, initial=0)
-    if used_q is None and batch.rows_q is not None:
-        used_q = batch.lengths_q
-    if cu_k is None:
-        cu_k = itertools.accumulate(batch.lengths_k, initial=0)
+
+def run_kernel(batch: Ragged, device, lengths: Lengths | None = None) -> tuple[torch.Tensor, ...]:
+    """Memory, and the tiles (CTA, batch, m_block, head, head_kv) by position, -1 where none is."""
+    lengths = lengths or Lengths.of(batch)
     count, heads = len(batch.lengths_q), batch.num_heads
-    size = capacity(TILE_M, count, total_q, heads, batch.rows_q is None)
-    memory = torch.full((size,), -1, dtype=torch.int32, device=device)
+    rows = sum(batch.lengths_q) if batch.rows_q is None else batch.rows_q
+    size = capacity(TILE_M, count, rows, heads, batch.rows_q is None)
+    memory = torch.full((size + GUARD,), -1, dtype=torch.int32, device=device)
     found = torch.full((batch.slots.count * heads, COLUMNS), -1, dtype=torch.int32, device=device)
     kind = dispatch.target_of(device).kind
     run = jit.compile(KERNEL, ListSignature(batch.mask), ListConfig(TILE_M, TILE_N), kind)
     run(
         memory,
         found,
-        *(numbers(values or ()) for values in (cu_q, cu_k, used_q, used_k)),
-        total_q,
+        *(torch.tensor(x, dtype=torch.int32, device=device) for x in astuple(lengths)),
+        rows,
         sum(batch.lengths_k),
         count,
         heads,
@@ -254,7 +264,8 @@ def run_kernel(batch: Ragged, device, cu_q=None, used_q=None, cu_k=None, used_k=
         batch.max_ctas,
         batch.keys_in_l2,
     )
-    return memory.tolist(), found.tolist()
+    assert (memory[size:] == -1).all()
+    return memory, found
 
 
 MIXED = (300, 0, 128, 1, 700, 129)
@@ -284,9 +295,39 @@ def test_the_kernel_deals_so(name, device):
         for cta, tiles in enumerate(deal(batch))
         for *pair, head in tiles
     ]
-    memory, found = run_kernel(batch, device)
+    memory, found = (x.tolist() for x in run_kernel(batch, device))
     assert found[: len(expected)] == expected
     assert all(row == [-1] * COLUMNS for row in found[len(expected) :])
     assert memory[MAX_CTAS] == len(expected)
     past_the_end = FIRST_ENTRY + len(expected) * ENTRY
     assert memory[past_the_end : past_the_end + ENTRY] == [0] * ENTRY
+
+
+LARGEST = 2**31 - 1
+GARBAGE = {
+    "descending": (True, Lengths((900, 500, 200, 0), (0, 100, 50, 1000))),
+    "beyond the tensors": (True, Lengths((0, 5000, LARGEST, 7), (0, LARGEST, 3, 5000))),
+    "negative": (True, Lengths((-5, -LARGEST, 300, 900), (-1, 500, -1, 9), used_k=(-3, 7, 600))),
+    "every sequence is everything": (True, Lengths((0, 900, 0, 900), (0, 1000, 0, 1000))),
+    "dense, too long": (False, Lengths((), (0, 10, 20, 30), (LARGEST, -LARGEST, 301))),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_for_lengths_stays_in_its_memory(name, device):
+    """Which tiles are listed is not said, but every one is a tile of the tensors, and only once."""
+    is_packed, lengths = GARBAGE[name]
+    batch = Ragged((300,) * 3, (300, 300, 400), 4, 2, "local", None if is_packed else 300)
+    _, found = run_kernel(batch, device, lengths)
+    tiles = [tuple(tile) for _, *tile in found.tolist() if tile != [-1] * (COLUMNS - 1)]
+    assert len(tiles) == len(set(tiles))
+    rows = 900 if is_packed else 300
+    assert set(tiles) <= {
+        (i, m, h, h // 2) for i in range(3) for m in range(-(-rows // TILE_M)) for h in range(4)
+    }
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+def test_the_list_does_not_depend_on_the_order_of_warps(device):
+    batch = KERNEL_CASES["rounds of heads and of sequences"]
+    emulator.compare_schedules(lambda: run_kernel(batch, device), range(3))

@@ -104,6 +104,23 @@ def test_divergent_loop_reconverges():
     assert (lanes(code).reshape(4, 32) == TID.reshape(4, 32).sum(1)[:, None]).all()
 
 
+@pytest.mark.parametrize("mask", ["-1", "0xFFFFFFFF", "%r4"])
+def test_lanes_of_a_mask_wait_for_those_behind_them(mask):
+    """Some lanes come to the sum by a detour that lies after it."""
+    code = f"""
+        mov.b32 %r4, -1;
+        and.b32 %r3, %r0, 1;
+        setp.eq.u32 %p1, %r3, 0;
+        @%p1 bra $DETOUR;
+        $SUM:
+        redux.sync.add.u32 %r9, %r0, {mask};
+        bra $END;
+        $DETOUR:
+        bra $SUM;
+        $END:"""
+    assert (lanes(code).reshape(4, 32) == TID.reshape(4, 32).sum(1)[:, None]).all()
+
+
 def test_warp_communication():
     down = lanes("shfl.sync.down.b32 %r9, %r0, 1, 31, -1;")
     assert (down == np.where(TID % 32 == 31, TID, TID + 1)).all()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ptx import Instr
+from ..ptx import Instr, Kernel
+from ..ptx.dataflow import registers, results
 
 HANDLERS: dict[str, Callable] = {}
 TERMINATORS: dict[str, Callable] = {}
@@ -56,13 +57,27 @@ def terminator(instr: Instr) -> Callable | None:
     return TERMINATORS.get(head)
 
 
-def converges(instr: Instr) -> str | None:
-    """Which lanes must have arrived before an instruction: those of the "warp", "warpgroup"."""
+def full_masks(kernel: Kernel) -> set[tuple]:
+    """Operands that name all lanes of a warp: numbers, and registers that hold no other one."""
+    full = {}
+    for instr in kernel.code:
+        is_full = instr.parts[0] == "mov" and instr.args[1] in _IMMEDIATE_FULL_MASKS
+        for register in registers(kernel, results(instr)):
+            full[register] = full.get(register, True) and is_full
+    named = {("reg", name) for name, register in kernel.regs.items() if full.get(register)}
+    return named.union(_IMMEDIATE_FULL_MASKS)
+
+
+def converges(instr: Instr, masks: set[tuple]) -> str | None:
+    """Which lanes must have arrived before an instruction: those of the "warp", "warpgroup".
+
+    masks: those that name all lanes.
+    """
     head = instr.parts[0]
     if head in ("wgmma", "setmaxnreg"):
         return "warpgroup"
     if head not in _WARP_WIDE:
         return None
-    if head in _WITH_MEMBER_MASK and instr.args[-1] not in _IMMEDIATE_FULL_MASKS:
+    if head in _WITH_MEMBER_MASK and instr.args[-1] not in masks:
         return None  # a partial membermask: trust the program
     return "warp"

@@ -19,7 +19,7 @@ from ..ptx import Kernel
 from ..ptx.dataflow import registers
 from .bundles import Item, bundle, describe
 from .emitter import Emitter
-from .registry import HANDLERS, converges, terminator
+from .registry import HANDLERS, converges, full_masks, terminator
 from .watch import Watch
 
 _ACCESSES = {"ld", "st", "atom", "red", "ldmatrix", "stmatrix", "cp", "mbarrier", "wgmma"}
@@ -75,7 +75,8 @@ class Lowered:
         self.watch = Watch(kernel) if form.watch else None
         self._emitter = Emitter(kernel, _instruments() if form.profiled else {})
         self._leaders = set(kernel.labels.values())
-        self._converges = [converges(i) for i in kernel.code] + [None]
+        masks = full_masks(kernel)
+        self._converges = [converges(i, masks) for i in kernel.code] + [None]
         self._pcs: dict[object, list[int]] = {}  # code object -> pc of each source line
 
     @functools.cached_property
