@@ -15,7 +15,7 @@ from fa3 import dispatch, emulator, jit
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
-from fa3.kernels.simple.schedule import FIRST_AND_LAST
+from fa3.kernels.simple.schedule import BANDS, FIRST_AND_LAST
 
 from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature
@@ -83,31 +83,37 @@ class Ragged:
 
 def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
     """Tiles (sequence, m_block, head) of every CTA, as the kernel is to list them."""
-    costs, rounds, chunks = batch.costs(), batch.rounds(), batch.chunks()
+    costs, rounds = batch.costs(), batch.rounds()
     loads, tiles = [0] * batch.num_ctas, [[] for _ in range(batch.num_ctas)]
-    for chunk, group in itertools.product(chunks, range(rounds.num_groups)):
+    for chunk, group in itertools.product(batch.chunks(), range(rounds.num_groups)):
         first_head = group * rounds.heads_per_group
         heads = min(batch.num_heads - first_head, rounds.heads_per_group)
-        for cost_class in range(CLASSES):
-            pairs = [pair for pair in chunk if rounds.class_of(costs[pair]) == cost_class]
+        cost_class = 0
+        while cost_class < CLASSES:
+            end = Run.end_class(cost_class)
+            by_class = ((rounds.class_of(costs[pair]), pair) for pair in chunk)
+            pairs = [x for x in by_class if cost_class <= x[0] < end]
+            pairs = [pair for _, pair in sorted(pairs, key=lambda x: x[0])]
             sizes = len(pairs), first_head, heads, len(chunk) * heads, batch.num_ctas
             run = Run.of(cost_class, *sizes)
+            items = [(pair, part) for pair in pairs for part in range(run.parts)]
             done = 0
-            while done < run.num_items:
-                cost = costs[pairs[run.at(done)[0]]] * run.heads_at_once
-                ctas = next_ctas(loads, cost, run.bands)[: run.num_items - done]
-                for item, cta in enumerate(ctas, done):
-                    pair, head, count = run.at(item)
-                    first = first_head + head
-                    tiles[cta] += [(*pairs[pair], h) for h in range(first, first + count)]
-                    loads[cta] += costs[pairs[pair]] * count
+            while done < len(items):
+                cost = costs[items[done][0]] * run.heads_at_once
+                ctas = next_ctas(loads, cost)[: len(items) - done]
+                for cta, (pair, part) in zip(ctas, items[done:], strict=False):
+                    head, count = run.heads_of(part)
+                    tiles[cta] += [(*pair, h) for h in range(head, head + count)]
+                    loads[cta] += costs[pair] * count
                 done += len(ctas)
+            cost_class = end
     return tiles
 
 
-def next_ctas(loads: list[int], cost: int, bands: int) -> list[int]:
+def next_ctas(loads: list[int], cost: int) -> list[int]:
+    """All that have less than the one with least would then have, about in the order of what."""
     least = min(loads)
-    ends = [least + cost * band // bands for band in range(bands + 1)]
+    ends = [least + cost * band // BANDS for band in range(BANDS + 1)]
     return [
         cta
         for begin, end in itertools.pairwise(ends)

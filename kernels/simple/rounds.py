@@ -13,6 +13,7 @@ from ..scheduler import ENTRY, FIRST_ENTRY
 
 CLASSES = 32  # of costs
 LINEAR = 16  # of them by steps of 1/16 of a CTA's share of all work; each one below halves the cost
+ALONE = LINEAR  # up to this class
 MAX_CHUNKS = 128
 ROUND_PER_TILE = 2  # a round is this many times as long as its longest tile, or longer
 ITEMS_PER_ROUND = 2  # of a CTA, at least
@@ -126,25 +127,37 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Run:
-    """Pairs of one class in one round, dealt as items: a few heads of a pair at once."""
+    """Pairs of a round that are dealt alike, as items: a few heads of a pair at once.
 
+    Tiles down to 1/32 of a CTA's share go alone, in one run; shorter ones have a run per class.
+    """
+
+    num_pairs: Any
     first_head: Any
     heads: Any
     heads_at_once: Any
-    num_items: Any
-    bands: Any  # how finely CTAs are ordered by what they have: the longer the tiles, the finer
 
     @staticmethod
     def of(cost_class, num_pairs, first_head, heads, tiles_of_round, num_ctas) -> "Run":
-        halvings = maximum(cost_class - LINEAR, 0)
+        halvings = maximum(cost_class - ALONE, 0)
         fitting = minimum(1 << halvings, tiles_of_round // (ITEMS_PER_ROUND * num_ctas))
-        at_once = clamp(fitting, 1, heads)
-        bands = 8 - 6 * minimum(cost_class // LINEAR, 1)
-        return Run(first_head, heads, at_once, num_pairs * ceil_div(heads, at_once), bands)
+        return Run(num_pairs, first_head, heads, clamp(fitting, 1, heads))
 
-    def at(self, item):
-        """Index of its pair, its first head within the round, how many heads."""
-        parts = ceil_div(self.heads, self.heads_at_once)
-        pair = item // parts
-        head = (item - pair * parts) * self.heads_at_once
-        return pair, head, minimum(self.heads - head, self.heads_at_once)
+    @staticmethod
+    def end_class(cost_class):
+        """One past the last class in the run of this one."""
+        return maximum(cost_class, ALONE) + 1
+
+    @property
+    def parts(self):
+        """Items of a pair."""
+        return ceil_div(self.heads, self.heads_at_once)
+
+    @property
+    def num_items(self):
+        return self.num_pairs * self.parts
+
+    def heads_of(self, part):
+        """First head and number of heads."""
+        head = part * self.heads_at_once
+        return self.first_head + head, minimum(self.heads - head, self.heads_at_once)

@@ -12,12 +12,13 @@ Lengths are known on the device only, so one CTA deals the tiles there, ahead of
 No order depends on timing: the same lengths get the same list.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Float32, Int32, Uint64
 from cutlass.memory import SmemAllocator
 
 from ..arithmetic import ceil_div, maximum, minimum
@@ -30,6 +31,7 @@ WARP = 32
 THREADS = CLASSES * WARP  # a warp sorts a class
 FIRST_AND_LAST = 3  # what a tile costs besides its key blocks, in halves of a block
 CTAS_PER_LANE = MAX_CTAS // WARP
+BANDS = 8
 NEVER_FREE = 1 << 30
 
 
@@ -76,6 +78,54 @@ class ListArguments:
     def _table(self, offset, rows, columns: int) -> cute.Tensor:
         layout = cute.make_layout((rows, columns), stride=(columns, 1))
         return cute.make_tensor(self.memory.iterator + offset, layout)
+
+
+@dataclass(frozen=True)
+class Hands:
+    """What a lane's CTAs have been dealt: registers, by CTA."""
+
+    lane: Any
+    loads: cute.Tensor  # sums of costs
+    tiles: cute.Tensor  # how many
+
+    @staticmethod
+    def empty(call: ListArguments, lane) -> "Hands":
+        hands = Hands(lane, *(cute.make_rmem_tensor(CTAS_PER_LANE, Int32) for _ in range(2)))
+        for i in range(CTAS_PER_LANE):
+            is_cta = hands.first_cta + i < call.num_ctas
+            hands.loads[i] = cutlass.select_(is_cta, Int32(0), Int32(NEVER_FREE))
+            hands.tiles[i] = 0
+        return hands
+
+    @property
+    def first_cta(self):
+        return self.lane * CTAS_PER_LANE
+
+    def places(self, cost) -> tuple[list, Int32]:
+        """Of each CTA among those that are served next, and how many these are.
+
+        All that have less than the one with least would have after an item of this cost are served,
+        by bands of an eighth of the cost, in a band by their numbers; the others' places lie
+        behind all items.  Eight bytes of a word count the CTAs in each band.
+        """
+        loads = [self.loads[i] for i in range(CTAS_PER_LANE)]
+        least = cute.arch.warp_redux_sync(functools.reduce(minimum, loads), "min")
+        ends = [least + (cost * band >> 3) for band in range(1, BANDS + 1)]
+        shifts, ones = [], []
+        for load in loads:
+            band = sum(cutlass.select_(load < end, Int32(0), Int32(8)) for end in ends)
+            ones.append(cutlass.select_(load < ends[-1], Uint64(1), Uint64(0)))
+            shifts.append(minimum(band, 8 * (BANDS - 1)).to(Uint64))
+        own = sum((one << shift for one, shift in zip(ones, shifts, strict=True)), Uint64(0))
+        up_to = _scan(own, self.lane)
+        counts = cute.arch.shuffle_sync(up_to, WARP - 1) * Uint64(0x0101010101010101)
+        before = (counts << Uint64(8)) + up_to - own
+        places = []
+        for one, shift in zip(ones, shifts, strict=True):
+            place = (before >> shift).to(Int32) & 255
+            places.append(cutlass.select_(one == 1, place, Int32(NEVER_FREE)))
+            before += one << shift
+        return places, (counts >> Uint64(56)).to(Int32)
 
 
 class ListTiles:
@@ -220,13 +270,8 @@ class ListTiles:
         num_items: cute.Tensor,
         lane,
     ):
-        """By one warp, whose lanes have some CTAs each: their loads and their numbers of tiles."""
-        loads = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
-        tiles = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
-        for i in cutlass.range_constexpr(CTAS_PER_LANE):
-            tiles[i] = 0
-            is_cta = i * WARP + lane < call.num_ctas
-            loads[i] = cutlass.select_(is_cta, Int32(0), Int32(NEVER_FREE))
+        """By one warp, whose lanes have a few neighbouring CTAs each."""
+        hands = Hands.empty(call, lane)
         items = Int32(0)
         for chunk in cutlass.range(rounds.num_chunks, unroll=1):
             pairs = in_class[chunk, lane]
@@ -238,66 +283,59 @@ class ListTiles:
                 classes = cute.arch.vote_ballot_sync(pairs > 0)
                 while classes != 0:
                     cost_class = cute.arch.popc((classes & -classes) - 1)  # the lowest bit set
-                    count = in_class[chunk, cost_class]
-                    run = Run.of(
-                        cost_class, count, first_head, heads, num_pairs * heads, call.num_ctas
-                    )
-                    self._deal_run(call, run, first_pair, items, loads, tiles, lane)
+                    is_later = lane >= Run.end_class(cost_class)
+                    is_dealt = (lane < cost_class) | is_later
+                    count = cutlass.select_(is_dealt, Int32(0), pairs)
+                    count = cute.arch.warp_redux_sync(count, "add")
+                    sizes = count, first_head, heads, num_pairs * heads, call.num_ctas
+                    run = Run.of(cost_class, *sizes)
+                    self._deal_run(call, run, first_pair, items, hands)
                     items += run.num_items
                     first_pair += count
-                    classes = classes & (classes - 1)
+                    classes = cute.arch.vote_ballot_sync((pairs > 0) & is_later)
         num_items[0] = items
-        self._begin(call, tiles, begins, lane)
+        self._begin(call, hands, begins)
 
     @cute.jit
-    def _deal_run(self, call: ListArguments, run: Run, first_pair, first_item, loads, tiles, lane):
-        """The next items go, one each, to all CTAs that end less than an item after the first.
-
-        Those that have less are served first; CTAs of a band count as equal.
-        """
-        done = Int32(0)
+    def _deal_run(self, call: ListArguments, run: Run, first_pair, first_item, hands: Hands):
+        """The next items go, one each, to all CTAs that have less than the next would then have."""
+        parts, per_part = run.parts, 1.0 / Float32(run.parts)
+        pair, part, done = Int32(0), Int32(0), Int32(0)
         while done < run.num_items:
-            least = loads[0]
-            for i in cutlass.range_constexpr(1, CTAS_PER_LANE):
-                least = minimum(least, loads[i])
-            least = cute.arch.warp_redux_sync(least, "min")
-            pair, _, _ = run.at(done)
-            cost = call.order[first_pair + pair, 1] * run.heads_at_once
-            item = cute.make_rmem_tensor(CTAS_PER_LANE, Int32)
-            item.fill(run.num_items)
-            for band in cutlass.range(run.bands, unroll=1):
-                begin = least + cost * band // run.bands
-                end = least + cost * (band + 1) // run.bands
-                for i in cutlass.range_constexpr(CTAS_PER_LANE):
-                    is_next = (begin <= loads[i]) & (loads[i] < end)
-                    members = cute.arch.vote_ballot_sync(is_next)
-                    if is_next:
-                        item[i] = done + _before(members, lane)
-                    done += cute.arch.popc(members)
-            for i in cutlass.range_constexpr(CTAS_PER_LANE):
-                if item[i] < run.num_items:
-                    pair, head, heads = run.at(item[i])
-                    slot = call.order[first_pair + pair, 0]
-                    first_tile = slot * call.num_heads + run.first_head + head
-                    entry = (tiles[i], i * WARP + lane, first_tile, heads)
-                    _store(call.items, first_item + item[i], entry)
-                    tiles[i] += heads
-                    loads[i] += call.order[first_pair + pair, 1] * heads
+            places, count = hands.places(call.order[first_pair + pair, 1] * run.heads_at_once)
+            dealt = []
+            for place in places:
+                # exact: a sum of few parts and CTAs is far from 2 ** 21
+                ahead = ((part + place).to(Float32) + 0.5) * per_part
+                ahead = ahead.to(Int32)
+                slot, cost = _load(
+                    call.order, first_pair + minimum(pair + ahead, run.num_pairs - 1)
+                )
+                dealt.append((place, slot, cost, *run.heads_of(part + place - ahead * parts)))
+            for i, (place, slot, cost, head, heads) in enumerate(dealt):
+                if done + place < run.num_items:
+                    first_tile = slot * call.num_heads + head
+                    entry = (hands.tiles[i], hands.first_cta + i, first_tile, heads)
+                    _store(call.items, first_item + done + place, entry)
+                    hands.tiles[i] += heads
+                    hands.loads[i] += cost * heads
+            done += count
+            ahead = ((part + count).to(Float32) + 0.5) * per_part
+            ahead = ahead.to(Int32)
+            pair += ahead
+            part += count - ahead * parts
 
     @cute.jit
-    def _begin(self, call: ListArguments, tiles: cute.Tensor, begins: cute.Tensor, lane):
+    def _begin(self, call: ListArguments, hands: Hands, begins: cute.Tensor):
         """Where each CTA's tiles begin: after those of the CTAs before it."""
         listed = call.tiles()
-        begin = Int32(0)
+        own = sum(hands.tiles[i] for i in range(CTAS_PER_LANE))
+        begin = _scan(own, hands.lane) - own
         for i in cutlass.range_constexpr(CTAS_PER_LANE):
-            end = tiles[i]
-            for bit in cutlass.range_constexpr(5):
-                below = cute.arch.shuffle_sync_up(end, offset=1 << bit)
-                end += cutlass.select_(lane >= 1 << bit, below, Int32(0))
-            begins[i * WARP + lane] = begin + end - tiles[i]
-            listed.begins[i * WARP + lane] = begin + end - tiles[i]
-            begin += cute.arch.shuffle_sync(end, WARP - 1)
-        if lane == 0:
+            begins[hands.first_cta + i] = begin
+            listed.begins[hands.first_cta + i] = begin
+            begin += hands.tiles[i]
+        if hands.lane == WARP - 1:
             listed.begins[MAX_CTAS] = begin
             _store(listed.entries, begin, (0, 0, 0, 0))  # read past the last tile
 
@@ -321,10 +359,18 @@ def _before(members, lane):
     return cute.arch.popc(members & ((1 << lane) - 1))
 
 
+def _scan(value, lane):
+    """Sum of this lane's and all lower lanes' values."""
+    for bit in range(5):
+        below = cute.arch.shuffle_sync_up(value, offset=1 << bit)
+        value += cutlass.select_(lane >= 1 << bit, below, type(value)(0))
+    return value
+
+
 def _load(table: cute.Tensor, row) -> tuple:
-    values = cute.make_rmem_tensor(ENTRY, Int32)
+    values = cute.make_rmem_tensor(table.shape[1], Int32)
     cute.autovec_copy(table[row, None], values)
-    return tuple(values[i] for i in range(ENTRY))
+    return tuple(values[i] for i in range(table.shape[1]))
 
 
 def _store(table: cute.Tensor, row, values: tuple):
