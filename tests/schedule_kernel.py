@@ -10,8 +10,9 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from fa3.kernels.scheduler import Schedule, TileList
 from fa3.kernels.sequence import RaggedSequences, RaggedSpans
 from fa3.kernels.signature import MaskKind
+from fa3.kernels.simple.list_arguments import ListArguments
 from fa3.kernels.simple.rounds import Slots
-from fa3.kernels.simple.schedule import ListArguments, ListTiles
+from fa3.kernels.simple.schedule import ListTiles
 
 COLUMNS = 5  # of a tile that was found: CTA, batch, m_block, head, head_kv
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fa3 import dispatch, emulator, jit
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
+from fa3.kernels.simple.deal import BANDS
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
-from fa3.kernels.simple.schedule import BANDS, FIRST_AND_LAST
+from fa3.kernels.simple.schedule import FIRST_AND_LAST
 
 from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature
@@ -113,13 +114,8 @@ def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
 def next_ctas(loads: list[int], cost: int) -> list[int]:
     """All that have less than the one with least would then have, about in the order of what."""
     least = min(loads)
-    ends = [least + cost * band // BANDS for band in range(BANDS + 1)]
-    return [
-        cta
-        for begin, end in itertools.pairwise(ends)
-        for cta, load in enumerate(loads)
-        if begin <= load < end
-    ]
+    bands = [(load - least) * BANDS // cost for load in loads]
+    return [cta for band in range(BANDS) for cta, own in enumerate(bands) if own == band]
 
 
 def longest_first(costs: list[int]) -> int:
