@@ -118,7 +118,7 @@ def _scratch_of(problem: Problem, config: FwdConfig) -> int:
     sequences = problem.sequences
     if not sequences.is_ragged:
         return 0
-    from .kernels.simple.schedule import capacity  # imports the DSL, as the kernel has
+    from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
 
     rows = problem.s_q, problem.h_q, sequences.q_is_packed
     return capacity(config.tile_m, sequences.batch, *rows)

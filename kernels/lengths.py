@@ -11,7 +11,9 @@ from .arguments import FwdArguments
 from .arithmetic import minimum
 from .scheduler import L2_BUDGET, TileList, TileOrder
 from .sequence import RaggedSequences, RaggedSpans, Sequences, ragged_view
-from .simple.schedule import ListArguments, ListTiles, Slots
+from .simple.list_arguments import ListArguments
+from .simple.rounds import Slots
+from .simple.schedule import ListTiles
 
 
 @dataclass(frozen=True)
