@@ -1,5 +1,6 @@
 """The schedule of ragged batches: the busiest CTA has little more to do than the mean."""
 
+import functools
 import heapq
 import itertools
 import math
@@ -51,6 +52,7 @@ class Ragged:
     def num_ctas(self) -> int:
         return min(self.max_ctas, self.slots.count * self.num_heads, MAX_CTAS)
 
+    @functools.cached_property
     def costs(self) -> dict[tuple[int, int], int]:
         """(sequence, m_block) -> cost, in halves of a key block."""
         return {
@@ -60,31 +62,34 @@ class Ragged:
             for m in range(-(-s_q // TILE_M))
         }
 
+    @functools.cached_property
+    def starts_q(self) -> list[int]:
+        starts = list(itertools.accumulate(self.lengths_q, initial=0))
+        return starts if self.rows_q is None else [0] * len(starts)
+
     def slot_of(self, pair: tuple[int, int]) -> int:
         index, m_block = pair
-        start = sum(self.lengths_q[:index]) if self.rows_q is None else 0
-        return self.slots.first(index, start) + m_block
+        return self.slots.first(index, self.starts_q[index]) + m_block
 
+    @functools.cached_property
     def rounds(self) -> Rounds:
-        costs = self.costs().values()
+        costs = self.costs.values()
         keys = [k for q, k in zip(self.lengths_q, self.lengths_k, strict=True) if q > 0]
         totals = Totals(sum(costs), max(costs, default=0), sum(keys), max(keys, default=0))
         heads = self.num_heads, self.num_heads_kv
-        return Rounds.of(totals, self.slots.count, *heads, self.num_ctas, self.keys_in_l2)
+        sizes = self.slots.count, *heads, self.num_ctas, self.keys_in_l2
+        return Rounds.of(self.mask, totals, *sizes)
 
     def chunks(self) -> list[list[tuple[int, int]]]:
-        rounds, chunks = self.rounds(), []
-        slot_of = {pair: self.slot_of(pair) for pair in self.costs()}
-        for first in range(0, self.slots.count, rounds.slots_per_chunk):
-            end = min(first + rounds.slots_per_chunk, self.slots.count)
-            chunks.append([pair for pair, slot in slot_of.items() if first <= slot < end])
-        assert len(chunks) == rounds.num_chunks
+        chunks = [[] for _ in range(self.rounds.num_chunks)]
+        for pair in self.costs:
+            chunks[self.slot_of(pair) // self.rounds.slots_per_chunk].append(pair)
         return chunks
 
 
 def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
     """Tiles (sequence, m_block, head) of every CTA, as the kernel is to list them."""
-    costs, rounds = batch.costs(), batch.rounds()
+    costs, rounds = batch.costs, batch.rounds
     loads, tiles = [0] * batch.num_ctas, [[] for _ in range(batch.num_ctas)]
     for chunk, group in itertools.product(batch.chunks(), range(rounds.num_groups)):
         first_head = group * rounds.heads_per_group
@@ -115,7 +120,7 @@ def next_ctas(loads: list[int], cost: int) -> list[int]:
     """All that have less than the one with least would then have, about in the order of what."""
     least = min(loads)
     bands = [(load - least) * BANDS // cost for load in loads]
-    return [cta for band in range(BANDS) for cta, own in enumerate(bands) if own == band]
+    return sorted((i for i, band in enumerate(bands) if band < BANDS), key=bands.__getitem__)
 
 
 def longest_first(costs: list[int]) -> int:
@@ -150,6 +155,7 @@ LENGTHS = {
     "one long inside": [*uniform(20, 256), 16384, *uniform(40, 256)],
     "one long among hundreds": [*uniform(400, 512), 16384],
     "one": [16384],
+    "some long among short ones": [*uniform(10, 512), 8192, *uniform(10, 512), 8192],
     "thousands of short ones": uniform(2000, 64),
 }
 HEADS = [(16, 16), (32, 8), (8, 1), (12, 4), (4, 2), (2, 2)]
@@ -168,7 +174,7 @@ def test_work_is_spread_evenly(name, mask, heads):
     rounds, comes as near as anything is known to.
     """
     batch = Ragged(tuple(LENGTHS[name]), tuple(LENGTHS[name]), *heads, mask)
-    costs = batch.costs()
+    costs = batch.costs
     busiest = max(sum(costs[i, m] for i, m, _ in tiles) for tiles in deal(batch))
     all_costs = [cost for cost in costs.values() for _ in range(batch.num_heads)]
     bound = 1.10 * max(sum(all_costs) / SMS, *all_costs)
@@ -191,15 +197,15 @@ def test_work_is_spread_evenly(name, mask, heads):
 def test_every_tile_exactly_once(lengths, heads, mask, is_packed, num_ctas, keys_in_l2):
     rows_q = None if is_packed else 700
     batch = Ragged(*zip(*lengths, strict=True), *heads, mask, rows_q, num_ctas, keys_in_l2)
-    slots = [batch.slot_of(pair) for pair in batch.costs()]
+    slots = [batch.slot_of(pair) for pair in batch.costs]
     assert slots == sorted(set(slots))
     assert all(0 <= slot < batch.slots.count for slot in slots)
     found = itertools.chain(*deal(batch))
-    assert sorted(found) == sorted((*pair, h) for pair in batch.costs() for h in range(heads[0]))
+    assert sorted(found) == sorted((*pair, h) for pair in batch.costs for h in range(heads[0]))
 
 
 def test_classes_are_sixteenths_of_a_share_then_halvings():
-    rounds = Rounds.of(Totals(16000, 1000, 4096, 4096), 100, 1, 1, 10, KEYS_IN_L2)
+    rounds = Rounds.of("full", Totals(16000, 1000, 4096, 4096), 100, 1, 1, 10, KEYS_IN_L2)
     assert rounds.unit == 100
     costs = [5000, 1600, 1599, 200, 199, 100, 99, 51, 50, 26, 25, 1]
     assert [rounds.class_of(cost) for cost in costs] == [
@@ -209,17 +215,17 @@ def test_classes_are_sixteenths_of_a_share_then_halvings():
 
 def test_k_and_v_of_a_round_fit_in_l2():
     """One long sequence is cut by heads, many short ones by sequences, most batches not at all."""
-    one = Ragged((16384,), (16384,), 16, 16).rounds()
+    one = Ragged((16384,), (16384,), 16, 16).rounds
     assert (one.num_groups, one.heads_per_group, one.num_chunks) == (4, 4, 1)
-    short = Ragged((512,) * 512, (512,) * 512, 16, 4).rounds()
+    short = Ragged((512,) * 512, (512,) * 512, 16, 4).rounds
     assert (short.num_groups, short.heads_per_group, short.num_chunks) == (1, 16, 16)
-    small = Ragged((1000, 3000), (1000, 3000), 16, 4).rounds()
+    small = Ragged((1000, 3000), (1000, 3000), 16, 4).rounds
     assert (small.num_groups, small.num_chunks) == (1, 1)
 
 
 def test_a_round_has_work_for_its_longest_tile():
     """A sequence that is longer than L2 holds, with few queries: rounds would be of a few tiles."""
-    rounds = Ragged((256,) * 20, (1 << 18,) * 20, 8, 8, "full").rounds()
+    rounds = Ragged((256,) * 20, (1 << 18,) * 20, 8, 8, "full").rounds
     assert (rounds.num_groups, rounds.num_chunks) == (1, 1)
 
 
@@ -332,4 +338,4 @@ def test_garbage_for_lengths_stays_in_its_memory(name, device):
 @pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
 def test_the_list_does_not_depend_on_the_order_of_warps(device):
     batch = KERNEL_CASES["rounds of heads and of sequences"]
-    emulator.compare_schedules(lambda: run_kernel(batch, device), range(3))
+    emulator.compare_schedules(lambda: run_kernel(batch, device), range(2))

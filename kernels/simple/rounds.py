@@ -10,12 +10,14 @@ import cutlass
 
 from ..arithmetic import ceil_div, clamp, maximum, minimum
 from ..scheduler import ENTRY, FIRST_ENTRY
+from ..signature import MaskKind
 
 CLASSES = 32  # of costs
 LINEAR = 16  # of them by steps of 1/16 of a CTA's share of all work; each one below halves the cost
 ALONE = LINEAR  # up to this class
 MAX_CHUNKS = 128
-ROUND_PER_TILE = 2  # a round is this many times as long as its longest tile, or longer
+# A round is so many times as long as its longest tile, or longer; causal ones end with short tiles.
+ROUND_PER_TILE = {"full": 3, "causal": 2, "local": 3}
 ITEMS_PER_ROUND = 2  # of a CTA, at least
 
 
@@ -100,10 +102,12 @@ class Rounds:
     unit: Any  # of cost: a step between classes
 
     @staticmethod
-    def of(totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, keys_in_l2) -> "Rounds":
+    def of(
+        mask: MaskKind, totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, keys_in_l2
+    ) -> "Rounds":
         work, longest = totals.work, maximum(totals.longest, 1)
         share = work // num_ctas * num_heads + work % num_ctas * num_heads // num_ctas
-        most = maximum(share // (ROUND_PER_TILE * longest), 1)
+        most = maximum(share // (ROUND_PER_TILE[mask] * longest), 1)
         keys = maximum(keys_in_l2, ceil_div(totals.keys, most) * num_heads_kv)  # of a round
         heads_kv = clamp(keys // maximum(totals.longest_keys, 1), 1, num_heads_kv)
         num_groups = ceil_div(num_heads_kv, heads_kv)

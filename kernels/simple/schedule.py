@@ -59,6 +59,7 @@ class ListTiles:
         self._weigh(call, totals, thread)
         cute.arch.sync_threads()
         rounds = Rounds.of(
+            self.mask,
             Totals(*(totals[i] for i in range(4))),
             call.slots.count,
             call.num_heads,
