@@ -16,8 +16,7 @@ from fa3 import dispatch, emulator, jit
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.deal import BANDS
-from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
-from fa3.kernels.simple.schedule import FIRST_AND_LAST
+from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity, cost_of
 
 from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature
@@ -56,7 +55,7 @@ class Ragged:
     def costs(self) -> dict[tuple[int, int], int]:
         """(sequence, m_block) -> cost, in halves of a key block."""
         return {
-            (i, m): 2 * BlockRange.of(window, m, TILE_M, TILE_N).count + FIRST_AND_LAST
+            (i, m): cost_of(BlockRange.of(window, m, TILE_M, TILE_N).count)
             for i, (s_q, s_k) in enumerate(zip(self.lengths_q, self.lengths_k, strict=True))
             for window in [Window(self.mask, s_q, s_k, *WINDOWS[self.mask], may_lack_keys=True)]
             for m in range(-(-s_q // TILE_M))
@@ -147,18 +146,18 @@ LENGTHS = {
     "equal, short": [512] * 32,
     "equal, long": [4096] * 5,
     "uniform, few": uniform(16, 2048),
-    "uniform, many": uniform(64, 4096),
+    "uniform, many": uniform(48, 4096),
     "chat": chat(64, 300, 1.0, 8192),
-    "chat, many": chat(256, 300, 1.0, 8192),
+    "chat, many": chat(160, 300, 1.0, 8192),
     "chat, long": chat(16, 600, 1.2, 16384),
     "one long first": [8192, *uniform(64, 256)],
     "one long inside": [*uniform(20, 256), 16384, *uniform(40, 256)],
-    "one long among hundreds": [*uniform(400, 512), 16384],
+    "one long among hundreds": [*uniform(200, 512), 16384],
     "one": [16384],
     "some long among short ones": [*uniform(10, 512), 8192, *uniform(10, 512), 8192],
-    "thousands of short ones": uniform(2000, 64),
+    "a thousand short ones": uniform(1000, 64),
 }
-HEADS = [(16, 16), (32, 8), (8, 1), (12, 4), (4, 2), (2, 2)]
+HEADS = [(16, 16), (24, 8), (8, 1), (12, 4), (4, 2), (2, 2)]
 SPREAD = [  # every mask meets all lengths, and all numbers of heads
     (name, mask, HEADS[(i + 2 * j) % len(HEADS)])
     for i, name in enumerate(LENGTHS)

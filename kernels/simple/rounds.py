@@ -21,6 +21,11 @@ ROUND_PER_TILE = {"full": 3, "causal": 2, "local": 3}
 ITEMS_PER_ROUND = 2  # of a CTA, at least
 
 
+def cost_of(num_blocks):
+    """A tile's, in halves of a key block; its first and last products count as three of them."""
+    return 2 * num_blocks + 3
+
+
 @dataclass(frozen=True)
 class Slots:
     """A place for every pair (sequence, m_block), found without a pass over the lengths.

@@ -23,11 +23,10 @@ from ..scheduler import MAX_CTAS
 from ..signature import MaskKind
 from .deal import WARP, Hands, deal
 from .list_arguments import ListArguments, load_row, store_row
-from .rounds import CLASSES, MAX_CHUNKS, Rounds, Run, Totals
+from .rounds import CLASSES, MAX_CHUNKS, Rounds, Run, Totals, cost_of
 
 WARPS = 16
 THREADS = WARPS * WARP
-FIRST_AND_LAST = 3  # what a tile costs besides its key blocks, in halves of a block
 
 
 class ListTiles:
@@ -92,7 +91,7 @@ class ListTiles:
             if m_block >= 0 and m_block < ceil_div(sequence.s_q, self.tile_m):
                 window = sequence.window(self.mask, call.window_left, call.window_right)
                 blocks = BlockRange.of(window, m_block, tile_m=self.tile_m, tile_n=self.tile_n)
-                cost = 2 * blocks.count + FIRST_AND_LAST
+                cost = cost_of(blocks.count)
                 longest_keys = maximum(longest_keys, sequence.s_k)
                 if m_block == 0:
                     keys += sequence.s_k
