@@ -286,7 +286,7 @@ KERNEL_CASES = {
     "seventy": Ragged(tuple(uniform(70, 300)), tuple(uniform(70, 2000)), 3, 1, "local"),
     "decode": Ragged((1,) * 70, tuple(uniform(70, 9000)), 8, 8, "causal"),
     "more CTAs than tiles": Ragged((200,), (99,), 8, 8, "full"),
-    "more CTAs than a list is for": Ragged((9000,), (99,), 8, 2, "full", max_ctas=200),
+    "more CTAs than a list is for": Ragged((3000,), (99,), 8, 2, "full", max_ctas=200),
     "dense q": Ragged((17, 0, 384, 200), (500, 60, 0, 4000), 4, 4, "local", 384, max_ctas=5),
     "no query": Ragged((0, 0), (5, 0), 2, 2, "full"),
     "no key": Ragged((400, 1), (0, 0), 2, 1, "causal", max_ctas=3),
