@@ -52,8 +52,9 @@ class ListArguments:
         return self._table(self.places.order, self.slots.count, 2)
 
     def _table(self, offset, rows, columns: int) -> cute.Tensor:
+        """offset: a multiple of 16 bytes, as all of Memory are."""
         layout = cute.make_layout((rows, columns), stride=(columns, 1))
-        return cute.make_tensor(self.memory.iterator + offset, layout)
+        return cute.make_tensor((self.memory.iterator + offset).align(16), layout)
 
 
 def load_row(table: cute.Tensor, row) -> tuple:
