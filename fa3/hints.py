@@ -25,7 +25,7 @@ HINTS = {
     "window_size_left": "window_size=(left, right) is meant",
     "window_size_right": "window_size=(left, right) is meant",
     "window_left": "window_size=(left, right) is meant",
-    "logits_soft_cap": "softcap is meant, which is not supported yet",
+    **dict.fromkeys(("logits_soft_cap", "logit_cap", "attn_logit_softcapping"), "softcap is meant"),
     **dict.fromkeys(("return_lse", "return_softmax_lse", "return_softmax"), _LSE),
     "descale_q": "q_descale is meant",
     "descale_k": "k_descale is meant",
@@ -33,7 +33,7 @@ HINTS = {
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _LENGTHS),
     **dict.fromkeys(("seqused_q", "seqused_k", "cache_seqlens", "leftpad_k"), _LENGTHS),
     **dict.fromkeys(("k_cache", "v_cache", "page_table", "block_table"), _CACHE),
-    **dict.fromkeys(("learnable_sink", "s_aux", "sinks"), "sinks are not supported yet"),
+    **dict.fromkeys(("s_aux", "sinks", "sink"), "learnable_sink is meant"),
 }
 ORDER = (
     "the order is FlashAttention-3's: q, k, v, softmax_scale, causal; neither a mask nor "

@@ -14,7 +14,7 @@ from .quantize import quantize_fp8
 from .scales import NO_DESCALES, Descales, named
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
-_NOT_YET = {"qv": None, "attention_chunk": 0, "softcap": 0.0}
+_NOT_YET = {"qv": None, "attention_chunk": 0}
 
 
 @hints.closed
@@ -40,6 +40,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     out=None,
     v_shift=None,
     check_scales=False,
+    learnable_sink=None,
     **unknown,
 ):
     """softmax(softmax_scale * q k^T) v in fp16, bf16 or FP8.
@@ -55,6 +56,13 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     bound; causal sets right to 0. A query that sees no key gives zeros and an lse of -inf.
     softmax_scale: 1 / sqrt(d) by default. A tensor without dimensions is read, which waits for its
     device.
+    softcap: scores become softcap * tanh(softmax_scale * q k^T / softcap) before they are masked;
+        0.0, the default, leaves them as they are. What it makes of them has an error of 5e-7
+        softcap.
+    learnable_sink: (h_q,), fp32 or 16-bit with any stride: a logit for each query head that joins
+        the sum of exponentials of every query and has no value, out = sum p v / (sum p + e^sink).
+        softmax_scale and softcap do not reach it; lse counts it; where a query sees no key, out is
+        0 and lse the sink. One of -inf changes nothing. Or (batch, h_q).
     sm_margin: number of SMs that the kernel leaves to others.
     num_splits, pack_gqa: hints about speed, of no effect so far.
     deterministic: accepted; the forward pass always is.
@@ -76,8 +84,9 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
 
     v_shift: (batch, h_k, dv) in fp32, with one-byte inputs: what all values of a channel lack,
         value = byte * v_descale + v_shift. None is 0. Softmax weights add up to 1, so it is added
-        to the result, but not where a query sees no key: that stays 0. Any strides; it is copied
-        first if the last is not 1, or others or its address are no multiples of 16 bytes.
+        to the result, beside a sink in part; where a query sees no key, that stays 0. Any strides;
+        it is copied first if the last is not 1, or others or its address are no multiples of 16
+        bytes.
     check_scales: wait for the device and refuse scales that are not finite and above 0, and a
         v_shift that is not finite.
 
@@ -94,12 +103,14 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
-    _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa)
+    _check_unused(qv, attention_chunk, num_splits, pack_gqa)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    options = _options(softmax_scale, causal, window_size, sm_margin)
+    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = _descales(q_descale, k_descale, v_descale, v_shift)
-    out, lse = _attend(q, k, v, out, options, descales, check_scales=check_scales)
+    out, lse = _attend(
+        q, k, v, out, options, descales, check_scales=check_scales, sink=learnable_sink
+    )
     return (out, lse) if return_attn_probs else out
 
 
@@ -133,6 +144,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     v_shift=None,
     check_scales=False,
     check_lengths=False,
+    learnable_sink=None,
     **unknown,
 ):
     """flash_attn_func of sequences with lengths of their own, packed without padding.
@@ -175,10 +187,10 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_varlen_func, next(iter(unknown)))
-    _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa)
+    _check_unused(qv, attention_chunk, num_splits, pack_gqa)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    options = _options(softmax_scale, causal, window_size, sm_margin)
+    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = _descales(q_descale, k_descale, v_descale, v_shift)
     given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     longest = (
@@ -187,7 +199,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     )
     if check_lengths is not False:
         check_lengths = bool_of("check_lengths", check_lengths)
-    more = given, longest, check_lengths
+    more = given, longest, check_lengths, learnable_sink
     out, lse = _attend(q, k, v, out, options, descales, None, check_scales, *more)
     return (out, lse) if return_attn_probs else out
 
@@ -207,6 +219,8 @@ def flash_attn_qkvpacked_func(  # noqa: PLR0913 - the signature is FA3's
     num_heads_q=None,
     sm_margin=0,
     return_attn_probs=False,
+    *,
+    learnable_sink=None,
     **unknown,
 ):
     """flash_attn_func of q, k and v that are slices of one tensor; none of them is copied.
@@ -237,6 +251,7 @@ def flash_attn_qkvpacked_func(  # noqa: PLR0913 - the signature is FA3's
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
+        learnable_sink=learnable_sink,
     )
 
 
@@ -250,7 +265,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     window_size=(-1, -1),
     *,
     hadamard=True,
-    smooth_k=True,
+    smooth_k=None,
     smooth_v=True,
     block_scales=True,
     v_per_channel=False,
@@ -259,6 +274,8 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     sm_margin=0,
     return_attn_probs=False,
     out=None,
+    softcap=0.0,
+    learnable_sink=None,
     **unknown,
 ):
     """Attention of fp16 or bf16 tensors, computed in FP8: quantize_fp8, then flash_attn_func.
@@ -266,7 +283,9 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); head dims are multiples
     of 16 up to 256. The result, and `out`, have their dtype.
     hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype: as in
-        quantize_fp8. hadamard, on by default, needs a d that is a power of two.
+        quantize_fp8. hadamard, on by default, needs a d that is a power of two. smooth_k moves all
+        scores of a query alike, which only the lse notices, but for a softcap and a sink: it is on
+        without them, and refused beside them.
     The other arguments: as in flash_attn_func. lse is that of q and k as given, before smooth_k.
 
     Raises:
@@ -276,13 +295,16 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
-    options = _options(softmax_scale, causal, window_size, sm_margin)
+    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
+    smooth_k = _smooth_k_of(smooth_k, options[-1], learnable_sink)
     return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     check_tensors(q=q, k=k, v=v)
     if out is not None:
         _check_out(out)
+    if learnable_sink is not None:
+        check_tensors(learnable_sink=learnable_sink)
     if is_plain(q, k, v):
-        ops.check(q, k, v, out, *options)
+        ops.check(q, k, v, out, learnable_sink, *options)
     inputs = quantize_fp8(
         q,
         k,
@@ -296,7 +318,14 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         qk_dtype=qk_dtype,
     )
     out, lse = _attend(
-        inputs.q, inputs.k, inputs.v, out, options, Descales(**inputs.scales), out_dtype=q.dtype
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        out,
+        options,
+        Descales(**inputs.scales),
+        out_dtype=q.dtype,
+        sink=learnable_sink,
     )
     if not return_attn_probs:
         return out
@@ -306,7 +335,7 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
     return out, lse
 
 
-def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
+def _options(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
     """The fields of Options."""
     try:
         left, right = window_size
@@ -316,10 +345,11 @@ def _options(softmax_scale, causal, window_size, sm_margin) -> tuple:
         (softmax_scale is None or type(softmax_scale) is float)
         and type(causal) is bool
         and type(left) is type(right) is type(sm_margin) is int
+        and type(softcap) is float
     ):
-        return softmax_scale, causal, left, right, sm_margin
+        return softmax_scale, causal, left, right, sm_margin, softcap
     try:
-        return Options.of(softmax_scale, causal, left, right, sm_margin)
+        return Options.of(softmax_scale, causal, left, right, sm_margin, softcap)
     except TypeError as error:
         is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
         misplaced = is_mask or causal is None or isinstance(causal, float)
@@ -384,6 +414,7 @@ def _attend(  # noqa: PLR0913
     given=EQUAL,
     longest=(None, None),
     check_lengths=False,
+    sink=None,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
     plain = _are_plain(q, k, v, out, given)
@@ -391,18 +422,20 @@ def _attend(  # noqa: PLR0913
         _check_out(out)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_grad(q=q, k=k, v=v)
-    if descales is not NO_DESCALES:
-        plain = _check_descales(descales) and plain
+    if descales is not NO_DESCALES or sink is not None:
+        plain = _check_others(descales, sink) and plain
     if check_scales is not False:
         check_scales = bool_of("check_scales", check_scales)
     try:
         if plain:
             checks = out_dtype, check_scales, given, longest, check_lengths
-            return ops.run(q, k, v, out, options, descales, *checks)
+            return ops.run(q, k, v, out, options, descales, *checks, sink)
+        *options, softcap = options
         more = () if given is EQUAL else (*given, *longest, check_lengths)
+        score = {"softcap": softcap, "learnable_sink": sink}
         if out is None:
             more = *descales, out_dtype, check_scales, *more
-            return torch.ops.fa3.forward(q, k, v, *options, *more)
+            return torch.ops.fa3.forward(q, k, v, *options, *more, **score)
         more = *descales, check_scales, *more
         return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more)
     except (RuntimeError, ValueError):
@@ -421,13 +454,28 @@ def _are_plain(q, k, v, out, given) -> bool:
     return False
 
 
-def _check_descales(descales: Descales) -> bool:
+def _check_others(descales: Descales, sink) -> bool:
     """Whether they are plain tensors, once they are tensors at all and need no gradient."""
     given = named(descales)
+    if sink is not None:
+        given["learnable_sink"] = sink
     check_tensors(**given)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
         _refuse_grad(**given)
     return is_plain(*given.values())
+
+
+def _smooth_k_of(smooth_k, softcap, sink) -> bool:
+    allowed = not softcap and sink is None
+    if smooth_k is None:
+        return allowed
+    if bool_of("smooth_k", smooth_k) and not allowed:
+        name, value = ("softcap", softcap) if sink is None else ("learnable_sink", "a tensor")
+        raise ValueError(
+            f"smooth_k is True but {name} is {value}, expected smooth_k=False: it moves all scores "
+            "of a query, which then changes the result"
+        )
+    return smooth_k
 
 
 def _check_out(out) -> None:
@@ -439,18 +487,17 @@ def _check_out(out) -> None:
         raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
 
 
-def _check_unused(qv, attention_chunk, softcap, num_splits, pack_gqa) -> None:
+def _check_unused(qv, attention_chunk, num_splits, pack_gqa) -> None:
     if not (
         qv is None
         and type(attention_chunk) is int
-        and type(softcap) is float
         and type(num_splits) is int
-        and attention_chunk == softcap == 0
+        and attention_chunk == 0
         and num_splits == 1
         and pack_gqa is None
     ):
         _check_hints(num_splits, pack_gqa)
-        _refuse(qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+        _refuse(qv=qv, attention_chunk=attention_chunk)
 
 
 def _check_hints(num_splits, pack_gqa) -> None:

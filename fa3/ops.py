@@ -5,7 +5,6 @@ Eager code calls `run` directly, which saves the operator boundary; where somebo
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,8 +28,6 @@ from .lengths import EQUAL, Lengths, Sequences
 from .problem import Options, Problem, check_out
 from .scales import NO_DESCALES, Descales, Scales
 
-LOG2_E = math.log2(math.e)
-
 
 class Plan(NamedTuple):
     """Everything about a call that does not depend on where its tensors lie."""
@@ -48,10 +45,11 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # noqa: PLR0913
+def plan_of(q, k, v, out, descales, sink, out_dtype, lengths, *options) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
-    q, k, v, out and each of descales and lengths are the fields of a `Layout`, or None; options: of
+    q, k, v, out, sink and each of descales and lengths are the fields of a `Layout`, or None;
+    options: of
     `Options`.
     """
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
@@ -62,6 +60,7 @@ def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # no
         Descales(*map(_layout, descales)),
         out_dtype if out is None else out.dtype,
         Lengths(*map(_layout, lengths)),
+        _layout(sink),
     )
     for name, layout in layouts.items():
         check_last_stride(name, layout)
@@ -72,14 +71,12 @@ def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # no
         check_out(out, problem)
         views.append(tma_strides(out))
     run, num_ctas, scratch = _kernel_of(problem)
-    num_sequences = problem.batch if problem.sequences.is_ragged else None
-    scale = problem.softmax_scale * LOG2_E
     return Plan(
         run,
         problem.scales,
         problem.sequences,
         scratch,
-        (num_sequences, scale, problem.mask.left, problem.mask.right, num_ctas),
+        (*problem.scalars, num_ctas),
         problem.out_shape,
         problem.out_dtype,
         problem.lse_shape,
@@ -89,9 +86,10 @@ def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # no
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_layouts(q, k, v, out, *options) -> None:
-    """q, k, v and out are the fields of a `Layout`; out may be None."""
-    problem = Problem.of(Layout(*q), Layout(*k), Layout(*v), Options(*options))
+def _check_layouts(q, k, v, out, sink, *options) -> None:
+    """q, k, v, out and sink are the fields of a `Layout`; the last two may be None."""
+    sink = None if sink is None else Layout(*sink)
+    problem = Problem.of(Layout(*q), Layout(*k), Layout(*v), Options(*options), learnable_sink=sink)
     if problem.device.type != "meta":
         _target_of(problem)
     if out is not None:
@@ -149,6 +147,7 @@ def run(  # noqa: PLR0913
     lengths=EQUAL,
     longest=(None, None),
     check_lengths=False,
+    sink=None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of real tensors. Returns out and lse (b, h_q, s_q), of packed q (h_q, total_q).
 
@@ -156,6 +155,7 @@ def run(  # noqa: PLR0913
     options: the fields of `Options`; descales: of `Descales`; lengths: of `Lengths`.
     longest: max_seqlen_q and max_seqlen_k, which are only compared with the lengths, where those
         can be read without waiting, or with check_lengths.
+    sink: (h_q,) or (b, h_q), or None.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
@@ -167,15 +167,17 @@ def run(  # noqa: PLR0913
         (v.shape, v.stride(), v.dtype, v.device),
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
         tuple(map(_fields, descales)) if has_scales else NO_DESCALES,
+        _fields(sink),
         out_dtype,
         EQUAL if lengths is EQUAL else tuple(map(_fields, lengths)),
         *options,
     )
-    if has_scales or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        _check_addresses(q, k, v, descales)
+    if has_scales or sink is not None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        _check_addresses(q, k, v, descales, sink)
     if out is not None:
         check_address("out", out)
-        check_disjoint(out, q=q, k=k, v=v, **scales.named(descales))
+        others = {} if sink is None else {"learnable_sink": sink}
+        check_disjoint(out, q=q, k=k, v=v, **scales.named(descales), **others)
     if check_scales:
         scales.check_values(**scales.named(descales))
     if check_lengths or (lengths is not EQUAL and q.device.type == "cpu"):
@@ -189,14 +191,15 @@ def run(  # noqa: PLR0913
     target = out
     if plan.copies is not None or plan.views is not None:
         q, k, v, target = _for_tma(plan, q, k, v, out)
+    views = *views, None if sink is None else sink.float().expand(plan.sequences.batch, q.shape[-2])
     if lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *_NO_LENGTHS, *plan.scalars))
+        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars))
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
     return out, lse
 
 
-_NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to tiles
+NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to tiles
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
@@ -221,7 +224,7 @@ def _fields(tensor: Tensor | None) -> tuple | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _check_addresses(q, k, v, descales) -> None:
+def _check_addresses(q, k, v, descales, sink) -> None:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & (ALIGNMENT - 1):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             check_address(name, tensor)
@@ -229,11 +232,13 @@ def _check_addresses(q, k, v, descales) -> None:
         if x is not None and x.data_ptr() & (scales.BYTES - 1):
             for name, descale in scales.named(descales).items():
                 check_address(name, descale, scales.BYTES)
+    if sink is not None:
+        check_address("learnable_sink", sink, sink.itemsize)
 
 
-def check(q, k, v, out, *options) -> None:
-    """What `run` checks of the options and of `out`, for a call that quantises q, k and v first."""
-    _check_layouts(_fields(q), _fields(k), _fields(v), _fields(out), *options)
+def check(q, k, v, out, sink, *options) -> None:
+    """What `run` checks of all but q, k and v, for a call that quantises these first."""
+    _check_layouts(*map(_fields, (q, k, v, out, sink)), *options)
     if out is not None:
         check_address("out", out)
 
@@ -272,14 +277,16 @@ def forward(  # noqa: PLR0913
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     check_lengths: bool = False,
+    softcap: Number = 0.0,
+    learnable_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`."""
-    options = softmax_scale, causal, window_left, window_right, sm_margin
+    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, None, options, descales, *checks)
+    return run(q, k, v, None, options, descales, *checks, learnable_sink)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -305,14 +312,16 @@ def forward_out(  # noqa: PLR0913
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     check_lengths: bool = False,
+    softcap: Number = 0.0,
+    learnable_sink: Tensor | None = None,
 ) -> Tensor:
     """The lse; `out` is written."""
-    options = softmax_scale, causal, window_left, window_right, sm_margin
+    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, out, options, descales, *checks)[1]
+    return run(q, k, v, out, options, descales, *checks, learnable_sink)[1]
 
 
 @forward.register_fake
@@ -320,11 +329,11 @@ def _(  # noqa: PLR0913
     q, k, v, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False,
+    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    problem = _fake(q, k, v, descales, out_dtype, lengths)
+    problem = _fake(q, k, v, descales, out_dtype, lengths, learnable_sink)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
 
@@ -334,22 +343,22 @@ def _(  # noqa: PLR0913
     q, k, v, out, softmax_scale=None, causal=False, window_left=-1, window_right=-1, sm_margin=0,
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False,
+    max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    problem = _fake(q, k, v, descales, out.dtype, lengths)
+    problem = _fake(q, k, v, descales, out.dtype, lengths, learnable_sink)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 
-def _fake(q, k, v, descales, out_dtype, lengths) -> Problem:  # noqa: PLR0913
+def _fake(q, k, v, descales, out_dtype, lengths, sink) -> Problem:  # noqa: PLR0913
     """The options may be symbols; they change no shape and are checked when the call runs."""
     descales, lengths = (
         (None if x is None else Layout.of(x) for x in given) for given in (descales, lengths)
     )
-    q, k, v = (Layout.of(x) for x in (q, k, v))
-    return Problem.of(q, k, v, Options(), Descales(*descales), out_dtype, Lengths(*lengths))
+    q, k, v, sink = (None if x is None else Layout.of(x) for x in (q, k, v, sink))
+    return Problem.of(q, k, v, Options(), Descales(*descales), out_dtype, Lengths(*lengths), sink)
 
 
 for _operator in (forward, forward_out):
@@ -366,7 +375,7 @@ _OTHERS = ", ".join(f"Tensor? {name}=None" for name in scales.NAMES) + (
 _QKV = "Tensor q, Tensor k, Tensor v"
 _library.define(f"forward_fp8({_QKV}, {_OTHERS}) -> (Tensor, Tensor)")
 _library.define(f"forward_fp8_out({_QKV}, Tensor(a!) out, {_OTHERS}) -> Tensor")
-_NAMES = (*scales.NAMES, *Options._fields, "check_scales")
+_NAMES = (*scales.NAMES, *Options._fields[:5], "check_scales")
 
 
 @torch.library.impl(_library, "forward_fp8", "CompositeImplicitAutograd")

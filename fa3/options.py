@@ -18,58 +18,62 @@ class Options(NamedTuple):
     window_left: int = -1  # below 0: no bound
     window_right: int = -1
     sm_margin: int = 0  # SMs left to other kernels
+    softcap: float = 0.0  # bound of the scores; 0: none
 
     @classmethod
-    def of(cls, softmax_scale, causal, window_left, window_right, sm_margin) -> "Options":
+    def of(  # noqa: PLR0913
+        cls, softmax_scale, causal, window_left, window_right, sm_margin, softcap=0.0
+    ) -> "Options":
         """The same as Python's or torch's numbers, as an operator takes them.
 
         Raises:
             TypeError: one of them is no such number; the message names the argument.
-            ValueError: softmax_scale is beyond all floats.
+            ValueError: softmax_scale or softcap is beyond all floats.
         """
         return cls(
-            _scale_as_given(softmax_scale),
+            None if softmax_scale is None else _real("softmax_scale", softmax_scale),
             bool_of("causal", causal),
             int_of("window_size (left)", window_left),
             int_of("window_size (right)", window_right),
             int_of("sm_margin", sm_margin),
+            0.0 if softcap is None else _real("softcap", softcap),
         )
 
 
-def _scale_as_given(value):
-    """A float, None, or a symbol that stands for a float."""
-    if value is None or isinstance(value, torch.SymFloat):
+def _real(name: str, value):
+    """A float, or a symbol that stands for one."""
+    if isinstance(value, torch.SymFloat):
         return value
     if isinstance(value, torch.Tensor):
-        return _value_of(value)
+        return _value_of(name, value)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"softmax_scale is {value!r}, expected a number or None")
+        raise TypeError(f"{name} is {value!r}, expected a number or None")
     try:
         return float(value)
     except OverflowError:
         largest = sys.float_info.max
-        raise ValueError(f"softmax_scale is beyond {largest:.2g}, the largest float") from None
+        raise ValueError(f"{name} is beyond {largest:.2g}, the largest float") from None
 
 
-def _value_of(scale: torch.Tensor) -> float:
-    """Read a softmax_scale from its device."""
-    if scale.dim() or scale.is_complex() or scale.dtype == torch.bool:
+def _value_of(name: str, value: torch.Tensor) -> float:
+    """Read a number from its device."""
+    if value.dim() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(
-            f"softmax_scale is a tensor of shape {tuple(scale.shape)} and dtype {scale.dtype}, "
+            f"{name} is a tensor of shape {tuple(value.shape)} and dtype {value.dtype}, "
             "expected a number, a real tensor without dimensions or None"
         )
-    if scale.requires_grad and torch.is_grad_enabled():
+    if value.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
-            "softmax_scale has requires_grad=True, but it has no derivative: detach it"
+            f"{name} has requires_grad=True, but it has no derivative: detach it"
         )
-    if has_tangent(scale):
-        raise NotImplementedError("softmax_scale has a tangent, but it has no derivative")
+    if has_tangent(value):
+        raise NotImplementedError(f"{name} has a tangent, but it has no derivative")
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
-            "softmax_scale is a tensor, as sizes are within torch.jit.trace, which would keep its "
-            "value: leave it out for 1 / sqrt(d), or pass a number made outside of the trace"
+            f"{name} is a tensor, as sizes are within torch.jit.trace, which would keep its "
+            "value: leave it out, or pass a number made outside of the trace"
         )
-    return scale.item()
+    return value.item()
 
 
 def bool_of(name: str, value) -> bool:

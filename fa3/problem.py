@@ -27,13 +27,16 @@ K_DTYPES = {
     torch.float8_e4m3fn: (torch.float8_e4m3fn, torch.float8_e5m2),
     torch.int8: (torch.int8,),
 }
+SINK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 V_DTYPES = {**K_DTYPES, torch.int8: K_DTYPES[torch.float8_e4m3fn]}
 MAX_HEAD_DIM = HEAD_DIM_TILES[-1]
 # Positions are int32 in the kernel: tiles may reach past the length, a window is added on top.
 MAX_LENGTH = 2**31 - 1024
 MAX_LENGTH_LOCAL = UNBOUNDED - 1024
-# Of softmax_scale: what fp32 holds without loss after the change to base 2.
-SCALES = (2.0**-126 * math.log(2.0), torch.finfo(torch.float32).max * math.log(2.0))
+LOG2_E = math.log2(math.e)
+FP32 = torch.finfo(torch.float32)
+# Of softmax_scale and softcap: what fp32 holds without loss after the change to base 2.
+SCALES = (FP32.tiny / LOG2_E, FP32.max / LOG2_E)
 
 SHAPES = {"q": "(batch, s_q, h_q, d)", "k": "(batch, s_k, h_k, d)", "v": "(batch, s_k, h_k, dv)"}
 PACKED_SHAPES = {"q": "(total_q, h_q, d)", "k": "(total_k, h_k, d)", "v": "(total_k, h_k, dv)"}
@@ -62,6 +65,8 @@ class Problem:
     softmax_scale: float
     mask: MaskSpec
     sm_margin: int
+    softcap: float  # 0: none
+    has_sink: bool
 
     @classmethod
     def of(
@@ -73,6 +78,7 @@ class Problem:
         descales: Descales = NO_DESCALES,
         out_dtype: torch.dtype | None = None,
         lengths: Lengths = EQUAL,
+        learnable_sink: Layout | None = None,
     ) -> "Problem":
         """Check everything that does not depend on strides or addresses.
 
@@ -111,6 +117,8 @@ class Problem:
             _scale_of(options.softmax_scale, head_dim),
             mask,
             _margin_of(options.sm_margin),
+            _softcap_of(options.softcap),
+            _has_sink(learnable_sink, q, sequences.batch),
         )
 
     @property
@@ -118,8 +126,10 @@ class Problem:
         """The part of the problem that a kernel is compiled for."""
         dtype = (DTYPES if self.scales is None else BYTE_DTYPES)[self.dtype]
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
-        is_ragged = self.sequences.is_ragged
-        return Signature(dtype, *tiles, self.mask.kind, self._quantised, is_ragged)
+        more = {"score": "softcap" if self.softcap else None, "sinks": self.has_sink}
+        return Signature(
+            dtype, *tiles, self.mask.kind, self._quantised, self.sequences.is_ragged, **more
+        )
 
     @property
     def _quantised(self) -> Quantised | None:
@@ -136,6 +146,15 @@ class Problem:
     @property
     def batch(self) -> int:
         return self.sequences.batch
+
+    @property
+    def scalars(self) -> tuple:
+        """The last fields of FwdArguments, but for num_ctas."""
+        scale = self.softmax_scale * LOG2_E
+        if self.softcap:  # what fp32 does not hold caps every score that is not 0, or none
+            scale = min(max(scale * (2 / self.softcap), FP32.tiny), FP32.max)
+        num_sequences = self.batch if self.sequences.is_ragged else None
+        return num_sequences, scale, self.softcap * LOG2_E, self.mask.left, self.mask.right
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -287,6 +306,32 @@ def _scale_of(softmax_scale: float | None, head_dim: int) -> float:
             f"{largest:.3g}: {why}"
         )
     return float(softmax_scale)
+
+
+def _softcap_of(softcap: float) -> float:
+    smallest, largest = SCALES
+    if softcap != 0 and not smallest <= softcap <= largest / 2:  # NaN is not; twice it is a factor
+        raise ValueError(
+            f"softcap is {softcap}, expected 0 for none, or a number from {smallest:.3g} to "
+            f"{largest / 2:.3g}: scores are compared with it in fp32"
+        )
+    return float(softcap)
+
+
+def _has_sink(sink: Layout | None, q: Layout, batch: int) -> bool:
+    if sink is None:
+        return False
+    h_q = q.shape[-2]
+    if sink.dtype not in SINK_DTYPES:
+        raise TypeError(f"learnable_sink has dtype {sink.dtype}, expected {_either(SINK_DTYPES)}")
+    if sink.device != q.device:
+        raise ValueError(f"learnable_sink is on device {sink.device} but q is on {q.device}")
+    if tuple(sink.shape) not in ((h_q,), (batch, h_q)):
+        raise ValueError(
+            f"learnable_sink has shape {tuple(sink.shape)}, expected {(h_q,)}, one for each head "
+            f"of q, or {(batch, h_q)}"
+        )
+    return True
 
 
 def _margin_of(sm_margin: int) -> int:

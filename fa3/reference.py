@@ -53,15 +53,22 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
         block = q[:, start:stop].to(wide).view(b, stop - start, h_k, group, d)
         block = block.permute(0, 2, 3, 1, 4).reshape(b, h_k, group * (stop - start), d)
         scores = (block @ keys).float().mul_(scale).view(b, h_q, stop - start, s_k)
+        if signature.score == "softcap":
+            scores.mul_(0.5).tanh_().mul_(x.softcap_log2 * math.log(2))
         window = x.window_left, x.window_right
         hidden = _hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
         top = scores.amax(dim=-1, keepdim=True)
+        if signature.sinks:
+            sink = x.sinks[..., None, None]
+            top = torch.maximum(top, sink)
         top.masked_fill_(top == -math.inf, 0.0)  # rows that see no key: p is 0
         p = scores.sub_(top).exp_()
         total = p.sum(dim=-1, keepdim=True)  # 0, or at least 1
+        if signature.sinks:
+            total += (sink - top).exp_().masked_fill_(sink == math.inf, 1.0)
         lse[:, :, start:stop] = total.log().add_(top).squeeze(-1)
         o = (p.to(wide).view(b, h_k, -1, s_k) @ values).float().view(b, h_q, stop - start, -1)
         out[:, start:stop] = o.div_(total.clamp_(min=1.0)).transpose(1, 2)

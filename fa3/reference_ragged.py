@@ -26,13 +26,18 @@ def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
 def see_no_key(signature: Signature, arguments: Sequence) -> None:
     """Where the tensor of keys has no rows at all; does not wait for the device."""
     x = FwdArguments(*arguments)
+    lse = x.lse.new_full((1, 1), -math.inf) if x.sinks is None else x.sinks
     if not signature.is_ragged:
         x.out.zero_()
-        x.lse.fill_(-math.inf)
+        x.lse.copy_(lse[..., None])
         return
     counts = _counts(x.q.shape[1], x.cu_seqlens_q, x.seqused_q, x.q.device)
+    if lse.shape[0] > 1 and x.cu_seqlens_q.numel():
+        lse = lse[_sequence_of(x.q.shape[1], x.cu_seqlens_q)].mT[None]  # (1, h_q, num_rows)
+    else:
+        lse = lse[..., None]
     x.out.masked_fill_(counts[:, :, None, None], 0.0)
-    x.lse.masked_fill_(counts[:, None], -math.inf)
+    x.lse.copy_(torch.where(counts[:, None], lse, x.lse))
 
 
 def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tensor:
@@ -44,9 +49,15 @@ def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tenso
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     if seqused.numel():
         ends = torch.minimum(ends, starts + seqused)
-    sequence = torch.searchsorted(starts, row, right=True, out_int32=True) - 1
+    sequence = _sequence_of(num_rows, cu_seqlens)
     is_used = row < torch.cat([ends, ends.new_zeros(1)])[sequence]  # [-1]: before the first one
     return is_used[None]
+
+
+def _sequence_of(num_rows: int, cu_seqlens: Tensor) -> Tensor:
+    """(num_rows,) of packed rows; -1 before the first one."""
+    row = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int64)
+    return torch.searchsorted(cu_seqlens[:-1], row, right=True, out_int32=True) - 1
 
 
 @dataclass(frozen=True)
@@ -88,9 +99,11 @@ def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArgume
     one = dataclasses.replace(
         x, q=q.cut(x.q), k=k.cut(x.k), v=k.cut(x.v), out=q.cut(x.out), lse=q.cut(x.lse, dim=2)
     )
+    per_sequence = slice(i, i + 1)
+    if x.sinks is not None:
+        one = dataclasses.replace(one, sinks=x.sinks[per_sequence])
     if quantised is None:
         return one
-    per_sequence = slice(i, i + 1)
     k_block, v_block = quantised.k_block, quantised.v_block
     return dataclasses.replace(
         one,

@@ -1,7 +1,8 @@
 """What torch's transforms ask of an operator: vmap, forward-mode AD, counts of operations.
 
 It holds for every operator of fa3 that the first dimension of each tensor, given or returned, is
-the batch, but for packed tensors.
+the batch, but for packed tensors, and those of SHARED, which may have none: then all entries have
+one.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 from torch.utils import flop_counter
 
+SHARED = {"learnable_sink": 1}  # argument -> its dimensions without the batch
 _library = torch.library.Library("fa3", "FRAGMENT")
 
 
@@ -92,6 +94,9 @@ class _BatchRule:
         for i, (x, dim) in enumerate(zip(arguments, dims, strict=True)):
             if not isinstance(x, Tensor):
                 continue
+            if x.dim() - (dim is not None) == SHARED.get(self.names[i]):
+                given[i] = _share(x, dim, batch)
+                continue
             if self.written[i] is None:
                 given[i] = _fold(x, dim, n)
                 continue
@@ -124,6 +129,11 @@ def _fold(x: Tensor, dim: int | None, n: int) -> Tensor:
     x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
     x = x.reshape(n * x.shape[1], *x.shape[2:])
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _share(x: Tensor, dim: int | None, batch: int) -> Tensor:
+    """A tensor without a batch: with one, if vmap has several of them."""
+    return x if dim is None else x.movedim(dim, 0).repeat_interleave(batch, dim=0)
 
 
 def _unfold(results, n: int, batch: int):

@@ -8,8 +8,8 @@ from typing import Any
 class FwdArguments:
     """All but the stream; a tuple in this order will do.
 
-    Scales are None but for FP8, and what tells lengths but for ragged sequences.  The batch of a
-    packed tensor is 1, and its rows are those of all sequences.
+    Scales are None but for FP8, sinks where there are none, and what tells lengths but for ragged
+    sequences.  The batch of a packed tensor is 1, and its rows are those of all sequences.
     """
 
     q: Any  # (b, s_q, h_q, d)
@@ -21,13 +21,15 @@ class FwdArguments:
     k_scales: Any  # (b, h_k, blocks) fp32
     v_scales: Any  # (b, h_k, blocks or dv) fp32
     v_shift: Any  # (b, h_k, dv) fp32
+    sinks: Any  # (b, h_q) fp32
     cu_seqlens_q: Any  # (b + 1,) int32: rows of packed q before each sequence; (0,): q is dense
     cu_seqlens_k: Any  # the same of k and v
     seqused_q: Any  # (b,) int32: how many rows of a sequence count; (0,): all
     seqused_k: Any
     tiles: Any  # int32: room for the list of a ragged call's tiles (scheduler.TileList)
     num_sequences: Any  # Int32
-    scale_log2: Any  # Float32: softmax_scale * log2(e)
+    scale_log2: Any  # Float32: softmax_scale * log2(e), with softcap times 2 / softcap
+    softcap_log2: Any  # Float32: softcap * log2(e)
     window_left: Any  # Int32
     window_right: Any  # Int32
     num_ctas: Any  # Int32, at most so many are launched

@@ -8,6 +8,7 @@ Q_BLOCK = 128  # queries per scale of one-byte q
 UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
 
 MaskKind = Literal["full", "causal", "local"]
+ScoreKind = Literal["softcap"]
 DTypeName = Literal["bf16", "fp16"]
 ByteName = Literal["e4m3", "e5m2", "int8"]
 
@@ -46,8 +47,9 @@ class Quantised:
 class Signature:
     """What a kernel is compiled for.
 
-    Lengths, strides, batch, head counts, the true head dims (within the tiles), the softmax scale
-    and the window sizes are run-time values: two calls that differ only in them share a kernel.
+    Lengths, strides, batch, head counts, the true head dims (within the tiles), the softmax scale,
+    the softcap and the window sizes are run-time values: two calls that differ only in them share a
+    kernel.
     """
 
     dtype: DTypeName | ByteName  # of q; without `quantised` also of k, v and out
@@ -56,6 +58,8 @@ class Signature:
     mask: MaskKind  # full; causal: bottom-right aligned; local: a window with two run-time bounds
     quantised: Quantised | None = None  # for one-byte q, k and v
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
+    score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
+    sinks: bool = False  # a score without a value in each row's sum
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -70,3 +74,5 @@ class Signature:
             raise ValueError(f"dtype={self.dtype!r} does not go with k of {self.quantised.k!r}")
         if self.mask not in ("full", "causal", "local"):
             raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")
+        if self.score not in (None, "softcap"):
+            raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")

@@ -12,7 +12,20 @@ from .headroom import MAX_SHIFT_LOG2
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
+LOG2_E = math.log2(math.e)
 STEADY, LEAVING = -1, 2**31 - 1  # OnlineSoftmax.state, tested like the bits of a y
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a thread's two rows come to."""
+
+    lse: cute.Tensor  # (2,) natural log of the sum of exponentials
+    weight: cute.Tensor  # (2,) the sum of the keys' weights: 1, 0 without a key, less beside a sink
+
+    @staticmethod
+    def empty() -> "Totals":
+        return Totals(*(cute.make_rmem_tensor(2, Float32) for _ in range(2)))
 
 
 @dataclass(frozen=True)
@@ -55,16 +68,20 @@ class OnlineSoftmax:
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def scale(self, acc_S: cute.Tensor, scales: tuple) -> Boolean:
+    def scale(self, acc_S: cute.Tensor, scales: tuple, summand: Float32 | None) -> Boolean:
         """S -> y in place; true (warp-uniform) if move() is needed before P is computed.
 
         scales: a positive factor (in log2) per equal part of the columns.
+        summand: None, or what all scores lack besides (in log2).
         """
         rows = rows_and_columns(acc_S)  # (2, tile_n / 4)
         part = cute.size(rows, mode=[1]) // len(scales)
         for r in cutlass.range_constexpr(2):
+            shift = self.shift[r]
+            if cutlass.const_expr(summand is not None):
+                shift += summand
             for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                rows[r, i] = rows[r, i] * scales[i // part] + self.shift[r]
+                rows[r, i] = rows[r, i] * scales[i // part] + shift
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, self.state[0], self.limit))
 
     @cute.jit
@@ -118,10 +135,11 @@ class OnlineSoftmax:
         return cute.math.exp2(y, fastmath=True)
 
     @cute.jit
-    def finish(self, acc_O: cute.Tensor, lse: cute.Tensor):
-        """Normalise O and write the log-sum-exp (natural log) of both rows to lse (2,).
+    def finish(self, acc_O: cute.Tensor, totals: Totals, sink: Float32 | None):
+        """Normalise O, and write what both rows come to.
 
         A row that saw no key has sum 0: O = 0, lse = -inf.
+        sink: None, or a score (natural units, not scaled) without a value that joins the sum.
         """
         rows = rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(2):
@@ -129,8 +147,29 @@ class OnlineSoftmax:
             is_empty = total == 0.0
             log2_sum = cute.math.log2(total, fastmath=True)
             log2_denominator = log2_sum - self.shift[r] - self.far[r]
-            lse[r] = -Float32.inf if is_empty else log2_denominator * LN2
-            _multiply(rows[r, None], cute.arch.rcp_approx(Float32(1.0) if is_empty else total))
+            lse = -Float32.inf if is_empty else log2_denominator * LN2
+            weight = Float32(0.0) if is_empty else Float32(1.0)
+            factor = cute.arch.rcp_approx(Float32(1.0) if is_empty else total)
+            if cutlass.const_expr(sink is not None):
+                lse, share = _beside(sink, lse)
+                weight, factor = weight * share, factor * share
+            totals.lse[r], totals.weight[r] = lse, weight
+            _multiply(rows[r, None], factor)
+
+
+@cute.jit
+def _beside(sink: Float32, lse: Float32) -> tuple:
+    """The lse with the sink in the sum, and the part of that sum that the keys have.
+
+    However far the two are apart, and where one of them, or both, are -inf.
+    """
+    above = (sink - lse) * LOG2_E
+    if sink == -Float32.inf:
+        above = -Float32.inf
+    share = cute.arch.rcp_approx(1.0 + cute.math.exp2(above, fastmath=True))
+    top = lse if above <= 0.0 else sink
+    less = cute.math.exp2(-cute.arch.fmax(above, -above, nan=True), fastmath=True)
+    return top + cute.math.log2(1.0 + less, fastmath=True) * LN2, share
 
 
 def _reaches_limit(y: cute.Tensor, state: Int32, limit: float) -> Boolean:

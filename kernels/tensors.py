@@ -26,18 +26,23 @@ class FwdTensors:
     lse: cute.Tensor  # (s_q, h_q, b) fp32
     scales: Any = None  # Scales, of FP8 inputs
     lengths: Any = None  # lengths.GivenLengths, of ragged sequences
+    sinks: cute.Tensor | None = None  # (h_q, b) fp32
 
     @property
     def tma_atoms(self) -> list[cute.CopyAtom]:
         operands = (self.q, self.k, self.v, self.o)
         return [operand.atom for operand in operands if isinstance(operand, TmaOperand)]
 
+    def sink_of(self, tile) -> Float32 | None:
+        return None if self.sinks is None else self.sinks[tile.head, tile.batch]
+
 
 @dataclass(frozen=True)
 class FwdScalars:
     """Run-time numbers of a forward call."""
 
-    scale_log2: Float32  # softmax_scale * log2(e)
+    scale_log2: Float32  # softmax_scale * log2(e), with softcap times 2 / softcap
+    softcap_log2: Float32  # softcap * log2(e)
     window_left: Int32
     window_right: Int32
 

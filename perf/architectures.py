@@ -170,17 +170,25 @@ def in_fp32(calls=None):
 
     integration.register()
 
-    def attention(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    def attention(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink):  # noqa: PLR0913
         calls["attention"] += 1
         rounded = (x.bfloat16() for x in (q, k, v))
-        plain(*rounded, softmax_scale, causal, window_size=window_size)
+        options = {"softcap": softcap, "learnable_sink": learnable_sink}
+        plain(*rounded, softmax_scale, causal, window_size=window_size, **options)
         left, right = window_size
         group = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(group, 2) for x in (k, v))
         seen = visible_keys(q.shape[1], k.shape[1], left, 0 if causal else right)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
-        return out.transpose(1, 2)
+        scores = q @ k.mT * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        if learnable_sink is not None:
+            lse = torch.logaddexp(lse, learnable_sink[:, None, None])
+        return ((scores - lse).exp() @ v).transpose(1, 2)
 
     plain = integration.flash_attn_func
     with (

@@ -25,6 +25,16 @@ class CallCase:
     def mask(self) -> dict:
         return {"causal": self.causal, "window": self.window}
 
+    def learnable_sink(self, device) -> torch.Tensor | None:
+        """About as large as a sum of a hundred keys; NaN between the elements if strided."""
+        if self.sink is None:
+            return None
+        shape = (self.batch, self.h_q) if self.sink == "batch" else (self.h_q,)
+        sink = (4.0 + 2.0 * torch.randn(shape)).to(DTYPES.get(self.sink, torch.float32)).to(device)
+        if self.sink == "strided":
+            sink = torch.stack([torch.full_like(sink, math.nan), sink], dim=-1)[..., 1]
+        return sink
+
 
 @dataclass(frozen=True)
 class Case(CallCase):
@@ -43,6 +53,8 @@ class Case(CallCase):
     layout: str = "bshd"
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
+    softcap: float = 0.0
+    sink: str | None = None  # one of SINKS
 
 
 class Bordered:
@@ -190,6 +202,20 @@ FACTORS = {
     "scale": (None, 0.3),
     "num_ctas": (None, 3),
 }
+SINKS = (None, "fp32", "bf16", "fp16", "strided", "batch")
+# Kernels with a function of scores or a sink differ from the others in little: they have cases of
+# their own, on fewer tiles.
+SCORE_FACTORS = {
+    "dims": ((64, 64), (104, 120), (256, 256)),
+    "mask": MASKS[:3],
+    "softcap": (0.0, 50.0, 20.0),
+    "sink": SINKS,
+    "lengths": ((127, 129), (200, 333), (257, 95)),
+    "heads": ((2, 2), (6, 2)),
+    "layout": ("bshd", "packed"),
+    "scale": (None, 3.0),  # scores of about 1, or of twice the cap
+    "num_ctas": (None, 3),
+}
 
 
 def _dtype_of(dims: tuple[int, int], mask: tuple) -> str:
@@ -201,17 +227,17 @@ def _dtype_of(dims: tuple[int, int], mask: tuple) -> str:
     return ("bf16", "fp16")[(tiles + kind) % 2]
 
 
-def covering(seed: int = 1) -> list[Case]:
+def covering(factors: dict[str, Sequence] = FACTORS, seed: int = 1) -> list[Case]:
     """The cases of the forward accuracy tests, in the order of their kernels."""
     cases = []
-    for row in pairwise(FACTORS, seed):
+    for row in pairwise(factors, seed):
         (head_dim, head_dim_v), (causal, window) = row["dims"], row["mask"]
         cases.append(
             Case(
                 dtype=_dtype_of(row["dims"], row["mask"]),
                 head_dim=head_dim,
                 head_dim_v=head_dim_v,
-                batch=2 if row["layout"] == "expanded" else row["batch"],
+                batch=2 if row["layout"] == "expanded" else row.get("batch", 2),
                 h_q=row["heads"][0],
                 h_k=row["heads"][1],
                 s_q=row["lengths"][0],
@@ -221,6 +247,8 @@ def covering(seed: int = 1) -> list[Case]:
                 layout=row["layout"],
                 softmax_scale=row["scale"],
                 num_ctas=row["num_ctas"],
+                softcap=row.get("softcap", 0.0),
+                sink=row.get("sink"),
             )
         )
     return sorted(cases, key=lambda c: (c.head_dim, c.head_dim_v, c.causal, c.window, repr(c)))

@@ -8,7 +8,7 @@ import torch
 from fa3.kernels.signature import MaskKind, Quantised, Signature, head_dim_tile
 from fa3.mask import MaskSpec
 
-from .cases import Bordered, CallCase, pairwise
+from .cases import SINKS, Bordered, CallCase, pairwise
 from .fp8_calls import E4M3, E5M2, INT8
 
 DTYPES = {
@@ -46,6 +46,8 @@ class Fp8Case(CallCase):
     shifted: bool = False  # v
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
+    softcap: float = 0.0
+    sink: str | None = None  # one of SINKS
 
     @property
     def scale(self) -> float:
@@ -59,7 +61,8 @@ class Fp8Case(CallCase):
         k_block, v_block = (self._block(form) for form in self.scales[1:])
         quantised = Quantised(k, v, self.out, k_block, v_block)
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
-        return Signature(q, *tiles, kind, quantised)
+        score = "softcap" if self.softcap else None
+        return Signature(q, *tiles, kind, quantised, score=score, sinks=self.sink is not None)
 
     def _block(self, form: str) -> int:
         """Up to 64 keys are one block, of either size."""
@@ -133,7 +136,10 @@ KERNEL_FACTORS = {
     "mask": tuple(WINDOWS),
     "k_block": (0, 64, 128),
     "v_block": (0, 64, 128),
+    "score": (None, "softcap"),
+    "sinks": (False, True),
 }
+SOFTCAPS = (50.0, 20.0)
 LENGTHS = (  # s_q, s_k
     (1, 1),
     (2, 300),
@@ -158,7 +164,7 @@ CALL_FACTORS = {
     "batch": (1, 2),
     "strided_scales": (False, True),
     "shifted": (False, True),
-    "softmax_scale": (None, 0.3),
+    "softmax_scale": (None, 0.3, 3.0),
     "num_ctas": (None, 3),
 }
 
@@ -170,7 +176,7 @@ def kernels(seed: int) -> list[dict]:
     return [row | {"tiles": tiles[i % len(tiles)]} for i, row in enumerate(rows)]
 
 
-def covering(kernel_seed: int = 107, call_seed: int = 1) -> list[Fp8Case]:
+def covering(kernel_seed: int = 4, call_seed: int = 1) -> list[Fp8Case]:
     """Any two values of CALL_FACTORS meet, in calls that are spread over the kernels.
 
     Of the kernels with the fewest calls each takes the one whose factors it meets first.
@@ -215,4 +221,6 @@ def _case(kernel: dict, call: dict, count: int) -> Fp8Case:
         shifted=call["shifted"],
         softmax_scale=call["softmax_scale"],
         num_ctas=call["num_ctas"],
+        softcap=SOFTCAPS[count % 2] if kernel["score"] else 0.0,
+        sink=SINKS[1 + count % (len(SINKS) - 1)] if kernel["sinks"] else None,
     )

@@ -48,9 +48,12 @@ class Case:
     dtype: str
     mask: str
     head_dim: int
+    softcap: float = 0.0
+    sink: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.mask} {self.head_dim} {self.levels}"
+        more = f"cap {self.softcap} " * (self.softcap > 0) + "sink " * (self.sink is not None)
+        return f"{self.dtype} {self.mask} {self.head_dim} {more}{self.levels}"
 
     @property
     def causal(self) -> bool:
@@ -78,19 +81,27 @@ def _cases() -> list[Case]:
     turns = itertools.cycle([("full", 64), ("causal", 64), ("causal", 128), ("full", 128)])
     found = [(levels, dtype) for levels in LEVELS for dtype in ("bf16", "fp16", "e4m3")]
     fits = [x for x in found if x[1] == "bf16" or "as large" not in x[0]]
-    return [Case(*x, *turn) for x, turn in zip(fits, turns, strict=False)]
+    return [Case(*x, *turn) for x, turn in zip(fits, turns, strict=False)] + [
+        Case(levels, ("bf16", "e4m3")[(i + j) % 2 * ("as large" not in levels)], "full", 64, *score)
+        for i, levels in enumerate(LEVELS)
+        for j, score in enumerate([(20.0,), (0.0, 1.0)])
+    ]
 
 
 def _compare(case: Case, device, is_kernel: bool):
     (q, k, v), descales = case.inputs(device)
-    options = dict(softmax_scale=SCALE, causal=case.causal, return_attn_probs=True)
-    out, lse = fa3.flash_attn_func(q, k, v, **options, **descales)
+    options = {"softmax_scale": SCALE, "causal": case.causal, "softcap": case.softcap}
+    sink = None if case.sink is None else torch.tensor([case.sink], device=device)
+    out, lse = fa3.flash_attn_func(
+        q, k, v, **options, **descales, learnable_sink=sink, return_attn_probs=True
+    )
+    more = {"softcap": case.softcap, "sink": None if sink is None else sink.cpu()}
     q, k, v, out, lse = (x.cpu() for x in (q, k, v, out, lse))
     if case.dtype != "e4m3":
-        _assert_follows(q, k, v, out, lse, SCALE, case.causal)
+        _assert_follows(q, k, v, out, lse, SCALE, case.causal, **more)
         return
     k = k.double() * descales["k_descale"].cpu().repeat_interleave(GROUP, 2)[0, 0, :, None, None]
-    attention = Attention.of(q.double(), k, v.double(), SCALE, case.causal)
+    attention = Attention.of(q.double(), k, v.double(), SCALE, case.causal, **more)
     baseline = attention.baseline(torch.bfloat16, 128, sums_rounded=True)
     assert_accurate("out", out, attention.exact(torch.bfloat16), baseline)
     assert_same_nonfinite("lse", lse, attention.lse)
@@ -101,10 +112,10 @@ def _compare(case: Case, device, is_kernel: bool):
     assert (error <= bound + 2.0**-15 * exact_lse.abs().clamp(min=1)).all()
 
 
-def _assert_follows(q, k, v, out, lse, scale, causal=False):
+def _assert_follows(q, k, v, out, lse, scale, causal=False, **more):  # noqa: PLR0913
     """Within twice what rounding P costs; scores in the inputs' dtype, as torch's, overflow."""
-    exact, exact_lse = reference.exact(q, k, v, scale, causal, precision=torch.float64)
-    attention = Attention.of(q.double(), k.double(), v.double(), scale, causal)
+    exact, exact_lse = reference.exact(q, k, v, scale, causal, precision=torch.float64, **more)
+    attention = Attention.of(q.double(), k.double(), v.double(), scale, causal, **more)
     p = attention.y.exp2().to(q.dtype).double()
     baseline = attention.normalised(p @ attention.v, p.sum(-1, keepdim=True), q.dtype)
     assert_accurate("out", out, exact, baseline)

@@ -10,10 +10,10 @@ from fa3 import dispatch
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse
-from .cases import Bordered, Case, covering, make_inputs
+from .cases import SCORE_FACTORS, Bordered, Case, covering, make_inputs
 
 
-def _attention(case: Case, q, k, v, device, out=None):
+def _attention(case: Case, q, k, v, device, out=None, sink=None):
     """(out, lse) of a case."""
     sms = dispatch.target_of(device).num_sms
     return fa3.flash_attn_func(
@@ -26,6 +26,8 @@ def _attention(case: Case, q, k, v, device, out=None):
         sm_margin=0 if case.num_ctas is None else max(0, sms - case.num_ctas),
         return_attn_probs=True,
         out=out,
+        softcap=case.softcap,
+        learnable_sink=sink,
     )
 
 
@@ -34,11 +36,13 @@ def _check(case: Case, device) -> None:
     shape = case.batch, case.s_q, case.h_q, case.head_dim_v
     empty = torch.full(shape, math.nan, dtype=q.tensor.dtype, device=device)
     out = Bordered(empty, "bshd" if case.layout == "expanded" else case.layout)
-    given, lse = _attention(case, q.tensor, k.tensor, v.tensor, device, out.tensor)
+    sink = case.learnable_sink(device)
+    given, lse = _attention(case, q.tensor, k.tensor, v.tensor, device, out.tensor, sink)
     assert given is out.tensor
     inputs = q.values, k.values, v.values
-    exact, exact_lse = reference.exact(*inputs, case.softmax_scale, **case.mask)
-    baseline = reference.baseline(*inputs, case.softmax_scale, **case.mask)
+    options = {**case.mask, "softcap": case.softcap, "sink": sink}
+    exact, exact_lse = reference.exact(*inputs, case.softmax_scale, **options)
+    baseline = reference.baseline(*inputs, case.softmax_scale, **options)
     assert_accurate("out", given, exact, baseline)
     assert_lse("lse", lse, exact_lse)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -61,6 +65,11 @@ def test_first_light(case, device):
 
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_accuracy(case, device):
+    _check(case, device)
+
+
+@pytest.mark.parametrize("case", covering(SCORE_FACTORS), ids=str)
+def test_accuracy_with_softcap_and_sinks(case, device):
     _check(case, device)
 
 

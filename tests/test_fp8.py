@@ -24,7 +24,7 @@ DEVIATIONS = 6.0
 LSE_FLOOR = 1e-3
 
 
-def _call(case: Fp8Case, q, k, v, descales, out=None):
+def _call(case: Fp8Case, q, k, v, descales, out=None, sink=None):
     """(out, lse) of a case; out has its dtype."""
     sms = dispatch.target_of(q.device).num_sms
     return fa3.flash_attn_func(
@@ -37,6 +37,8 @@ def _call(case: Fp8Case, q, k, v, descales, out=None):
         sm_margin=0 if case.num_ctas is None else max(0, sms - case.num_ctas),
         return_attn_probs=True,
         out=_out(case, q.device) if out is None else out,
+        softcap=case.softcap,
+        learnable_sink=sink,
         **descales,
     )
 
@@ -46,7 +48,7 @@ def _out(case: Fp8Case, device) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=DTYPES[case.out], device=device)
 
 
-def _exactly(case: Fp8Case, q, k, v, descales) -> Attention:
+def _exactly(case: Fp8Case, q, k, v, descales, sink=None) -> Attention:
     """Of bytes times their scales, in fp64 on the CPU."""
     arrays = (
         values(x.cpu(), None if scale is None else scale.cpu(), form)
@@ -56,7 +58,9 @@ def _exactly(case: Fp8Case, q, k, v, descales) -> Attention:
     )
     shift = descales.get("v_shift")
     shift = None if shift is None else shift.cpu()
-    return Attention.of(*arrays, case.scale, **case.mask, shift=shift)
+    sink = None if sink is None else sink.cpu()
+    options = {**case.mask, "shift": shift, "softcap": case.softcap, "sink": sink}
+    return Attention.of(*arrays, case.scale, **options)
 
 
 def _assert_follows(case: Fp8Case, given, lse, attention: Attention, has_equal_scores=False):
@@ -91,9 +95,10 @@ def _check(case: Fp8Case, device) -> None:
     q, k, v = case.inputs(device)
     descales = case.descales(device)
     out = Bordered(_out(case, device), "bshd" if case.layout == "expanded" else case.layout)
-    given, lse = _call(case, q.tensor, k.tensor, v.tensor, descales, out.tensor)
+    sink = case.learnable_sink(device)
+    given, lse = _call(case, q.tensor, k.tensor, v.tensor, descales, out.tensor, sink)
     assert given is out.tensor
-    attention = _exactly(case, q.values, k.values, v.values, descales)
+    attention = _exactly(case, q.values, k.values, v.values, descales, sink)
     _assert_follows(case, given, lse, attention)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         x.assert_border_untouched(name)

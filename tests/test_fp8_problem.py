@@ -198,7 +198,7 @@ def test_options_are_checked(refused):
     refused(TypeError, ["causal", 1], causal=1)
     refused(TypeError, ["window_size", "left", "[3]", "int"], window_size=([3], 0))
     refused(ValueError, ["softmax_scale", -1.0], softmax_scale=-1.0)
-    refused(NotImplementedError, ["softcap", 15.0], softcap=15.0)
+    refused(ValueError, ["softcap", -15.0], softcap=-15.0)
 
 
 def _problem(dtypes=(E4M3, E4M3, E4M3), out_dtype=None, shapes=None, **forms):
@@ -284,7 +284,7 @@ def test_what_the_kernel_is_called_with(calls, name, form, strided):
     assert (out.shape, out.dtype, out.stride()[-1]) == (OUT_SHAPE, torch.bfloat16, 1)
     assert (lse.shape, lse.dtype) == ((2, 4, 140), torch.float32)
     assert call.scale_log2 == pytest.approx(64**-0.5 * math.log2(math.e))
-    assert call.num_ctas == 7
+    assert (call.sinks, call.softcap_log2, call.num_ctas) == (None, 0.0, 7)
     assert torch.equal(call.v_shift, torch.zeros(SHIFT_SHAPE))
     views = dict(zip(FORMS, (call.q_scales, call.k_scales, call.v_scales), strict=True))
     for other, width in (("q_descale", 1), ("k_descale", 1), ("v_descale", 48)):

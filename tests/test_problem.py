@@ -11,6 +11,7 @@ import torch
 
 import fa3
 from fa3 import ops, problem
+from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import UNBOUNDED
 from fa3.problem import Layout, Options, Problem
 
@@ -178,6 +179,73 @@ def test_softmax_scale_has_no_derivative():
         )
 
 
+@pytest.mark.parametrize("softcap", [math.nan, math.inf, -math.inf, -50.0, 1e-46, 2e38])
+def test_softcap(softcap):
+    """fp32 has to hold twice of it, in base 2."""
+    refused(ValueError, ["softcap", softcap, 0, "8.15e-39", "1.18e+38"], softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", ["50", True, [50.0], zeros(2), torch.tensor(True)], ids=str)
+def test_softcap_of_wrong_type(softcap):
+    refused(TypeError, ["softcap", "number"], softcap=softcap)
+
+
+@pytest.mark.parametrize("function", [fa3.flash_attn_func, fa3.flash_attn_fp8_func])
+@pytest.mark.parametrize(
+    ("error", "sink", "words"),
+    [
+        (TypeError, [0.0] * 4, "learnable_sink is a list, expected a torch.Tensor"),
+        (TypeError, zeros(4, dtype=torch.float64), "learnable_sink has dtype torch.float64, exp"),
+        (ValueError, zeros(2), "learnable_sink has shape (2,), expected (4,), one for each head"),
+        (ValueError, zeros(4, 2), "learnable_sink has shape (4, 2), expected (4,), .* or (2, 4)"),
+        (ValueError, zeros(4).to("meta"), "learnable_sink is on device meta but q is on cpu"),
+        (ValueError, zeros(4).to_sparse(), "learnable_sink is of layout torch.sparse_coo"),
+        (NotImplementedError, zeros(4).requires_grad_(), "learnable_sink has requires_grad=True"),
+    ],
+)
+def test_learnable_sink(function, error, sink, words, monkeypatch):
+    monkeypatch.setattr(fa3.interface, "quantize_fp8", lambda q, k, v, **_: _Quantised(q, k, v))
+    pattern = re.escape(words).replace(r"\.\*", ".*")
+    with pytest.raises(error, match=pattern):
+        function(**tensors(), learnable_sink=sink)
+
+
+def _Quantised(q, k, v):
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    return fa3.quantize.Fp8Inputs(q, k, v, *(torch.ones(2, 2) for _ in range(3)))
+
+
+def test_out_over_the_sink(monkeypatch):
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
+    out = zeros(2, 6, 4, 64)
+    words = ["out", "learnable_sink", hex(out.data_ptr())]
+    refused(ValueError, words, out=out, learnable_sink=out[0, 0, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"softcap": 50.0}, "smooth_k is True but softcap is 50.0, expected smooth_k=False"),
+        ({"learnable_sink": zeros(4)}, "smooth_k is True but learnable_sink is a tensor"),
+    ],
+    ids=["softcap", "sink"],
+)
+def test_what_smooth_k_would_change(given, words, monkeypatch):
+    """It moves all scores of a query; it is off where that matters, and refused there."""
+    seen = []
+    monkeypatch.setattr(
+        fa3.interface,
+        "quantize_fp8",
+        lambda q, k, v, **options: seen.append(options["smooth_k"]) or _Quantised(q, k, v),
+    )
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda _: None, 0, 0))
+    for options in ({}, given):
+        fa3.flash_attn_fp8_func(**tensors(), **options, smooth_v=False)
+    assert seen == [True, False]
+    with pytest.raises(ValueError, match=words):
+        fa3.flash_attn_fp8_func(**tensors(), **given, smooth_k=True)
+
+
 @pytest.mark.parametrize("causal", [1, 0, None, "yes", [True]])
 def test_causal(causal):
     refused(TypeError, ["causal", repr(causal), "True", "False"], causal=causal)
@@ -245,6 +313,9 @@ HINTS = [
     ("dropout_p", "no dropout"),
     ("enable_gqa", "q may always have more heads"),
     ("alibi_slopes", "no other masks"),
+    ("logits_soft_cap", "softcap is meant"),
+    ("s_aux", "learnable_sink is meant"),
+    ("sinks", "learnable_sink is meant"),
     ("cu_seqlens_q", "no variable lengths yet"),
     ("softmax_scal", "softmax_scale is meant?"),
     ("colour", "it has q, k, v, softmax_scale, causal, qv"),
@@ -261,8 +332,8 @@ def test_arguments_of_other_functions(name, hint):
 @pytest.mark.parametrize(
     ("function", "last"),
     [
-        (fa3.flash_attn_func, "check_scales"),
-        (fa3.flash_attn_fp8_func, "out"),
+        (fa3.flash_attn_func, "learnable_sink"),
+        (fa3.flash_attn_fp8_func, "learnable_sink"),
         (fa3.quantize_fp8, "v_dtype"),
     ],
 )
@@ -319,10 +390,6 @@ def test_length_beyond_int32(name, mask):
         ("qv", numpy.zeros(2), None),
         ("attention_chunk", 64, 0),
         ("attention_chunk", torch.zeros(2), 0),
-        ("softcap", 15.0, 0.0),
-        ("softcap", math.nan, 0.0),
-        ("softcap", numpy.zeros(2), 0.0),
-        ("softcap", [0.0], 0.0),
     ],
 )
 def test_not_supported_yet(name, value, supported):
@@ -394,9 +461,9 @@ def test_mask_kinds(causal, window, kind, bounds):
 
 def test_numpy_numbers():
     layouts = (Layout.of(x) for x in tensors().values())
-    numbers = numpy.float32(0.5), numpy.False_, numpy.int64(5), numpy.int32(7), numpy.int64(1)
+    numbers = numpy.float32(0.5), numpy.False_, numpy.int64(5), numpy.int32(7), numpy.int64(1), 0
     options = Options.of(*numbers)
-    assert [type(x) for x in options] == [float, bool, int, int, int]
+    assert [type(x) for x in options] == [float, bool, int, int, int, float]
     checked = Problem.of(*layouts, options)
     assert (checked.mask, checked.sm_margin) == (("local", 5, 7), 1)
     assert checked.softmax_scale == 0.5
@@ -409,14 +476,14 @@ def test_numpy_numbers():
 def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-4:]), 7, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-5:]), 7, 0))
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
     fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)
     if isinstance(scale, torch.Tensor):
         fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale.mul_(2))
     log2_e = math.log2(math.e)
-    assert seen == [(factor * log2_e, 5, 0, 7) for factor in (0.5, 1.0)[: len(seen)]]
+    assert seen == [(factor * log2_e, 0.0, 5, 0, 7) for factor in (0.5, 1.0)[: len(seen)]]
 
 
 def test_signature_has_no_lengths():
@@ -427,6 +494,47 @@ def test_signature_has_no_lengths():
             layouts = [Layout.of(x) for x in tensors(**sizes).values()]
             signatures.add(Problem.of(*layouts, options).signature)
     assert len(signatures) == 1
+
+
+def test_what_a_kernel_gets_of_softcap_and_sinks(monkeypatch):
+    """Numbers of any kind; the value makes no kernel, its presence does."""
+    seen = []
+
+    def kernel_of(problem):
+        def run(x):
+            call = FwdArguments(*x)
+            seen.append((problem.signature, call.sinks, call.scale_log2, call.softcap_log2))
+
+        return run, 0, 0
+
+    monkeypatch.setattr(ops, "_kernel_of", kernel_of)
+    sink = zeros(8)[::2]
+    for softcap in (50, numpy.float16(20), torch.tensor(50.0)):
+        fa3.flash_attn_func(**tensors(), softcap=softcap, softmax_scale=0.5, learnable_sink=sink)
+    for softcap in (0, None, numpy.int64(0)):
+        fa3.flash_attn_func(**tensors(), softcap=softcap, softmax_scale=0.5)
+    assert len({signature for signature, *_ in seen}) == 2
+    log2_e = math.log2(math.e)
+    for (signature, sinks, scale, cap), softcap in zip(seen, (50, 20, 50, 0, 0, 0), strict=True):
+        assert (signature.score, signature.sinks) == (
+            ("softcap", True) if softcap else (None, False)
+        )
+        assert cap == softcap * log2_e
+        assert scale == pytest.approx(0.5 * log2_e * (2 / softcap if softcap else 1))
+        if softcap:
+            assert (sinks.shape, sinks.dtype) == ((2, 4), torch.float32)
+        else:
+            assert sinks is None
+
+
+@pytest.mark.parametrize(
+    ("softcap", "factor"), [(1e-38, torch.finfo(torch.float32).max), (1e38, 2.0**-126)]
+)
+def test_factors_of_scores_that_fp32_does_not_hold(softcap, factor):
+    layouts = [Layout.of(x) for x in tensors().values()]
+    scale = 2.0 if factor > 1 else 1e-10
+    checked = Problem.of(*layouts, Options(scale, softcap=softcap))
+    assert checked.scalars[1] == factor
 
 
 def test_good_layouts_pass(monkeypatch):

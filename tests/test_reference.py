@@ -1,13 +1,12 @@
 """The chain of trust: textbook -> torch reference of the tests -> fa3's own CPU path."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from fa3 import reference as cpu
 from fa3.kernels.signature import Signature
+from fa3.ops import NO_LENGTHS
 from fa3.problem import Layout, Options, Problem
 from fa3.scales import NO_DESCALES
 
@@ -16,6 +15,8 @@ from .accuracy import assert_accurate, assert_lse
 
 MASKS = [(False, (-1, -1)), (True, (-1, -1)), (False, (3, 2)), (True, (2, -1)), (False, (-1, 1))]
 MASKS += [(False, (0, 0)), (False, (4, -1))]
+SINK = torch.tensor([0.5, -3.0, -torch.inf, 7.0])
+SCORES = [(0.0, None), (1.5, None), (0.0, SINK), (0.8, torch.stack([SINK, SINK.flip(0)]))]
 LENGTHS = [(5, 5), (3, 9), (9, 3), (1, 7), (7, 1)]
 
 
@@ -28,13 +29,18 @@ def _inputs(s_q, s_k, h_q=4, h_k=2, d=8, dv=16, dtype=torch.float32):
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 def test_torch_reference_agrees_with_textbook(lengths, causal, window):
     q, k, v = _inputs(*lengths)
-    out, lse = reference.exact(q, k, v, 0.4, causal, window)
     left, right = window[0], 0 if causal else window[1]
-    for b in range(2):
-        arrays = (x[b].double().numpy() for x in (q, k, v))
-        wanted, wanted_lse = textbook.multi_head_attention(*arrays, 0.4, left, right)
-        np.testing.assert_allclose(out[b].numpy(), wanted, atol=2e-6)
-        np.testing.assert_allclose(lse[b].numpy(), wanted_lse, atol=2e-6)
+    for softcap, sink in SCORES:
+        out, lse = reference.exact(q, k, v, 0.4, causal, window, softcap=softcap, sink=sink)
+        sinks = None if sink is None else sink.expand(2, 4).double().numpy()
+        for b in range(2):
+            arrays = [x[b].double().numpy() for x in (q, k, v)]
+            of_entry = None if sinks is None else sinks[b]
+            wanted, wanted_lse = textbook.multi_head_attention(
+                *arrays, 0.4, left, right, softcap, of_entry
+            )
+            np.testing.assert_allclose(out[b].numpy(), wanted, atol=2e-6)
+            np.testing.assert_allclose(lse[b].numpy(), wanted_lse, atol=2e-6)
 
 
 def test_textbook_forms_agree():
@@ -67,10 +73,7 @@ def _cpu_forward(q, k, v, causal, window, scale):
     problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), options)
     run = cpu.bind(problem.signature)
     out, lse = q.new_empty(problem.out_shape), torch.empty(problem.lse_shape)
-    scale_log2 = problem.softmax_scale * math.log2(math.e)
-    window = problem.mask.left, problem.mask.right
-    no_lengths = (None,) * 6
-    run((q, k, v, out, lse, *NO_DESCALES, *no_lengths, scale_log2, *window, 0))
+    run((q, k, v, out, lse, *NO_DESCALES, None, *NO_LENGTHS, *problem.scalars, 0))
     return out, lse
 
 

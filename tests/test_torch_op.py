@@ -36,6 +36,47 @@ def test_opcheck_with_out(qkv):
     torch.library.opcheck(torch.ops.fa3.forward_out.default, arguments)
 
 
+def test_opcheck_with_softcap_and_sinks(plain_torch):
+    qkv = [x.values for x in make_inputs(CASE, torch.device("cpu"))]
+    out = torch.empty_like(qkv[0])
+    for sink in (torch.randn(4), torch.randn(1, 4).bfloat16()):
+        options = {"causal": True, "softcap": 20.0, "learnable_sink": sink}
+        torch.library.opcheck(torch.ops.fa3.forward.default, qkv, options)
+        torch.library.opcheck(torch.ops.fa3.forward_out.default, (*qkv, out), options)
+    few = torch.randn(3)
+    with FakeTensorMode() as mode:
+        q, k, v, sink = (mode.from_tensor(x) for x in (*qkv, few))
+        with pytest.raises(ValueError, match=r"learnable_sink has shape \(3,\), expected \(4,\)"):
+            fa3.flash_attn_func(q, k, v, learnable_sink=sink)
+
+
+def test_compile_with_softcap_and_sinks(plain_torch):
+    """One graph for all caps, which are symbols; where somebody watches the operator gets both."""
+    q, k, v = (x.values for x in make_inputs(CASE, torch.device("cpu")))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def model(sink, softcap):
+        options = {"causal": True, "softcap": softcap, "return_attn_probs": True}
+        return fa3.flash_attn_func(q, k, v, **options, learnable_sink=sink * 2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for softcap in (20.0, 1.5, 0.3):
+        sink = torch.randn(4)
+        for given, wanted in zip(compiled(sink, softcap), model(sink, softcap), strict=True):
+            assert torch.equal(given, wanted)
+    assert len(graphs) == 1
+    with torch.no_grad():
+        sink = torch.nn.Parameter(sink)
+        traced = torch.jit.trace(lambda sink: model(sink, 20.0), (sink,))
+        for given, wanted in zip(traced(-sink), model(-sink, 20.0), strict=True):
+            assert torch.equal(given, wanted)
+
+
 def _model(q, k, v):
     out, lse = fa3.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)
     return out + 1, lse

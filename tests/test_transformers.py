@@ -26,7 +26,13 @@ BERT = {
 }
 LLAMA = {**BERT, "num_attention_heads": 4, "num_key_value_heads": 2}
 MISTRAL = {**LLAMA, "sliding_window": 4}
-GEMMA = {**MISTRAL, "head_dim": 16, "attn_logit_softcapping": None}
+GEMMA = {
+    **MISTRAL,
+    "head_dim": 16,
+    "attn_logit_softcapping": 0.5,
+    "query_pre_attn_scalar": 1,
+}
+GPT_OSS = {**MISTRAL, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 2}
 PLAIN = [("Bert", BERT), ("Llama", LLAMA)]
 
 
@@ -66,6 +72,9 @@ def pair(kind, options, dtype=torch.float32, head="Model"):
     ]
     eager, ours = models
     architectures.make_attention_matter(eager)
+    for name, parameter in eager.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
     ours.load_state_dict(eager.state_dict())
     assert [model.config._attn_implementation for model in models] == ["eager", "fa3"]
     return eager, ours
@@ -112,6 +121,32 @@ def test_a_model_through_the_kernel(device):
     assert least_cosine(hidden(ours, tokens, attention_mask=mask), hidden(eager, tokens)) > 0.999
 
 
+@pytest.mark.parametrize(
+    "kind, options, name", [("Gemma2", GEMMA, "softcap"), ("GptOss", GPT_OSS, "learnable_sink")]
+)
+def test_softcap_and_sinks(kind, options, name, monkeypatch):
+    """Both reach the attention, in fp32 and with a 16-bit parameter; what lost one is noticed."""
+    tokens = tokens_of(3, 17)
+    for dtype in (torch.float32, torch.bfloat16):
+        eager, ours = pair(kind, options, dtype)
+        assert least_cosine(hidden(ours, tokens), hidden(eager, tokens)) > 0.99
+    eager, ours = pair(kind, options)
+    expected = hidden(eager, tokens)
+    assert least_cosine(hidden(ours, tokens), expected) > 0.999
+    plain = integration.flash_attn_func
+    monkeypatch.setattr(
+        integration, "flash_attn_func", lambda *qkv, **given: plain(*qkv, **given | {name: None})
+    )
+    assert least_cosine(hidden(ours, tokens), expected) < 0.99
+
+
+@pytest.mark.parametrize("kind, options", [("Gemma2", GEMMA), ("GptOss", GPT_OSS)])
+def test_softcap_and_sinks_through_the_kernel(kind, options, device):
+    eager, ours = (model.to(device) for model in pair(kind, {**options, "num_hidden_layers": 1}))
+    tokens = tokens_of(1, 7).to(device)
+    assert least_cosine(hidden(ours, tokens), hidden(eager, tokens)) > 0.999
+
+
 def test_a_wrong_window_would_be_noticed():
     """The weights are such that the tests above can fail."""
     eager, _ = pair("Mistral", MISTRAL)
@@ -137,8 +172,10 @@ def test_a_wrong_window_would_be_noticed():
         ),
         ("mamba", "does not call fa3", ""),
         ("t5", "refused", 't5 (T5Attention): fa3 takes no position_bias; use attn_impl.*"sdpa"'),
-        ("gpt_oss", "refused", 'gpt_oss (GptOssAttention): fa3 takes no s_aux; .*"eager"'),
-        ("gemma2", "refused", 'gemma2 (Gemma2Attention): fa3 takes no softcap; .*"eager"'),
+        ("gpt_oss", "runs", ""),
+        ("gemma2", "runs", ""),
+        ("granite_swa", "runs", ""),
+        ("vaultgemma", "runs", ""),
         ("bloom", "refused", "BloomModel: fa3 cannot take the place of its attention"),
         ("falcon", "refused", "FalconModel: fa3 cannot take the place of its attention"),
         ("trocr", "refused", "TrOCRDecoder: fa3 cannot take the place of its attention"),
@@ -316,7 +353,8 @@ def test_dropout_is_refused(calls):
 
 
 @pytest.mark.parametrize(
-    "kind, options", [("Llama", LLAMA), ("Mistral", MISTRAL), ("Gemma2", GEMMA)]
+    "kind, options",
+    [("Llama", LLAMA), ("Mistral", MISTRAL), ("Gemma2", GEMMA), ("GptOss", GPT_OSS)],
 )
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_agrees_with_eager(kind, options, cache):

@@ -77,6 +77,33 @@ def test_vmap(dims, one_byte):
     _assert_equal(torch.vmap(_attend, tuple(dims))(*tensors), _one_by_one(_attend, tensors, dims))
 
 
+@pytest.mark.parametrize("one_byte", [False, True], ids=["16 bits", "one byte"])
+@pytest.mark.parametrize(
+    ("of_q", "shape", "dim"),
+    [
+        (0, (H_Q,), 0),
+        (None, (H_Q,), 1),
+        (0, (H_Q,), None),
+        (0, (B, H_Q), None),
+        (None, (B, H_Q), 1),
+        (0, (B, H_Q), 2),
+    ],
+)
+def test_vmap_of_sinks(of_q, shape, dim, one_byte):
+    """They may have no batch: then one serves all entries, also where vmap has several."""
+    q, k, v = (_cast(name, _tensor(name), one_byte) for name in "qkv")
+    if of_q == 0:
+        q = _cast("q", _tensor("q", N), one_byte)
+    sink = torch.randn(shape) if dim is None else torch.randn(N, *shape).movedim(0, dim)
+
+    def call(q, sink):
+        options = {"softcap": 1.5, "learnable_sink": sink, "return_attn_probs": True}
+        return fa3.flash_attn_func(q, k, v, causal=True, **options)
+
+    given = torch.vmap(call, (of_q, dim))(q, sink)
+    _assert_equal(given, _one_by_one(call, (q, sink), (of_q, dim)))
+
+
 def test_vmap_over_a_dimension_that_lies_within_rows():
     """With one batch entry no copy is needed to join them, but rows are not contiguous."""
     q, k, v = (_tensor(name, N).bfloat16()[:, :1] for name in "qkv")

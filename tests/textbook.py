@@ -19,14 +19,19 @@ def log_sum_exp(x):
     return x.max() + np.log(np.exp(x - x.max()).sum())
 
 
-def attend(query, keys, values, scale):
+def attend(query, keys, values, scale, softcap=0.0, sink=-np.inf):
     """One query (d,) over keys (n, d) and values (n, dv): a weighted mean of the values, (dv,).
 
     Also gives the logarithm of the sum that the weights were divided by. No key, no output: 0.
+    softcap: scores stay between it and its negative. sink: a score whose value is 0.
     """
-    if len(keys) == 0:
-        return np.zeros(values.shape[1]), -np.inf
     scores = scale * (keys @ query)
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    if sink > -np.inf:
+        scores, values = np.append(scores, sink), np.vstack([values, np.zeros(values.shape[1])])
+    if len(scores) == 0:
+        return np.zeros(values.shape[1]), -np.inf
     return softmax(scores) @ values, log_sum_exp(scores)
 
 
@@ -42,7 +47,7 @@ def self_attention(q, k, v, scale):
     return cross_attention(q, k, v, scale)
 
 
-def window_attention(q, k, v, scale, left=-1, right=-1):
+def window_attention(q, k, v, scale, left=-1, right=-1, **score):
     """Query i stands at key i + s_k - s_q and sees `left` keys before it and `right` after it.
 
     The last query stands at the last key. -1: no bound on that side.
@@ -53,7 +58,7 @@ def window_attention(q, k, v, scale, left=-1, right=-1):
         first = 0 if left < 0 else max(0, here - left)
         last = len(k) - 1 if right < 0 else min(len(k) - 1, here + right)
         seen = slice(first, max(first, last + 1))
-        out[i], lse[i] = attend(query, k[seen], v[seen], scale)
+        out[i], lse[i] = attend(query, k[seen], v[seen], scale, **score)
     return out, lse
 
 
@@ -62,15 +67,20 @@ def causal_attention(q, k, v, scale):
     return window_attention(q, k, v, scale, right=0)
 
 
-def multi_head_attention(q, k, v, scale, left=-1, right=-1):
+def multi_head_attention(q, k, v, scale, left=-1, right=-1, softcap=0.0, sinks=None):  # noqa: PLR0913
     """Heads (s, h, d) attend independently; with fewer heads in k and v, neighbours share one.
 
     Grouped queries: with h_q = 6 and h_k = 2, query heads 0, 1, 2 read key head 0, the others 1.
-    Gives out (s_q, h_q, dv) and lse (h_q, s_q).
+    sinks: (h_q,). Gives out (s_q, h_q, dv) and lse (h_q, s_q).
     """
     group = q.shape[1] // k.shape[1]
+    sinks = np.full(q.shape[1], -np.inf) if sinks is None else sinks
     heads = [
-        window_attention(q[:, h], k[:, h // group], v[:, h // group], scale, left, right)
-        for h in range(q.shape[1])
+        window_attention(
+            *(q[:, h], k[:, h // group], v[:, h // group], scale, left, right),
+            softcap=softcap,
+            sink=sink,
+        )
+        for h, sink in enumerate(sinks)
     ]
     return np.stack([out for out, _ in heads], axis=1), np.stack([lse for _, lse in heads])

@@ -37,6 +37,7 @@ class Call:
     head_dim_v: int
     options: Options
     scales: str  # of one-byte inputs, a key of SCALES
+    has_sink: bool
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Call":
@@ -48,8 +49,9 @@ class Call:
             dtype,
             args.head_dim,
             args.head_dim if args.head_dim_v is None else args.head_dim_v,
-            Options(causal=args.causal, window_left=left, window_right=right),
+            Options(causal=args.causal, window_left=left, window_right=right, softcap=args.softcap),
             args.scales,
+            args.sinks,
         )
 
     @property
@@ -81,7 +83,8 @@ class Call:
         q, k = (_layout(shapes[name], self.dtype) for name in "qk")
         v = _layout(shapes["v"], self.v_dtype)
         scales = (_layout(shape, torch.float32) for shape in self.descale_shapes(lengths))
-        return Problem.of(q, k, v, self.options, Descales(*scales))
+        sink = _layout((lengths.heads,), torch.float32) if self.has_sink else None
+        return Problem.of(q, k, v, self.options, Descales(*scales), learnable_sink=sink)
 
     def tensors(self, lengths: Lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """q, k and v, about normal, and the descales: ones."""

@@ -52,7 +52,8 @@ class Inspection:
         """File name without a suffix."""
         s = self.signature
         scales = "" if s.quantised is None else f"_{s.quantised.out}_v{s.quantised.v_block}"
-        return f"forward_sm90_{s.dtype}_d{s.head_dim}_dv{s.head_dim_v}_{s.mask}{scales}"
+        more = f"_{s.score}" * (s.score is not None) + "_sinks" * s.sinks
+        return f"forward_sm90_{s.dtype}_d{s.head_dim}_dv{s.head_dim_v}_{s.mask}{scales}{more}"
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -69,7 +70,7 @@ class Inspection:
         s, c = self.signature, self.config
         lines = [
             f"call              {s.dtype}, head dim {s.head_dim}, of v {s.head_dim_v} (tiles), "
-            f"mask {s.mask}",
+            f"mask {s.mask}{f', {s.score}' if s.score else ''}{', sinks' if s.sinks else ''}",
             *([f"one-byte inputs   {s.quantised}"] if s.quantised else []),
             f"served by         {self.kernel.name}, {self.kernel.where}",
             f"config            {c}",
@@ -153,6 +154,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar=("LEFT", "RIGHT"),
         help="window_size of the call; -1 is no bound",
     )
+    p.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
+    p.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
     )

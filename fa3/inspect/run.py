@@ -9,7 +9,7 @@ import torch
 from .. import jit
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
-from ..ops import LOG2_E
+from ..ops import NO_LENGTHS
 from ..scales import NO_DESCALES
 from .call import Call, Lengths
 
@@ -49,12 +49,12 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     out = torch.empty(problem.out_shape, dtype=problem.out_dtype, device="cpu")
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device="cpu")
     views = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
-    scalars = problem.softmax_scale * LOG2_E, problem.mask.left, problem.mask.right, NUM_CTAS
+    sinks = lse.new_zeros(problem.lse_shape[:2]) if problem.has_sink else None
     kernel = jit.compile(
         inspection.kernel.where, inspection.signature, inspection.config, "emulator"
     )
     with profile() as found, options(progress=_show):
-        kernel((q, k, v, out, lse, *views, *scalars))
+        kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS))
     return found.launches[-1]
 
 

@@ -49,12 +49,24 @@ def register(name: str = NAME) -> None:
     models.watch(name)
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+def attention(  # noqa: PLR0913 - the names are transformers'
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    **options,
+):
     """Attention of one layer, as transformers calls it.
 
     query (b, h_q, s_q, d), key (b, h_k, s_k, d) and value (b, h_k, s_k, dv) -> out
     (b, s_q, h_q, dv) in value's dtype, and None in place of the attention weights.
     attention_mask: what `mask` returned, or None: every query sees every key.
+    softcap, s_aux (h_q,): softcap and learnable_sink of flash_attn_func.
 
     fp32, and several dtypes together, are computed in bf16, which holds the range of all, or under
     autocast in autocast's dtype. The result is rounded to it.
@@ -74,7 +86,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     dtype = _computed_in(query, key, value)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     out = flash_attn_func(
-        q, k, v, softmax_scale=scaling, causal=pattern.causal, window_size=pattern.window
+        q,
+        k,
+        v,
+        softmax_scale=scaling,
+        causal=pattern.causal,
+        window_size=pattern.window,
+        softcap=softcap or 0.0,
+        learnable_sink=None if s_aux is None else s_aux.float(),
     )
     return out.to(value.dtype), None
 

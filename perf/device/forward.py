@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fa3 import dispatch, jit, ops, tuning
+from fa3 import dispatch, jit, tuning
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
 from fa3.layout import Layout
+from fa3.ops import NO_LENGTHS
 from fa3.problem import Options, Problem
 from fa3.scales import NO_DESCALES, Descales
 
@@ -122,11 +123,9 @@ class Forward:
         scales = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
         out = q.new_empty(*problem.out_shape, dtype=problem.out_dtype)
         lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
-        scale = problem.softmax_scale * ops.LOG2_E
-        window = problem.mask.left, problem.mask.right
 
         def call() -> Tensor:
-            run((q, k, v, out, lse, *scales, scale, *window, target.num_sms))
+            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, *problem.scalars, target.num_sms))
             return out
 
         return call

@@ -8,16 +8,15 @@ import cutlass.cute as cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ...barriers import WarpgroupTurn
-from ...mask import Mask
+from ...scores import Scores
 from ...softmax import OnlineSoftmax
 
 
 @cute.jit
 def attend(
     frag: Any,
+    scores: Scores,
     softmax: OnlineSoftmax,
-    factors: Any,
-    mask: Mask,
     turn: WarpgroupTurn,
     k: Any,
     v: Any,
@@ -32,7 +31,7 @@ def attend(
     """
     softmax.start()
     frag.start()
-    scales = factors.of_scores(blocks.n_max - 1, is_masked=True)
+    fetched = scores.fetch(blocks.n_max - 1, is_masked=True)
     key = k.wait_and_advance()
     warpgroup.fence()
     frag.issue_scores(key.index)
@@ -40,8 +39,7 @@ def attend(
     warpgroup.wait_group(0)
     _release(key, keep_last_key, blocks.count == 1)
     frag.receive_scores()
-    mask.apply(frag.acc_S, blocks.n_max - 1)
-    softmax.scale(frag.acc_S, scales)
+    scores.apply(frag.acc_S, fetched, blocks.n_max - 1, is_masked=True)
     softmax.move(frag.acc_S, None)
     moves = cutlass.Boolean(False)
 
@@ -53,7 +51,7 @@ def attend(
             moves = cutlass.Boolean(False)
             # Steps that move no maximum, which is nearly all of them, stay in this loop.
             while n_block >= phase.n_begin and not moves:
-                scales = factors.of_scores(n_block, phase.is_masked)
+                fetched = scores.fetch(n_block, phase.is_masked)
                 softmax.exponentiate(frag.acc_S)
                 frag.convert()
                 key = k.wait_and_advance()
@@ -66,9 +64,7 @@ def attend(
                 warpgroup.wait_group(1)
                 _release(key, keep_last_key, n_block == blocks.n_min)
                 frag.receive_scores()
-                if cutlass.const_expr(phase.is_masked):
-                    mask.apply(frag.acc_S, n_block)
-                moves = softmax.scale(frag.acc_S, scales)
+                moves = scores.apply(frag.acc_S, fetched, n_block, phase.is_masked)
                 warpgroup.wait_group(0)
                 frag.add_output(value.index)
                 value.release()

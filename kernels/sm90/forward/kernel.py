@@ -33,9 +33,10 @@ from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
 from ...scheduler import Schedule, TileList, TileOrder, WorkTile
+from ...scores import Scores
 from ...sequence import RaggedSequences, Sequence, Sequences
 from ...signature import Signature
-from ...softmax import OnlineSoftmax
+from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, permute
 from ..rings import FwdRings
 from ..tma import tma_load
@@ -186,13 +187,21 @@ class ForwardSm90:
             tensor(element.out, batch, s_q, heads_q, dv),
             make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
             *self.operands.example_scales(batch, heads_k, dv),
+            self._example_sinks(heads_q),
             *plan.lengths.example(),
             scale_log2=Float32(1.0),
+            softcap_log2=Float32(0.0),
             window_left=Int32(0),
             window_right=Int32(0),
             num_ctas=Int32(1),
         )
         return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    def _example_sinks(self, heads_q):
+        if not self.plan.signature.sinks:
+            return None
+        shape, strides = (cute.sym_int32(), heads_q), (cute.sym_int64(), cute.sym_int64())
+        return make_fake_tensor(Float32, shape, strides, assumed_align=4)
 
     @cute.jit
     def __call__(self, arguments: FwdArguments, stream):
@@ -208,9 +217,15 @@ class ForwardSm90:
             o=self.operands.output(o),
             lse=permute(arguments.lse, [2, 1, 0]),
             scales=self.operands.scales(arguments),
+            sinks=permute(arguments.sinks, [1, 0]) if plan.signature.sinks else None,
             lengths=plan.lengths.given(arguments),
         )
-        scalars = FwdScalars(arguments.scale_log2, arguments.window_left, arguments.window_right)
+        scalars = FwdScalars(
+            arguments.scale_log2,
+            arguments.softcap_log2,
+            arguments.window_left,
+            arguments.window_right,
+        )
         order = plan.lengths.order(arguments, stream)
         self.kernel(tensors, scalars, order).launch(
             grid=(cutlass.min(arguments.num_ctas, order.count), 1, 1),
@@ -271,7 +286,7 @@ class ForwardSm90:
         operands = self.operands
         fragments = operands.fragments(FwdMma.of(plan.signature, plan.config), rings, warpgroup)
         softmax = plan.softmax()
-        lse = cute.make_rmem_tensor(2, Float32)
+        totals = Totals.empty()
         space = operands.output_space(o_pointer, warp)
         turn = WarpgroupTurn(warpgroup, plan.num_mma_warpgroups)
         turn.start()
@@ -287,19 +302,19 @@ class ForwardSm90:
             mask = Mask(work.window_of(tile), plan.tile_n, row, 2 * (lane % 4))
             frag, factors = operands.of_tile(fragments, tensors, scalars, place)
             query = q.wait_and_advance()
+            scores = Scores.of(plan, scalars, factors, mask, softmax)
             give_back = partial(space.give_back, rings, last, tile.turn)
-            k, v = attend(
-                frag, softmax, factors, mask, turn, k, v, blocks, plan.keeps_last_k, give_back
-            )
+            k, v = attend(frag, scores, softmax, turn, k, v, blocks, plan.keeps_last_k, give_back)
             space.scores_done(query, tile.turn)
+            sink = tensors.sink_of(tile)  # arrives beside the last product
             look_ahead = partial(work.next, tile)
             v, next_tile = accumulate_last(frag, v, blocks.n_min, look_ahead, plan.keeps_last_v)
             space.output_done(tile.turn)
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             frag.take_sum(softmax)
-            softmax.finish(frag.acc_O, lse)
-            store_lse(tensors.lse, lse, place)
-            space.store(tensors, frag, lse, place, last)
+            softmax.finish(frag.acc_O, totals, sink)
+            store_lse(tensors.lse, totals.lse, place)
+            space.store(tensors, frag, totals, place, last)
             space.stored(query)
             tile = next_tile
         space.drain()

@@ -11,6 +11,7 @@ from cutlass.memory import SmemAllocator
 from ...arguments import FwdArguments
 from ...barriers import WARPGROUP
 from ...config import FwdConfig
+from ...scores import SoftmaxScale
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, TmaOperand
@@ -75,17 +76,6 @@ class FwdFragments:
     def convert(self):
         """P -> operand."""
         convert(self.acc_S, self.p)
-
-
-@dataclass(frozen=True)
-class SoftmaxScale:
-    """The factor that every score gets, in log2."""
-
-    scale_log2: Float32
-
-    def of_scores(self, n_block, is_masked: bool) -> tuple:
-        """A factor per equal part of a block's columns."""
-        return (self.scale_log2,)
 
 
 @dataclass(frozen=True)

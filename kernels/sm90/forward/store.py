@@ -13,6 +13,7 @@ from cutlass.tensor_utils import LayoutEnum
 from ...barriers import WARPGROUP, NamedBarriers
 from ...scheduler import WorkTile
 from ...sequence import Sequence
+from ...softmax import Totals
 from ...tensors import FwdTensors
 from ...views import convert
 from ..rings import FwdRings, swizzled
@@ -132,9 +133,7 @@ class OutputSpace:
         return swizzled(self.pointer + offset, self.layout)[None, None, part]
 
     @cute.jit
-    def store(
-        self, tensors: FwdTensors, frag: Any, lse: cute.Tensor, place: Place, last: LastSlots
-    ):
+    def store(self, tensors: FwdTensors, frag: Any, totals: Totals, place: Place, last: LastSlots):
         """A warpgroup's 64 rows of O: registers -> stmatrix -> shared memory -> TMA.
 
         TMA drops the rows beyond s_q and the columns beyond the true head dim.

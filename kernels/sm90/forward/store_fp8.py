@@ -7,6 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
+from ...softmax import Totals
 from ...tensors import FwdTensors
 from ..rings import FwdRings
 from .store import LastSlots, Place
@@ -33,17 +34,15 @@ class RegistersToGlobal:
     def drain(self):
         pass
 
-    def store(
-        self, tensors: FwdTensors, frag: Any, lse: cute.Tensor, place: Place, last: LastSlots
-    ):
-        store_output(tensors, frag, lse, place)
+    def store(self, tensors: FwdTensors, frag: Any, totals: Totals, place: Place, last: LastSlots):
+        store_output(tensors, frag, totals, place)
 
 
 @cute.jit
 def store_output(
     tensors: FwdTensors,
     frag: Any,  # holds O, normalised; scales by head or channel are still to come
-    lse: cute.Tensor,  # (2,) -inf for a row that sees no key: O is 0 there, without the shift
+    totals: Totals,  # without a key the weights add up to 0, and so does the shift
     place: Place,
 ):
     """A quad writes 16 neighbouring channels of a row: 32 or 64 bytes, whole sectors.
@@ -66,9 +65,7 @@ def store_output(
                 four = cute.make_rmem_tensor(4, mO.element_type)
                 for i in cutlass.range_constexpr(4):
                     value = frag.o[8 * part + 4 * (i % 2) + 2 * r + i // 2]
-                    value = value * factors[i] + shift[i]
-                    if lse[r] == -Float32.inf:
-                        value = Float32(0.0)
+                    value = cute.math.fma(value, factors[i], shift[i] * totals.weight[r])
                     four[i] = value.to(mO.element_type)
                 if row + 8 * r < num_rows:
                     target = cute.local_tile(mO, (1, 4), (row + 8 * r, channel // 4))
