@@ -188,3 +188,52 @@ def test_quantising_first(softcap, sink, where):
     error = (out.cpu().double() - wanted.double()).square().mean().sqrt()
     assert error <= 0.08 * wanted.double().square().mean().sqrt()
     assert (lse.cpu() - wanted_lse).abs().mean() <= 0.05
+
+
+LENGTHS = [(70, 90), (0, 5), (33, 0), (90, 70), (1, 40)]  # of queries, of keys
+
+
+def _cumulated(lengths, where):
+    return torch.tensor([0, *lengths]).cumsum(0).to(where, torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
+@pytest.mark.parametrize("form", ["h", "bh"])
+def test_sequences_with_lengths_of_their_own(form, dtype, where):
+    """Each is what it is alone, to the bit, with sinks of its own."""
+    of_q, of_k = zip(*LENGTHS, strict=True)
+    rows = (of_q, 4), (of_k, 2), (of_k, 2)
+    q, k, v = (torch.randn(sum(each), heads, 64).to(where, dtype) for each, heads in rows)
+    sink = 3.0 + torch.randn((4,) if form == "h" else (len(LENGTHS), 4), device=where)
+    options = {"causal": True, "softcap": 2.0, "return_attn_probs": True}
+    more = {"v_shift": torch.randn(1, 2, 64, device=where)} if dtype == E4M3 else {}
+    shift = {name: x.expand(len(LENGTHS), -1, -1) for name, x in more.items()}
+    cu = _cumulated(of_q, where), _cumulated(of_k, where)
+    out, lse = fa3.flash_attn_varlen_func(
+        *(q, k, v, *cu, max(of_q), max(of_k)), **options, learnable_sink=sink, **shift
+    )
+    parts = (x.split(each) for x, (each, _) in zip((q, k, v), rows, strict=True))
+    for i, (given, wanted, *alone) in enumerate(
+        zip(out.split(of_q), lse.split(of_q, dim=1), *parts, strict=True)
+    ):
+        qkv = (x[None] for x in alone)
+        one, its_lse = fa3.flash_attn_func(
+            *qkv, **options, learnable_sink=sink.expand(len(LENGTHS), 4)[i], **more
+        )
+        assert torch.equal(given, one[0])
+        assert torch.equal(wanted, its_lse[0])
+
+
+@pytest.mark.parametrize("form", ["h", "bh"])
+def test_sequences_without_any_key(form, where):
+    q, nothing = torch.randn(sum(LENGTHS[0]), 4, 64), torch.zeros(0, 2, 64)
+    of_q = (100, 0, 60)
+    sink = torch.randn((4,) if form == "h" else (3, 4), device=where)
+    q, nothing = (x.to(where, torch.bfloat16) for x in (q, nothing))
+    cu = _cumulated(of_q, where), _cumulated((0, 0, 0), where)
+    out, lse = fa3.flash_attn_varlen_func(
+        *(q, nothing, nothing, *cu, 100, 0), learnable_sink=sink, return_attn_probs=True
+    )
+    assert torch.equal(out, torch.zeros_like(out))
+    wanted = sink.expand(3, 4).repeat_interleave(torch.tensor(of_q, device=where), dim=0).mT
+    assert torch.equal(lse, wanted)
