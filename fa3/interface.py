@@ -437,7 +437,7 @@ def _attend(  # noqa: PLR0913
             more = *descales, out_dtype, check_scales, *more
             return torch.ops.fa3.forward(q, k, v, *options, *more, **score)
         more = *descales, check_scales, *more
-        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more)
+        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more, **score)
     except (RuntimeError, ValueError):
         check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
         raise

@@ -70,6 +70,17 @@ def test_compile_with_softcap_and_sinks(plain_torch):
         for given, wanted in zip(compiled(sink, softcap), model(sink, softcap), strict=True):
             assert torch.equal(given, wanted)
     assert len(graphs) == 1
+
+    def into(out, sink):
+        options = {"softcap": 1.5, "learnable_sink": sink, "return_attn_probs": True}
+        return fa3.flash_attn_func(q, k, v, causal=True, out=out, **options)
+
+    for given, wanted in zip(
+        torch.compile(into, fullgraph=True, backend="aot_eager")(torch.empty_like(q), sink),
+        into(torch.empty_like(q), sink),
+        strict=True,
+    ):
+        assert torch.equal(given, wanted)
     with torch.no_grad():
         sink = torch.nn.Parameter(sink)
         traced = torch.jit.trace(lambda sink: model(sink, 20.0), (sink,))
