@@ -56,7 +56,7 @@ def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tenso
 
 def _sequence_of(num_rows: int, cu_seqlens: Tensor) -> Tensor:
     """(num_rows,) of packed rows; -1 before the first one."""
-    row = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int64)
+    row = torch.arange(num_rows, dtype=torch.int32, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[:-1], row, right=True, out_int32=True) - 1
 
 

@@ -66,7 +66,8 @@ def worse(committed: Line, found: Line) -> list[str]:
 def compared() -> list[Signature]:
     """Of kernels that differ in little, one of each: every config is among them."""
     every = [*variants.sixteen_bit(), *variants.one_byte()]
-    return [s for s in every if s.mask == "full" or variants.is_main(s)]
+    dense = [s for s in every if s.mask == "full" or variants.is_main(s)]
+    return dense + variants.with_scores()
 
 
 def read(path: Path = TABLE) -> dict[str, Line]:

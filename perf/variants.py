@@ -29,6 +29,16 @@ def one_byte() -> list[Signature]:
     return [Signature(quantised.k, *dims, mask, quantised) for dims, quantised, mask in kinds]
 
 
+def with_scores() -> list[Signature]:
+    """A few of those with a function of scores or a sink, which differ from the others in little."""
+    block_scales = QUANTISED["block scales"]
+    return [
+        Signature("bf16", 128, 128, "full", score="softcap"),
+        Signature("bf16", 64, 64, "causal", sinks=True),
+        Signature("e4m3", 128, 128, "causal", block_scales, score="softcap", sinks=True),
+    ]
+
+
 def shipped() -> list[Signature]:
     return sixteen_bit() + one_byte()
 
@@ -43,7 +53,9 @@ def name_of(signature: Signature) -> str:
     """Such as "128 bf16 full" or "192/128 e4m3 causal, block scales"."""
     dims = "/".join(map(str, dict.fromkeys((signature.head_dim, signature.head_dim_v))))
     scales = f", {KIND_OF[signature.quantised]}" if signature.quantised else ""
-    return f"{dims} {signature.dtype} {signature.mask}{scales}"
+    score = f", {signature.score}" if signature.score else ""
+    sinks = ", sinks" if signature.sinks else ""
+    return f"{dims} {signature.dtype} {signature.mask}{scales}{score}{sinks}"
 
 
 def as_code(config) -> str:
