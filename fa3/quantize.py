@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, hints, jit, quantize_reference, transforms
+from . import dispatch, hints, jit, lengths, quantize_reference, transforms
 from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
 from .kernels.signature import Q_BLOCK
 from .layout import (
@@ -18,16 +18,18 @@ from .layout import (
     odd_dimension,
     tma_strides,
 )
+from .lengths import EQUAL, Lengths
 from .options import Options, bool_of, int_of
 from .plain import is_plain
 from .problem import BYTE_DTYPES, DTYPES, Problem
-from .scales import NAMES, num_blocks
+from .scales import NAMES
+from .segments import Segments
 
 KERNEL = "fa3.kernels.quantize:Quantize"
 
 
 class Fp8Inputs(NamedTuple):
-    """What flash_attn_func takes; shapes in quantize_fp8.
+    """What flash_attn_func or flash_attn_varlen_func takes; shapes in quantize_fp8.
 
         out = flash_attn_func(x.q, x.k, x.v, **x.scales)
 
@@ -91,7 +93,7 @@ class _Options(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """How one tensor (b, s, h, d) is quantised."""
+    """How one tensor (b, s, h, d) or (total, h, d) is quantised."""
 
     dtype: torch.dtype
     form: Literal["block", "head", "channel"]  # what has a scale of its own
@@ -99,26 +101,34 @@ class _Recipe(NamedTuple):
     h_k: int
     hadamard: bool
 
-    def descale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        b, s, h, d = shape
+    def descale_shape(self, shape: Sequence[int], segments: Segments) -> tuple[int, ...]:
+        h, d = shape[-2:]
         if self.form == "block":
-            return b, h, num_blocks(s, self.rows)
-        return (b, self.h_k) if self.form == "head" else (b, h, 1, d)
+            entries, count = segments.blocks(self.rows)
+            return entries, h, count
+        return (segments.batch, self.h_k) if self.form == "head" else (segments.batch, h, 1, d)
 
     def signature(self, layout: Layout, scales: ScaleMode, **more: bool) -> QuantizeSignature:
         names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
         d = layout.shape[-1]
         return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **more)
 
+    def signature_of_sums(self, layout: Layout) -> QuantizeSignature:
+        """Of its rows as they come."""
+        d = layout.shape[-1]
+        return QuantizeSignature(DTYPES[layout.dtype], "e4m3", d, self.rows, "sum", is_ragged=True)
+
 
 class _Plan(NamedTuple):
-    """How one tensor (b, s, h, d) is quantised: everything but where it lies."""
+    """How one tensor is quantised: everything but where it and its sequences lie."""
 
     recipe: _Recipe
     copy: bool  # its strides are no multiples of 16 bytes
     strides: tuple[int, ...] | None  # to read it by, where only dimensions of size 1 are odd
-    amax: Callable | None  # amax(x, None, peaks, mean, None, None), where not blocks have scales
-    cast: Callable  # cast(x, y, scales, mean, dot, errors)
+    # The kernels; these take x, y, scales, mean, dot, errors and Segments.arguments.
+    amax: Callable | None  # where not blocks have scales
+    cast: Callable
+    sums: Callable | None  # where a mean of ragged sequences is needed
 
     def readable(self, x: Tensor) -> Tensor:
         if self.copy or x.data_ptr() % ALIGNMENT:
@@ -140,6 +150,10 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     rows_per_block=128,
     qk_dtype=torch.float8_e4m3fn,
     v_dtype=torch.float8_e4m3fn,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
     **unknown,
 ):
     """Quantise q (b, s_q, h_q, d), k (b, s_k, h_k, d) and v (b, s_k, h_k, dv) in bf16 or fp16.
@@ -159,6 +173,10 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     rows_per_block: keys per scale of k and v, 64 or 128; a scale of q has 128 rows.
     qk_dtype: of q and k, torch.float8_e4m3fn or torch.int8.
     v_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: as in flash_attn_varlen_func, for sequences
+        with lengths of their own: q (total_q, h_q, d) or k (total_k, h_k, d) and v (total_k, h_k,
+        dv) packed, or the first rows of dense tensors; b is the number of sequences. They stay on
+        the device and are read there; on CPU tensors they are checked.
 
     Returns Fp8Inputs. q, k and v are contiguous and have the shapes given; value = byte * descale,
     with descales in fp32, contiguous:
@@ -172,6 +190,17 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     the mean of k. Add softmax_scale * lse_shift to the LSE to get that of the original k.
     v_shift is None, or with smooth_v (b, h_k, dv) in fp32, c + mean of (v - c - v_descale * byte):
     both means are over s_k, and c is that of v.
+
+    Of packed tensors, blocks begin at the first row of a sequence and none has rows of two:
+
+        q_descale   (1, h_q, total_q // 128 + b)   [0, h, cu_seqlens_q[i] // 128 + i + j // 128]
+        k_descale   (1, h_k, total_k // B + b)     [0, h, cu_seqlens_k[i] // B + i + j // B]
+        v_descale   as k_descale
+
+    for row j of sequence i, B being rows_per_block; lse_shift is (h_q, total_q). Means, peaks and
+    errors of a sequence are those of its own rows that count. Other rows are not read, and their
+    bytes and lse_shift are not written: in the new tensors they are uninitialised. Descales are all
+    defined: 1 in blocks without rows, and for a sequence without rows, whose v_shift is 0.
 
     A descale is the largest finite magnitude under it over the largest code (e4m3 448, e5m2 57344,
     int8 127), at least 2^-126, and 1 where all is zero. Codes are rounded to nearest even and
@@ -192,101 +221,157 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
         hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
     )
     _check_grad(q=q, k=k, v=v)
-    run = _run if is_plain(q, k, v) else torch.ops.fa3.quantize_fp8
-    *inputs, lse_shift, v_shift = run(q, k, v, *options)
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    named = lengths.named(given)
+    check_tensors(**named)
+    if is_plain(q, k, v, *named.values()):
+        *inputs, lse_shift, v_shift = _run(q, k, v, options, given)
+    else:
+        *inputs, lse_shift, v_shift = torch.ops.fa3.quantize_fp8(q, k, v, *options, *given)
     return Fp8Inputs(
         *inputs, lse_shift if options.smooth_k else None, v_shift if options.smooth_v else None
     )
 
 
-def _run(q, k, v, *options):
+def _run(q, k, v, options: _Options, given: Lengths):
     """As the operator fa3::quantize_fp8: lse_shift and v_shift are empty where not asked for."""
-    options = _Options(*options)
     layouts = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
-    plans = _plans_of(*layouts, options, None if q.is_meta else dispatch.target_of(q.device))
+    of_lengths = EQUAL if given is EQUAL else Lengths(*map(_layout, given))
+    target = None if q.is_meta else dispatch.target_of(q.device)
+    plans = _plans_of(*layouts, of_lengths, options, target)
+    if given is not EQUAL and q.device.type == "cpu":
+        lengths.check_values(given, q.shape[-3], k.shape[-3], (None, None), totals=False)
+    queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
+    keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)
     q, k, v = (plan.readable(x) for plan, x in zip(plans, (q, k, v), strict=True))
     k_mean, lse_shift, v_mean, v_errors = None, None, None, None
     if options.smooth_k:
-        k_mean = _mean_of(k)
-        lse_shift = k_mean.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        k_mean = _mean_of(k, plans[1], keys)
+        lse_shift = k_mean.new_empty(_lse_shape(q))
     if options.smooth_v:
-        b, s, h, d = v.shape
-        v_mean = _mean_of(v)
-        v_errors = v_mean.new_empty(b, h, num_blocks(s, options.rows_per_block), d)
-    q, q_descale = _quantize(q, plans[0], k_mean, dot=lse_shift)
-    k, k_descale = _quantize(k, plans[1], k_mean)
-    v, v_descale = _quantize(v, plans[2], v_mean, errors=v_errors)
+        v_mean = _mean_of(v, plans[2], keys)
+        v_errors = keys.new_blocks(keys.entries(v), options.rows_per_block)
+    q, q_descale = _quantize(q, plans[0], queries, k_mean, dot=lse_shift)
+    k, k_descale = _quantize(k, plans[1], keys, k_mean)
+    v, v_descale = _quantize(v, plans[2], keys, v_mean, errors=v_errors)
     v_shift = None
     if options.smooth_v:
-        each = v_descale.view(*v_descale.shape, *(4 - v_descale.dim()) * [1])
-        v_shift = v_mean + (v_errors / v.shape[1] * each).sum(dim=2)
+        v_shift = v_mean + _mean_error(v_errors, v_descale, plans[2].recipe, keys)
     shifts = (q_descale.new_empty(0) if x is None else x for x in (lse_shift, v_shift))
     return q, k, v, q_descale, k_descale, v_descale, *shifts
 
 
-def _mean_of(x: Tensor) -> Tensor:
-    """(b, s, h, d) -> (b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
-    return x.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).contiguous()
+def _layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else Layout.of(x)
 
 
-def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None, errors=None) -> tuple[Tensor, Tensor]:
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    *batch, s, h, _ = q.shape
+    return *batch, h, s
+
+
+def _mean_of(x: Tensor, plan: _Plan, segments: Segments) -> Tensor:
+    """(b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
+    if segments.is_ragged:
+        x, rows = segments.entries(x), plan.recipe.rows
+        sums = segments.new_blocks(x, rows)
+        if x.numel() and segments.batch:
+            plan.sums(x, None, sums, None, None, None, *segments.arguments(rows, x.device))
+        mean = segments.sum(sums, rows) / segments.lengths
+    else:
+        mean = x.mean(dim=1, dtype=torch.float32)
+    return mean.nan_to_num(0.0, 0.0, 0.0).contiguous()
+
+
+def _mean_error(errors: Tensor, descale: Tensor, recipe: _Recipe, segments: Segments) -> Tensor:
+    """(b, h, d), of sums over blocks in units of descales."""
+    errors = errors / segments.num_rows  # first, as the sum of all might overflow
+    if recipe.form == "block":
+        mean = segments.sum(errors * descale[..., None], recipe.rows)
+    else:
+        each = descale[..., None] if recipe.form == "head" else descale[:, :, 0]
+        mean = segments.sum(errors, recipe.rows) * each
+    return mean * (segments.num_rows / segments.lengths) if segments.is_ragged else mean
+
+
+def _quantize(  # noqa: PLR0913
+    x: Tensor, plan: _Plan, segments: Segments, mean=None, dot=None, errors=None
+) -> tuple[Tensor, Tensor]:
     """Bytes and descales of one tensor.
 
-    mean (b, h_k, d): subtracted, but with dot (b, h, s) multiplied by the rows of x instead.
-    errors (b, h, n, d): gets the sums over blocks of what the bytes lack, in units of descales.
+    mean (b, h_k, d): subtracted, but with dot, of the shape of an LSE, multiplied by the rows of x
+        instead.
+    errors (entries, h, n, d): gets the sums over blocks of what the bytes lack, in units of
+        descales.
     """
     recipe = plan.recipe
     y = torch.empty(x.shape, dtype=recipe.dtype, device=x.device)
-    descale = torch.empty(recipe.descale_shape(x.shape), dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    shape = recipe.descale_shape(x.shape, segments)
+    descale = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0 or segments.batch == 0:
         return y, descale.fill_(1.0)
+    of_lengths = segments.arguments(recipe.rows, x.device)
+    x, codes = segments.entries(x), segments.entries(y.view(torch.uint8))
+    if dot is not None:
+        dot = segments.entries(dot)
     if plan.amax is None:
-        plan.cast(x, y.view(torch.uint8), descale, mean, dot, errors)
+        plan.cast(x, codes, descale, mean, dot, errors, *of_lengths)
         return y, descale
-    b, s, h, d = x.shape
-    peaks = descale.new_empty(b, h, num_blocks(s, recipe.rows), d)
-    plan.amax(x, None, peaks, mean if dot is None else None, None, None)
-    peaks = peaks.amax(dim=2)  # (b, h, d)
+    h, d = x.shape[2:]
+    peaks = segments.new_blocks(x, recipe.rows)
+    plan.amax(x, None, peaks, mean if dot is None else None, None, None, *of_lengths)
+    peaks = segments.amax(peaks, recipe.rows)  # (b, h, d)
     if recipe.form == "head":
-        peaks = peaks.view(b, recipe.h_k, -1).amax(dim=2)
+        peaks = peaks.view(segments.batch, recipe.h_k, -1).amax(dim=2)
     descale.copy_(quantize_reference.descale_of(peaks, BYTE_DTYPES[recipe.dtype]).view_as(descale))
     factors = 1 / descale
     if recipe.form == "head":
         factors = factors.repeat_interleave(h // recipe.h_k, dim=1)[..., None].repeat(1, 1, d)
-    plan.cast(x, y.view(torch.uint8), factors.view(b, h, d), mean, dot, errors)
+    plan.cast(x, codes, factors.view(segments.batch, h, d), mean, dot, errors, *of_lengths)
     return y, descale
 
 
 @functools.lru_cache(maxsize=4096)
-def _plans_of(q, k, v, options: _Options, target: dispatch.Target | None) -> tuple[_Plan, ...]:
+def _plans_of(  # noqa: PLR0913
+    q, k, v, given: Lengths, options: _Options, target: dispatch.Target | None
+) -> tuple[_Plan, ...]:
     """Check a call and find its kernels; the cache makes this free for layouts seen before."""
     q, k, v = (Layout(*x) for x in (q, k, v))
-    _check_layouts(q, k, v, options)
-    recipes = options.recipes(k.shape[2])
+    _check_layouts(q, k, v, options, given)
+    recipes = options.recipes(k.shape[-2])
+    queries = any(x is not None for x in (given.cu_seqlens_q, given.seqused_q))
+    keys = any(x is not None for x in (given.cu_seqlens_k, given.seqused_k))
+    smooth = {"subtract_mean": options.smooth_k}, {"subtract_mean": options.smooth_v}
     return (
-        _plan(recipes["q"], q, target, dot_with_mean=options.smooth_k),
-        _plan(recipes["k"], k, target, subtract_mean=options.smooth_k),
-        _plan(recipes["v"], v, target, options.smooth_v, sum_errors=options.smooth_v),
+        _plan(recipes["q"], q, target, queries, dot_with_mean=options.smooth_k),
+        _plan(recipes["k"], k, target, keys, **smooth[0]),
+        _plan(recipes["v"], v, target, keys, **smooth[1], sum_errors=options.smooth_v),
     )
 
 
-def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **of_cast) -> _Plan:
+def _plan(  # noqa: PLR0913
+    recipe: _Recipe, layout: Layout, target, is_ragged: bool, subtract_mean=False, **of_cast: bool
+) -> _Plan:
+    target = None if 0 in layout.shape else target
+
     def kernel(scales, **more):
-        signature = recipe.signature(layout, scales, subtract_mean=subtract_mean, **more)
-        return _kernel(signature, None if 0 in layout.shape else target)
+        more |= {"subtract_mean": subtract_mean, "is_ragged": is_ragged}
+        return _kernel(recipe.signature(layout, scales, **more), target)
 
     is_block = recipe.form == "block"
+    sums = is_ragged and subtract_mean
     return _Plan(
         recipe,
         odd_dimension(layout) is not None,
         tma_strides(layout),
         None if is_block else kernel("amax"),
         kernel("block" if is_block else "given", **of_cast),
+        _kernel(recipe.signature_of_sums(layout), target) if sums else None,
     )
 
 
 def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Callable:
-    """The function run(x, y, scales, mean, dot, errors)."""
+    """The function run(x, y, scales, mean, dot, errors, cu_seqlens, seqused, num_blocks)."""
     if target is None:
         return _do_nothing
     if target.kind == "reference":
@@ -303,11 +388,11 @@ def _do_nothing(*arguments):
     pass
 
 
-def _check_layouts(q: Layout, k: Layout, v: Layout, options: _Options) -> None:
+def _check_layouts(q: Layout, k: Layout, v: Layout, options: _Options, given: Lengths) -> None:
     """Raises TypeError or ValueError; nothing has been launched."""
     if q.dtype not in DTYPES:
         raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
-    problem = Problem.of(q, k, v, Options())
+    problem = Problem.of(q, k, v, Options(), lengths=given)
     for name, layout in (("q", q), ("k", k), ("v", v)):
         check_last_stride(name, layout)
     for name, d in (("q", problem.head_dim), ("v", problem.head_dim_v)):
@@ -340,11 +425,12 @@ def _operator(  # noqa: PLR0913
     rows_per_block: int,
     qk_dtype: torch.dtype,
     v_dtype: torch.dtype,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run(
-        q,
-        k,
-        v,
+    options = _Options(
         hadamard,
         smooth_k,
         smooth_v,
@@ -354,21 +440,27 @@ def _operator(  # noqa: PLR0913
         qk_dtype,
         v_dtype,
     )
+    return _run(q, k, v, options, lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
 
 
 @_operator.register_fake
-def _(q, k, v, *options):
-    options = _Options(*options)
-    _check_layouts(Layout.of(q), Layout.of(k), Layout.of(v), options)
-    recipes = options.recipes(k.shape[2])
-    given = {"q": q, "k": k, "v": v}
-    codes = [x.new_empty(x.shape, dtype=recipes[name].dtype) for name, x in given.items()]
+def _(q, k, v, *options_and_lengths):
+    count = len(_Options._fields)
+    options = _Options(*options_and_lengths[:count])
+    given = Lengths(*options_and_lengths[count:])
+    of_lengths = Lengths(*map(_layout, given))
+    _check_layouts(*map(Layout.of, (q, k, v)), options, of_lengths)
+    recipes = options.recipes(k.shape[-2])
+    queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
+    keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)
+    tensors = {"q": (q, queries), "k": (k, keys), "v": (v, keys)}
+    codes = [x.new_empty(x.shape, dtype=recipes[name].dtype) for name, (x, _) in tensors.items()]
     descales = [
-        x.new_empty(recipes[name].descale_shape(x.shape), dtype=torch.float32)
-        for name, x in given.items()
+        x.new_empty(recipes[name].descale_shape(x.shape, segments), dtype=torch.float32)
+        for name, (x, segments) in tensors.items()
     ]
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if options.smooth_k else (0,)
-    shift_shape = (v.shape[0], v.shape[2], v.shape[3]) if options.smooth_v else (0,)
+    lse_shape = _lse_shape(q) if options.smooth_k else (0,)
+    shift_shape = (keys.batch, *v.shape[-2:]) if options.smooth_v else (0,)
     shifts = (q.new_empty(shape, dtype=torch.float32) for shape in (lse_shape, shift_shape))
     return *codes, *descales, *shifts
 
