@@ -89,9 +89,11 @@ def plan_of(q, k, v, out, descales, out_dtype, lengths, *options) -> Plan:  # no
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_layouts(q, k, v, out, *options) -> None:
-    """q, k, v and out are the fields of a `Layout`; out may be None."""
-    problem = Problem.of(Layout(*q), Layout(*k), Layout(*v), Options(*options))
+def _check_layouts(q, k, v, out, lengths, *options) -> None:
+    """As plan_of."""
+    tensors = (Layout(*x) for x in (q, k, v))
+    lengths = Lengths(*map(_layout, lengths))
+    problem = Problem.of(*tensors, Options(*options), lengths=lengths)
     if problem.device.type != "meta":
         _target_of(problem)
     if out is not None:
@@ -178,8 +180,7 @@ def run(  # noqa: PLR0913
         check_disjoint(out, q=q, k=k, v=v, **scales.named(descales))
     if check_scales:
         scales.check_values(**scales.named(descales))
-    if check_lengths or (lengths is not EQUAL and q.device.type == "cpu"):
-        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=check_lengths)
+    _check_lengths(q, k, lengths, longest, check_lengths)
     if out is None:  # sizes apart: half the time of a tuple of them
         out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
@@ -231,11 +232,17 @@ def _check_addresses(q, k, v, descales) -> None:
                 check_address(name, descale, scales.BYTES)
 
 
-def check(q, k, v, out, *options) -> None:
-    """What `run` checks of the options and of `out`, for a call that quantises q, k and v first."""
-    _check_layouts(_fields(q), _fields(k), _fields(v), _fields(out), *options)
+def check(q, k, v, out, lengths, longest, check_lengths, *options) -> None:  # noqa: PLR0913
+    """What `run` checks of all but scales, for a call that quantises q, k and v first."""
+    _check_layouts(*map(_fields, (q, k, v, out)), tuple(map(_fields, lengths)), *options)
     if out is not None:
         check_address("out", out)
+    _check_lengths(q, k, lengths, longest, check_lengths)
+
+
+def _check_lengths(q, k, lengths, longest, on_request: bool) -> None:
+    if on_request or (lengths is not EQUAL and q.device.type == "cpu"):
+        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=on_request)
 
 
 def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:
