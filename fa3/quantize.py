@@ -1,31 +1,18 @@
 """16-bit q, k and v -> the one-byte tensors and scales that attention in FP8 or INT8 takes."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, hints, jit, lengths, quantize_reference, transforms
-from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
-from .kernels.signature import Q_BLOCK
-from .layout import (
-    ALIGNMENT,
-    Layout,
-    check_last_stride,
-    check_tensors,
-    odd_dimension,
-    tma_strides,
-)
+from . import dispatch, hints, lengths, quantize_reference, transforms
+from .layout import Layout, check_tensors
 from .lengths import EQUAL, Lengths
-from .options import Options, bool_of, int_of
 from .plain import is_plain
-from .problem import BYTE_DTYPES, DTYPES, Problem
+from .problem import BYTE_DTYPES
+from .quantize_plan import Plan, QuantizeOptions, Recipe, check_layouts, plans_of
 from .scales import NAMES
 from .segments import Segments
-
-KERNEL = "fa3.kernels.quantize:Quantize"
 
 
 class Fp8Inputs(NamedTuple):
@@ -49,91 +36,6 @@ class Fp8Inputs(NamedTuple):
     def scales(self) -> dict[str, Tensor | None]:
         """All that q, k and v need besides, by the names of flash_attn_func's arguments."""
         return {name: getattr(self, name) for name in NAMES}
-
-
-class _Options(NamedTuple):
-    """Those of quantize_fp8, in the order of the operator's."""
-
-    hadamard: bool
-    smooth_k: bool
-    smooth_v: bool
-    block_scales: bool
-    v_per_channel: bool
-    rows_per_block: int
-    qk_dtype: torch.dtype
-    v_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, *given) -> "_Options":
-        """Checked, and as the operator takes them."""
-        given = dict(zip(cls._fields, given, strict=True))
-        for name in ("hadamard", "smooth_k", "smooth_v", "block_scales", "v_per_channel"):
-            given[name] = bool_of(name, given[name])
-        given["rows_per_block"] = rows = int_of("rows_per_block", given["rows_per_block"])
-        if rows not in (64, 128):
-            raise ValueError(f"rows_per_block is {rows}, expected 64 or 128")
-        for name, allowed in (
-            ("qk_dtype", (torch.float8_e4m3fn, torch.int8)),
-            ("v_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
-        ):
-            if given[name] not in allowed:
-                raise TypeError(f"{name} is {given[name]!r}, expected {allowed[0]} or {allowed[1]}")
-        return cls(**given)
-
-    def recipes(self, h_k: int) -> dict[str, "_Recipe"]:
-        """For q, k and v."""
-        form = "block" if self.block_scales else "head"
-        v_form = "channel" if self.v_per_channel else form
-        rows, qk = self.rows_per_block, self.qk_dtype
-        return {
-            "q": _Recipe(qk, form, Q_BLOCK, h_k, self.hadamard),
-            "k": _Recipe(qk, form, rows, h_k, self.hadamard),
-            "v": _Recipe(self.v_dtype, v_form, rows, h_k, False),
-        }
-
-
-class _Recipe(NamedTuple):
-    """How one tensor (b, s, h, d) or (total, h, d) is quantised."""
-
-    dtype: torch.dtype
-    form: Literal["block", "head", "channel"]  # what has a scale of its own
-    rows: int  # of a block
-    h_k: int
-    hadamard: bool
-
-    def descale_shape(self, shape: Sequence[int], segments: Segments) -> tuple[int, ...]:
-        h, d = shape[-2:]
-        if self.form == "block":
-            entries, count = segments.blocks(self.rows)
-            return entries, h, count
-        return (segments.batch, self.h_k) if self.form == "head" else (segments.batch, h, 1, d)
-
-    def signature(self, layout: Layout, scales: ScaleMode, **more: bool) -> QuantizeSignature:
-        names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
-        d = layout.shape[-1]
-        return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **more)
-
-    def signature_of_sums(self, layout: Layout) -> QuantizeSignature:
-        """Of its rows as they come."""
-        d = layout.shape[-1]
-        return QuantizeSignature(DTYPES[layout.dtype], "e4m3", d, self.rows, "sum", is_ragged=True)
-
-
-class _Plan(NamedTuple):
-    """How one tensor is quantised: everything but where it and its sequences lie."""
-
-    recipe: _Recipe
-    copy: bool  # its strides are no multiples of 16 bytes
-    strides: tuple[int, ...] | None  # to read it by, where only dimensions of size 1 are odd
-    # The kernels; these take x, y, scales, mean, dot, errors and Segments.arguments.
-    amax: Callable | None  # where not blocks have scales
-    cast: Callable
-    sums: Callable | None  # where a mean of ragged sequences is needed
-
-    def readable(self, x: Tensor) -> Tensor:
-        if self.copy or x.data_ptr() % ALIGNMENT:
-            return x.clone(memory_format=torch.contiguous_format)
-        return x if self.strides is None else x.as_strided(x.shape, self.strides)
 
 
 @hints.closed
@@ -217,7 +119,7 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     if unknown:
         raise hints.unknown_argument(quantize_fp8, next(iter(unknown)))
     check_tensors(q=q, k=k, v=v)
-    options = _Options.of(
+    options = QuantizeOptions.of(
         hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
     )
     _check_grad(q=q, k=k, v=v)
@@ -233,12 +135,12 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     )
 
 
-def _run(q, k, v, options: _Options, given: Lengths):
+def _run(q, k, v, options: QuantizeOptions, given: Lengths):
     """As the operator fa3::quantize_fp8: lse_shift and v_shift are empty where not asked for."""
     layouts = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
     of_lengths = EQUAL if given is EQUAL else Lengths(*map(_layout, given))
     target = None if q.is_meta else dispatch.target_of(q.device)
-    plans = _plans_of(*layouts, of_lengths, options, target)
+    plans = plans_of(*layouts, of_lengths, options, target)
     if given is not EQUAL and q.device.type == "cpu":
         lengths.check_values(given, q.shape[-3], k.shape[-3], (None, None), totals=False)
     queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
@@ -270,7 +172,7 @@ def _lse_shape(q: Tensor) -> tuple[int, ...]:
     return *batch, h, s
 
 
-def _mean_of(x: Tensor, plan: _Plan, segments: Segments) -> Tensor:
+def _mean_of(x: Tensor, plan: Plan, segments: Segments) -> Tensor:
     """(b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
     if segments.is_ragged:
         x, rows = segments.entries(x), plan.recipe.rows
@@ -283,7 +185,7 @@ def _mean_of(x: Tensor, plan: _Plan, segments: Segments) -> Tensor:
     return mean.nan_to_num(0.0, 0.0, 0.0).contiguous()
 
 
-def _mean_error(errors: Tensor, descale: Tensor, recipe: _Recipe, segments: Segments) -> Tensor:
+def _mean_error(errors: Tensor, descale: Tensor, recipe: Recipe, segments: Segments) -> Tensor:
     """(b, h, d), of sums over blocks in units of descales."""
     errors = errors / segments.num_rows  # first, as the sum of all might overflow
     if recipe.form == "block":
@@ -295,7 +197,7 @@ def _mean_error(errors: Tensor, descale: Tensor, recipe: _Recipe, segments: Segm
 
 
 def _quantize(  # noqa: PLR0913
-    x: Tensor, plan: _Plan, segments: Segments, mean=None, dot=None, errors=None
+    x: Tensor, plan: Plan, segments: Segments, mean=None, dot=None, errors=None
 ) -> tuple[Tensor, Tensor]:
     """Bytes and descales of one tensor.
 
@@ -331,78 +233,6 @@ def _quantize(  # noqa: PLR0913
     return y, descale
 
 
-@functools.lru_cache(maxsize=4096)
-def _plans_of(  # noqa: PLR0913
-    q, k, v, given: Lengths, options: _Options, target: dispatch.Target | None
-) -> tuple[_Plan, ...]:
-    """Check a call and find its kernels; the cache makes this free for layouts seen before."""
-    q, k, v = (Layout(*x) for x in (q, k, v))
-    _check_layouts(q, k, v, options, given)
-    recipes = options.recipes(k.shape[-2])
-    queries = any(x is not None for x in (given.cu_seqlens_q, given.seqused_q))
-    keys = any(x is not None for x in (given.cu_seqlens_k, given.seqused_k))
-    smooth = {"subtract_mean": options.smooth_k}, {"subtract_mean": options.smooth_v}
-    return (
-        _plan(recipes["q"], q, target, queries, dot_with_mean=options.smooth_k),
-        _plan(recipes["k"], k, target, keys, **smooth[0]),
-        _plan(recipes["v"], v, target, keys, **smooth[1], sum_errors=options.smooth_v),
-    )
-
-
-def _plan(  # noqa: PLR0913
-    recipe: _Recipe, layout: Layout, target, is_ragged: bool, subtract_mean=False, **of_cast: bool
-) -> _Plan:
-    target = None if 0 in layout.shape else target
-
-    def kernel(scales, **more):
-        more |= {"subtract_mean": subtract_mean, "is_ragged": is_ragged}
-        return _kernel(recipe.signature(layout, scales, **more), target)
-
-    is_block = recipe.form == "block"
-    sums = is_ragged and subtract_mean
-    return _Plan(
-        recipe,
-        odd_dimension(layout) is not None,
-        tma_strides(layout),
-        None if is_block else kernel("amax"),
-        kernel("block" if is_block else "given", **of_cast),
-        _kernel(recipe.signature_of_sums(layout), target) if sums else None,
-    )
-
-
-def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Callable:
-    """The function run(x, y, scales, mean, dot, errors, cu_seqlens, seqused, num_blocks)."""
-    if target is None:
-        return _do_nothing
-    if target.kind == "reference":
-        return quantize_reference.bind(signature)
-    if target.capability[0] != 9:
-        major, minor = target.capability
-        raise NotImplementedError(
-            f"quantize_fp8 needs compute capability 9.x, {target.name} has {major}.{minor}"
-        )
-    return jit.compile(KERNEL, signature, QuantizeConfig(), target.kind)
-
-
-def _do_nothing(*arguments):
-    pass
-
-
-def _check_layouts(q: Layout, k: Layout, v: Layout, options: _Options, given: Lengths) -> None:
-    """Raises TypeError or ValueError; nothing has been launched."""
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
-    problem = Problem.of(q, k, v, Options(), lengths=given)
-    for name, layout in (("q", q), ("k", k), ("v", v)):
-        check_last_stride(name, layout)
-    for name, d in (("q", problem.head_dim), ("v", problem.head_dim_v)):
-        if d % CHUNK:
-            raise ValueError(f"{name} has head dim {d}, expected a multiple of {CHUNK}")
-    d = problem.head_dim
-    if options.hadamard and d & (d - 1):
-        raise ValueError(f"q has head dim {d}, expected a power of two with hadamard=True")
-
-
 def _check_grad(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
@@ -430,7 +260,7 @@ def _operator(  # noqa: PLR0913
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = _Options(
+    options = QuantizeOptions(
         hadamard,
         smooth_k,
         smooth_v,
@@ -445,11 +275,11 @@ def _operator(  # noqa: PLR0913
 
 @_operator.register_fake
 def _(q, k, v, *options_and_lengths):
-    count = len(_Options._fields)
-    options = _Options(*options_and_lengths[:count])
+    count = len(QuantizeOptions._fields)
+    options = QuantizeOptions(*options_and_lengths[:count])
     given = Lengths(*options_and_lengths[count:])
     of_lengths = Lengths(*map(_layout, given))
-    _check_layouts(*map(Layout.of, (q, k, v)), options, of_lengths)
+    check_layouts(*map(Layout.of, (q, k, v)), options, of_lengths)
     recipes = options.recipes(k.shape[-2])
     queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
     keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)

@@ -263,7 +263,7 @@ def test_arguments_of_other_functions(name, hint):
     [
         (fa3.flash_attn_func, "check_scales"),
         (fa3.flash_attn_fp8_func, "out"),
-        (fa3.quantize_fp8, "v_dtype"),
+        (fa3.quantize_fp8, "seqused_k"),
     ],
 )
 def test_signatures_show_no_catch_all(function, last):

@@ -11,7 +11,7 @@ import fa3
 from fa3 import dispatch, jit
 from fa3.inspect import analyse
 from fa3.kernels.quantize_signature import QuantizeConfig, QuantizeSignature
-from fa3.quantize import KERNEL
+from fa3.quantize_plan import KERNEL
 
 from . import quantize_reference as reference
 
