@@ -187,13 +187,14 @@ def _mean_of(x: Tensor, plan: Plan, segments: Segments) -> Tensor:
 
 def _mean_error(errors: Tensor, descale: Tensor, recipe: Recipe, segments: Segments) -> Tensor:
     """(b, h, d), of sums over blocks in units of descales."""
-    errors = errors / segments.num_rows  # first, as the sum of all might overflow
+    num_rows = max(1, segments.num_rows)
+    errors = errors / num_rows  # first, as the sum of all might overflow
     if recipe.form == "block":
         mean = segments.sum(errors * descale[..., None], recipe.rows)
     else:
         each = descale[..., None] if recipe.form == "head" else descale[:, :, 0]
         mean = segments.sum(errors, recipe.rows) * each
-    return mean * (segments.num_rows / segments.lengths) if segments.is_ragged else mean
+    return mean * (num_rows / segments.lengths) if segments.is_ragged else mean
 
 
 def _quantize(  # noqa: PLR0913

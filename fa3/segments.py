@@ -38,14 +38,14 @@ class Segments(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """(b, 1, 1): rows that count, at least 1, as sums are divided by it."""
+        """(b, 1, 1) in fp32: rows that count, at least 1, as sums are divided by it."""
         if self.is_packed:
             found = self.cu_seqlens.clamp(0, self.num_rows).diff()
             if self.seqused is not None:
                 found = torch.minimum(found, self.seqused)
         else:
             found = self.seqused.clamp(max=self.num_rows)
-        return found.clamp(min=1)[:, None, None]
+        return found.clamp(min=1).float()[:, None, None]
 
     def blocks(self, rows: int) -> tuple[int, int]:
         """Entries, and blocks of `rows` rows in each."""
