@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import hints, lengths, ops
 from .layout import check_tensors
-from .lengths import EQUAL
+from .lengths import EQUAL, Lengths
 from .options import Options, bool_of, int_of
 from .plain import is_plain
 from .quantize import quantize_fp8

@@ -245,7 +245,7 @@ HINTS = [
     ("dropout_p", "no dropout"),
     ("enable_gqa", "q may always have more heads"),
     ("alibi_slopes", "no other masks"),
-    ("cu_seqlens_q", "no variable lengths yet"),
+    ("cu_seqlens_q", "flash_attn_varlen_func and"),
     ("softmax_scal", "softmax_scale is meant?"),
     ("colour", "it has q, k, v, softmax_scale, causal, qv"),
 ]
@@ -263,6 +263,7 @@ def test_arguments_of_other_functions(name, hint):
     [
         (fa3.flash_attn_func, "check_scales"),
         (fa3.flash_attn_fp8_func, "out"),
+        (fa3.flash_attn_varlen_fp8_func, "check_lengths"),
         (fa3.quantize_fp8, "seqused_k"),
     ],
 )

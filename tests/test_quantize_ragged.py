@@ -256,6 +256,20 @@ def test_both_steps_apart(plain_torch):
     torch.testing.assert_close(lse[:, :used], (apart_lse + D**-0.5 * x.lse_shift)[:, :used])
 
 
+def test_defaults_of_torch_change_nothing(plain_torch):
+    call = Call(("slack", "packed"), torch.device("cpu"))
+    options = {**SMOOTH, "block_scales": False, **call.lengths}
+    wanted = fa3.quantize_fp8(*call.given, **options)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            given = fa3.quantize_fp8(*call.given, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("q_descale", "k_descale", "v_descale", "v_shift"):
+        torch.testing.assert_close(getattr(given, name), getattr(wanted, name), rtol=0, atol=0)
+
+
 def _packed(q_lengths=(70, 30), k_lengths=(90, 20), dtype=torch.bfloat16):
     q, k, v = (
         torch.randn(sum(n), heads, D).to(dtype)
