@@ -263,7 +263,6 @@ def test_arguments_of_other_functions(name, hint):
     [
         (fa3.flash_attn_func, "check_scales"),
         (fa3.flash_attn_fp8_func, "out"),
-        (fa3.flash_attn_varlen_fp8_func, "check_lengths"),
         (fa3.quantize_fp8, "seqused_k"),
     ],
 )
