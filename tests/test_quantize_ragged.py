@@ -189,6 +189,19 @@ def test_bad_lengths_reach_nothing_else(cu_q, cu_k, used, device, monkeypatch):
             _assert_defined(given)
 
 
+def test_rows_before_the_first_sequence(device, monkeypatch):
+    """Refused where the host can know it; elsewhere they belong to nobody."""
+    monkeypatch.setattr(lengths, "check_values", lambda *arguments, **options: None)
+    x = torch.randn(300, 2, D, device=device).bfloat16()
+    x[:150] = 1000
+    cu = torch.tensor([150, 300], dtype=torch.int32, device=device)
+    given = fa3.quantize_fp8(x, x, x, smooth_v=False, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    alone = fa3.quantize_fp8(*3 * [x[None, 150:]], smooth_v=False)
+    assert torch.equal(given.v[150:].float(), alone.v[0].float())
+    assert torch.equal(given.v_descale[..., 1:], alone.v_descale)
+    assert (given.v_descale[..., 0] == 1).all()
+
+
 @pytest.mark.parametrize("shapes", [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)], ids=str)
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "heads"])
 def test_nothing_to_quantise(shapes, blocks, where):
