@@ -13,6 +13,7 @@ from .interface import (
     flash_attn_fp8_func,
     flash_attn_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_fp8_func,
     flash_attn_varlen_func,
 )
 from .quantize import Fp8Inputs, quantize_fp8
@@ -24,6 +25,7 @@ __all__ = [
     "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_fp8_func",
     "flash_attn_varlen_func",
     "quantize_fp8",
 ]

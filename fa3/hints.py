@@ -8,7 +8,9 @@ _SCALE = "softmax_scale is meant"
 _MASK = "causal and window_size say what is masked, and there are no other masks"
 _NO_DROPOUT = "there is no dropout, so leave it out"
 _GQA = "leave it out: q may always have more heads than k and v"
-_LENGTHS = "there are no variable lengths yet: give sequences of one length"
+_LENGTHS = (
+    "flash_attn_varlen_func and flash_attn_varlen_fp8_func take sequences of different lengths"
+)
 _CACHE = "there are no caches yet: give the keys and values to attend to as k and v"
 _LSE = "return_attn_probs=True returns the lse, too"
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import hints, lengths, ops
 from .layout import check_tensors
-from .lengths import EQUAL
+from .lengths import EQUAL, Lengths
 from .options import Options, bool_of, int_of
 from .plain import is_plain
 from .quantize import quantize_fp8
@@ -15,6 +15,16 @@ from .scales import NO_DESCALES, Descales, named
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
 _NOT_YET = {"qv": None, "attention_chunk": 0}
+# Options of quantize_fp8 that calls in FP8 have, too.
+_SCALING = (
+    "hadamard",
+    "smooth_k",
+    "smooth_v",
+    "block_scales",
+    "v_per_channel",
+    "rows_per_block",
+    "qk_dtype",
+)
 
 
 @hints.closed
@@ -193,13 +203,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = _descales(q_descale, k_descale, v_descale, v_shift)
     given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    longest = (
-        _longest("q", max_seqlen_q, cu_seqlens_q),
-        _longest("k", max_seqlen_k, cu_seqlens_k),
-    )
-    if check_lengths is not False:
-        check_lengths = bool_of("check_lengths", check_lengths)
-    more = given, longest, check_lengths, learnable_sink
+    more = given, *_bounds(given, max_seqlen_q, max_seqlen_k, check_lengths), learnable_sink
     out, lse = _attend(q, k, v, out, options, descales, None, check_scales, *more)
     return (out, lse) if return_attn_probs else out
 
@@ -297,39 +301,89 @@ def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
         raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
     options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
     smooth_k = _smooth_k_of(smooth_k, options[-1], learnable_sink)
+    scaling = hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype
+    return _attend_in_fp8(q, k, v, out, options, scaling, return_attn_probs, sink=learnable_sink)
+
+
+@hints.closed
+def flash_attn_varlen_fp8_func(  # noqa: PLR0913 - one argument per option
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    *,
+    hadamard=True,
+    smooth_k=None,
+    smooth_v=True,
+    block_scales=True,
+    v_per_channel=False,
+    rows_per_block=128,
+    qk_dtype=torch.float8_e4m3fn,
+    sm_margin=0,
+    return_attn_probs=False,
+    out=None,
+    check_lengths=False,
+    softcap=0.0,
+    learnable_sink=None,
+    **unknown,
+):
+    """flash_attn_fp8_func of sequences with lengths of their own, packed without padding.
+
+    q (total_q, h_q, d), k (total_k, h_k, d), v (total_k, h_k, dv); either q, or k and v, may be
+    dense. cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+    check_lengths, and which rows of the result are not written: as in flash_attn_varlen_func. Each
+    sequence is quantised by itself, whatever stands beside it.
+
+    The other arguments, and what is returned and raised: as in flash_attn_fp8_func; lse is
+    (h_q, total_q), of dense q (batch, h_q, s_q).
+    """
+    if unknown:
+        raise hints.unknown_argument(flash_attn_varlen_fp8_func, next(iter(unknown)))
+    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
+    smooth_k = _smooth_k_of(smooth_k, options[-1], learnable_sink)
+    scaling = hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    more = given, *_bounds(given, max_seqlen_q, max_seqlen_k, check_lengths)
+    return _attend_in_fp8(q, k, v, out, options, scaling, return_attn_probs, *more, learnable_sink)
+
+
+def _attend_in_fp8(  # noqa: PLR0913
+    q,
+    k,
+    v,
+    out,
+    options,
+    scaling,
+    return_attn_probs,
+    given=EQUAL,
+    longest=(None, None),
+    check_lengths=False,
+    sink=None,
+):
+    """scaling: what _SCALING names."""
     return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q, k=k, v=v, **lengths.named(given))
     if out is not None:
         _check_out(out)
-    if learnable_sink is not None:
-        check_tensors(learnable_sink=learnable_sink)
-    if is_plain(q, k, v):
-        ops.check(q, k, v, out, learnable_sink, *options)
-    inputs = quantize_fp8(
-        q,
-        k,
-        v,
-        hadamard=hadamard,
-        smooth_k=smooth_k,
-        smooth_v=smooth_v,
-        block_scales=block_scales,
-        v_per_channel=v_per_channel,
-        rows_per_block=rows_per_block,
-        qk_dtype=qk_dtype,
-    )
-    out, lse = _attend(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        out,
-        options,
-        Descales(**inputs.scales),
-        out_dtype=q.dtype,
-        sink=learnable_sink,
-    )
+    if sink is not None:
+        check_tensors(learnable_sink=sink)
+    more = given, longest, check_lengths, sink
+    if _are_plain(q, k, v, None, given):
+        ops.check(q, k, v, out, *more, *options)
+    inputs = quantize_fp8(q, k, v, **dict(zip(_SCALING, scaling, strict=True)), **given._asdict())
+    descales = Descales(**inputs.scales)
+    out, lse = _attend(*inputs[:3], out, options, descales, q.dtype, False, *more)
     if not return_attn_probs:
         return out
-    if smooth_k:
+    if inputs.lse_shift is not None:
         scale = q.shape[-1] ** -0.5 if options[0] is None else options[0]
         lse = torch.add(lse, inputs.lse_shift, alpha=scale)
     return out, lse
@@ -360,6 +414,15 @@ def _descales(q_descale, k_descale, v_descale, v_shift) -> Descales:
     if q_descale is None and k_descale is None and v_descale is None and v_shift is None:
         return NO_DESCALES
     return Descales(q_descale, k_descale, v_descale, v_shift)
+
+
+def _bounds(given: Lengths, max_seqlen_q, max_seqlen_k, check_lengths) -> tuple:
+    """max_seqlen_q and max_seqlen_k, and check_lengths."""
+    longest = (
+        _longest("q", max_seqlen_q, given.cu_seqlens_q),
+        _longest("k", max_seqlen_k, given.cu_seqlens_k),
+    )
+    return longest, check_lengths is not False and bool_of("check_lengths", check_lengths)
 
 
 def _longest(side: str, most, cu_seqlens) -> int | None:

@@ -86,10 +86,12 @@ def plan_of(q, k, v, out, descales, sink, out_dtype, lengths, *options) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_layouts(q, k, v, out, sink, *options) -> None:
-    """q, k, v, out and sink are the fields of a `Layout`; the last two may be None."""
-    sink = None if sink is None else Layout(*sink)
-    problem = Problem.of(Layout(*q), Layout(*k), Layout(*v), Options(*options), learnable_sink=sink)
+def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0913
+    """As plan_of."""
+    tensors = (Layout(*x) for x in (q, k, v))
+    lengths = Lengths(*map(_layout, lengths))
+    given = {"lengths": lengths, "learnable_sink": _layout(sink)}
+    problem = Problem.of(*tensors, Options(*options), **given)
     if problem.device.type != "meta":
         _target_of(problem)
     if out is not None:
@@ -180,8 +182,7 @@ def run(  # noqa: PLR0913
         check_disjoint(out, q=q, k=k, v=v, **scales.named(descales), **others)
     if check_scales:
         scales.check_values(**scales.named(descales))
-    if check_lengths or (lengths is not EQUAL and q.device.type == "cpu"):
-        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=check_lengths)
+    _check_lengths(q, k, lengths, longest, check_lengths)
     if out is None:  # sizes apart: half the time of a tuple of them
         out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
@@ -236,11 +237,18 @@ def _check_addresses(q, k, v, descales, sink) -> None:
         check_address("learnable_sink", sink, sink.itemsize)
 
 
-def check(q, k, v, out, sink, *options) -> None:
-    """What `run` checks of all but q, k and v, for a call that quantises these first."""
-    _check_layouts(*map(_fields, (q, k, v, out, sink)), *options)
+def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913
+    """What `run` checks of all but scales, for a call that quantises q, k and v first."""
+    q_k_v_out = map(_fields, (q, k, v, out))
+    _check_layouts(*q_k_v_out, tuple(map(_fields, lengths)), _fields(sink), *options)
     if out is not None:
         check_address("out", out)
+    _check_lengths(q, k, lengths, longest, check_lengths)
+
+
+def _check_lengths(q, k, lengths, longest, on_request: bool) -> None:
+    if on_request or (lengths is not EQUAL and q.device.type == "cpu"):
+        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=on_request)
 
 
 def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:

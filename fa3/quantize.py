@@ -1,33 +1,22 @@
 """16-bit q, k and v -> the one-byte tensors and scales that attention in FP8 or INT8 takes."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, hints, jit, quantize_reference, transforms
-from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
-from .kernels.signature import Q_BLOCK
-from .layout import (
-    ALIGNMENT,
-    Layout,
-    check_last_stride,
-    check_tensors,
-    odd_dimension,
-    tma_strides,
-)
-from .options import Options, bool_of, int_of
+from . import dispatch, hints, lengths, quantize_reference, transforms
+from .layout import Layout, check_tensors
+from .lengths import EQUAL, Lengths
 from .plain import is_plain
-from .problem import BYTE_DTYPES, DTYPES, Problem
-from .scales import NAMES, num_blocks
-
-KERNEL = "fa3.kernels.quantize:Quantize"
+from .problem import BYTE_DTYPES
+from .quantize_plan import Plan, QuantizeOptions, Recipe, check_layouts, plans_of
+from .scales import NAMES
+from .segments import Segments
 
 
 class Fp8Inputs(NamedTuple):
-    """What flash_attn_func takes; shapes in quantize_fp8.
+    """What flash_attn_func or flash_attn_varlen_func takes; shapes in quantize_fp8.
 
         out = flash_attn_func(x.q, x.k, x.v, **x.scales)
 
@@ -49,83 +38,6 @@ class Fp8Inputs(NamedTuple):
         return {name: getattr(self, name) for name in NAMES}
 
 
-class _Options(NamedTuple):
-    """Those of quantize_fp8, in the order of the operator's."""
-
-    hadamard: bool
-    smooth_k: bool
-    smooth_v: bool
-    block_scales: bool
-    v_per_channel: bool
-    rows_per_block: int
-    qk_dtype: torch.dtype
-    v_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, *given) -> "_Options":
-        """Checked, and as the operator takes them."""
-        given = dict(zip(cls._fields, given, strict=True))
-        for name in ("hadamard", "smooth_k", "smooth_v", "block_scales", "v_per_channel"):
-            given[name] = bool_of(name, given[name])
-        given["rows_per_block"] = rows = int_of("rows_per_block", given["rows_per_block"])
-        if rows not in (64, 128):
-            raise ValueError(f"rows_per_block is {rows}, expected 64 or 128")
-        for name, allowed in (
-            ("qk_dtype", (torch.float8_e4m3fn, torch.int8)),
-            ("v_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
-        ):
-            if given[name] not in allowed:
-                raise TypeError(f"{name} is {given[name]!r}, expected {allowed[0]} or {allowed[1]}")
-        return cls(**given)
-
-    def recipes(self, h_k: int) -> dict[str, "_Recipe"]:
-        """For q, k and v."""
-        form = "block" if self.block_scales else "head"
-        v_form = "channel" if self.v_per_channel else form
-        rows, qk = self.rows_per_block, self.qk_dtype
-        return {
-            "q": _Recipe(qk, form, Q_BLOCK, h_k, self.hadamard),
-            "k": _Recipe(qk, form, rows, h_k, self.hadamard),
-            "v": _Recipe(self.v_dtype, v_form, rows, h_k, False),
-        }
-
-
-class _Recipe(NamedTuple):
-    """How one tensor (b, s, h, d) is quantised."""
-
-    dtype: torch.dtype
-    form: Literal["block", "head", "channel"]  # what has a scale of its own
-    rows: int  # of a block
-    h_k: int
-    hadamard: bool
-
-    def descale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        b, s, h, d = shape
-        if self.form == "block":
-            return b, h, num_blocks(s, self.rows)
-        return (b, self.h_k) if self.form == "head" else (b, h, 1, d)
-
-    def signature(self, layout: Layout, scales: ScaleMode, **more: bool) -> QuantizeSignature:
-        names = DTYPES[layout.dtype], BYTE_DTYPES[self.dtype]
-        d = layout.shape[-1]
-        return QuantizeSignature(*names, d, self.rows, scales, self.hadamard, **more)
-
-
-class _Plan(NamedTuple):
-    """How one tensor (b, s, h, d) is quantised: everything but where it lies."""
-
-    recipe: _Recipe
-    copy: bool  # its strides are no multiples of 16 bytes
-    strides: tuple[int, ...] | None  # to read it by, where only dimensions of size 1 are odd
-    amax: Callable | None  # amax(x, None, peaks, mean, None, None), where not blocks have scales
-    cast: Callable  # cast(x, y, scales, mean, dot, errors)
-
-    def readable(self, x: Tensor) -> Tensor:
-        if self.copy or x.data_ptr() % ALIGNMENT:
-            return x.clone(memory_format=torch.contiguous_format)
-        return x if self.strides is None else x.as_strided(x.shape, self.strides)
-
-
 @hints.closed
 def quantize_fp8(  # noqa: PLR0913 - one argument per option
     q,
@@ -140,6 +52,10 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     rows_per_block=128,
     qk_dtype=torch.float8_e4m3fn,
     v_dtype=torch.float8_e4m3fn,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
     **unknown,
 ):
     """Quantise q (b, s_q, h_q, d), k (b, s_k, h_k, d) and v (b, s_k, h_k, dv) in bf16 or fp16.
@@ -159,6 +75,10 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     rows_per_block: keys per scale of k and v, 64 or 128; a scale of q has 128 rows.
     qk_dtype: of q and k, torch.float8_e4m3fn or torch.int8.
     v_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: as in flash_attn_varlen_func, for sequences
+        with lengths of their own: q (total_q, h_q, d) or k (total_k, h_k, d) and v (total_k, h_k,
+        dv) packed, or the first rows of dense tensors; b is the number of sequences. They stay on
+        the device and are read there; on CPU tensors they are checked.
 
     Returns Fp8Inputs. q, k and v are contiguous and have the shapes given; value = byte * descale,
     with descales in fp32, contiguous:
@@ -172,6 +92,17 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     the mean of k. Add softmax_scale * lse_shift to the LSE to get that of the original k.
     v_shift is None, or with smooth_v (b, h_k, dv) in fp32, c + mean of (v - c - v_descale * byte):
     both means are over s_k, and c is that of v.
+
+    Of packed tensors, blocks begin at the first row of a sequence and none has rows of two:
+
+        q_descale   (1, h_q, total_q // 128 + b)   [0, h, cu_seqlens_q[i] // 128 + i + j // 128]
+        k_descale   (1, h_k, total_k // B + b)     [0, h, cu_seqlens_k[i] // B + i + j // B]
+        v_descale   as k_descale
+
+    for row j of sequence i, B being rows_per_block; lse_shift is (h_q, total_q). Means, peaks and
+    errors of a sequence are those of its own rows that count. Other rows are not read, and their
+    bytes and lse_shift are not written: in the new tensors they are uninitialised. Descales are all
+    defined: 1 in blocks without rows, and for a sequence without rows, whose v_shift is 0.
 
     A descale is the largest finite magnitude under it over the largest code (e4m3 448, e5m2 57344,
     int8 127), at least 2^-126, and 1 where all is zero. Codes are rounded to nearest even and
@@ -188,134 +119,119 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     if unknown:
         raise hints.unknown_argument(quantize_fp8, next(iter(unknown)))
     check_tensors(q=q, k=k, v=v)
-    options = _Options.of(
+    options = QuantizeOptions.of(
         hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype, v_dtype
     )
     _check_grad(q=q, k=k, v=v)
-    run = _run if is_plain(q, k, v) else torch.ops.fa3.quantize_fp8
-    *inputs, lse_shift, v_shift = run(q, k, v, *options)
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    named = lengths.named(given)
+    check_tensors(**named)
+    if is_plain(q, k, v, *named.values()):
+        *inputs, lse_shift, v_shift = _run(q, k, v, options, given)
+    else:
+        *inputs, lse_shift, v_shift = torch.ops.fa3.quantize_fp8(q, k, v, *options, *given)
     return Fp8Inputs(
         *inputs, lse_shift if options.smooth_k else None, v_shift if options.smooth_v else None
     )
 
 
-def _run(q, k, v, *options):
+def _run(q, k, v, options: QuantizeOptions, given: Lengths):
     """As the operator fa3::quantize_fp8: lse_shift and v_shift are empty where not asked for."""
-    options = _Options(*options)
     layouts = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
-    plans = _plans_of(*layouts, options, None if q.is_meta else dispatch.target_of(q.device))
+    of_lengths = EQUAL if given is EQUAL else Lengths(*map(_layout, given))
+    target = None if q.is_meta else dispatch.target_of(q.device)
+    plans = plans_of(*layouts, of_lengths, options, target)
+    if given is not EQUAL and q.device.type == "cpu":
+        lengths.check_values(given, q.shape[-3], k.shape[-3], (None, None), totals=False)
+    queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
+    keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)
     q, k, v = (plan.readable(x) for plan, x in zip(plans, (q, k, v), strict=True))
     k_mean, lse_shift, v_mean, v_errors = None, None, None, None
     if options.smooth_k:
-        k_mean = _mean_of(k)
-        lse_shift = k_mean.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        k_mean = _mean_of(k, plans[1], keys)
+        lse_shift = k_mean.new_empty(_lse_shape(q))
     if options.smooth_v:
-        b, s, h, d = v.shape
-        v_mean = _mean_of(v)
-        v_errors = v_mean.new_empty(b, h, num_blocks(s, options.rows_per_block), d)
-    q, q_descale = _quantize(q, plans[0], k_mean, dot=lse_shift)
-    k, k_descale = _quantize(k, plans[1], k_mean)
-    v, v_descale = _quantize(v, plans[2], v_mean, errors=v_errors)
+        v_mean = _mean_of(v, plans[2], keys)
+        v_errors = keys.new_blocks(keys.entries(v), options.rows_per_block)
+    q, q_descale = _quantize(q, plans[0], queries, k_mean, dot=lse_shift)
+    k, k_descale = _quantize(k, plans[1], keys, k_mean)
+    v, v_descale = _quantize(v, plans[2], keys, v_mean, errors=v_errors)
     v_shift = None
     if options.smooth_v:
-        each = v_descale.view(*v_descale.shape, *(4 - v_descale.dim()) * [1])
-        v_shift = v_mean + (v_errors / v.shape[1] * each).sum(dim=2)
+        v_shift = v_mean + _mean_error(v_errors, v_descale, plans[2].recipe, keys)
     shifts = (q_descale.new_empty(0) if x is None else x for x in (lse_shift, v_shift))
     return q, k, v, q_descale, k_descale, v_descale, *shifts
 
 
-def _mean_of(x: Tensor) -> Tensor:
-    """(b, s, h, d) -> (b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
-    return x.mean(dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).contiguous()
+def _layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else Layout.of(x)
 
 
-def _quantize(x: Tensor, plan: _Plan, mean=None, dot=None, errors=None) -> tuple[Tensor, Tensor]:
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    *batch, s, h, _ = q.shape
+    return *batch, h, s
+
+
+def _mean_of(x: Tensor, plan: Plan, segments: Segments) -> Tensor:
+    """(b, h, d). Any row may be subtracted: 0, where the mean is not finite."""
+    if segments.is_ragged:
+        x, rows = segments.entries(x), plan.recipe.rows
+        sums = segments.new_blocks(x, rows)
+        if x.numel() and segments.batch:
+            plan.sums(x, None, sums, None, None, None, *segments.arguments(rows, x.device))
+        mean = segments.sum(sums, rows) / segments.lengths
+    else:
+        mean = x.mean(dim=1, dtype=torch.float32)
+    return mean.nan_to_num(0.0, 0.0, 0.0).contiguous()
+
+
+def _mean_error(errors: Tensor, descale: Tensor, recipe: Recipe, segments: Segments) -> Tensor:
+    """(b, h, d), of sums over blocks in units of descales."""
+    num_rows = max(1, segments.num_rows)
+    errors = errors / num_rows  # first, as the sum of all might overflow
+    if recipe.form == "block":
+        mean = segments.sum(errors * descale[..., None], recipe.rows)
+    else:
+        each = descale[..., None] if recipe.form == "head" else descale[:, :, 0]
+        mean = segments.sum(errors, recipe.rows) * each
+    return mean * (num_rows / segments.lengths) if segments.is_ragged else mean
+
+
+def _quantize(  # noqa: PLR0913
+    x: Tensor, plan: Plan, segments: Segments, mean=None, dot=None, errors=None
+) -> tuple[Tensor, Tensor]:
     """Bytes and descales of one tensor.
 
-    mean (b, h_k, d): subtracted, but with dot (b, h, s) multiplied by the rows of x instead.
-    errors (b, h, n, d): gets the sums over blocks of what the bytes lack, in units of descales.
+    mean (b, h_k, d): subtracted, but with dot, of the shape of an LSE, multiplied by the rows of x
+        instead.
+    errors (entries, h, n, d): gets the sums over blocks of what the bytes lack, in units of
+        descales.
     """
     recipe = plan.recipe
     y = torch.empty(x.shape, dtype=recipe.dtype, device=x.device)
-    descale = torch.empty(recipe.descale_shape(x.shape), dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    shape = recipe.descale_shape(x.shape, segments)
+    descale = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0 or segments.batch == 0:
         return y, descale.fill_(1.0)
+    of_lengths = segments.arguments(recipe.rows, x.device)
+    x, codes = segments.entries(x), segments.entries(y.view(torch.uint8))
+    if dot is not None:
+        dot = segments.entries(dot)
     if plan.amax is None:
-        plan.cast(x, y.view(torch.uint8), descale, mean, dot, errors)
+        plan.cast(x, codes, descale, mean, dot, errors, *of_lengths)
         return y, descale
-    b, s, h, d = x.shape
-    peaks = descale.new_empty(b, h, num_blocks(s, recipe.rows), d)
-    plan.amax(x, None, peaks, mean if dot is None else None, None, None)
-    peaks = peaks.amax(dim=2)  # (b, h, d)
+    h, d = x.shape[2:]
+    peaks = segments.new_blocks(x, recipe.rows)
+    plan.amax(x, None, peaks, mean if dot is None else None, None, None, *of_lengths)
+    peaks = segments.amax(peaks, recipe.rows)  # (b, h, d)
     if recipe.form == "head":
-        peaks = peaks.view(b, recipe.h_k, -1).amax(dim=2)
+        peaks = peaks.view(segments.batch, recipe.h_k, -1).amax(dim=2)
     descale.copy_(quantize_reference.descale_of(peaks, BYTE_DTYPES[recipe.dtype]).view_as(descale))
     factors = 1 / descale
     if recipe.form == "head":
         factors = factors.repeat_interleave(h // recipe.h_k, dim=1)[..., None].repeat(1, 1, d)
-    plan.cast(x, y.view(torch.uint8), factors.view(b, h, d), mean, dot, errors)
+    plan.cast(x, codes, factors.view(segments.batch, h, d), mean, dot, errors, *of_lengths)
     return y, descale
-
-
-@functools.lru_cache(maxsize=4096)
-def _plans_of(q, k, v, options: _Options, target: dispatch.Target | None) -> tuple[_Plan, ...]:
-    """Check a call and find its kernels; the cache makes this free for layouts seen before."""
-    q, k, v = (Layout(*x) for x in (q, k, v))
-    _check_layouts(q, k, v, options)
-    recipes = options.recipes(k.shape[2])
-    return (
-        _plan(recipes["q"], q, target, dot_with_mean=options.smooth_k),
-        _plan(recipes["k"], k, target, subtract_mean=options.smooth_k),
-        _plan(recipes["v"], v, target, options.smooth_v, sum_errors=options.smooth_v),
-    )
-
-
-def _plan(recipe: _Recipe, layout: Layout, target, subtract_mean=False, **of_cast) -> _Plan:
-    def kernel(scales, **more):
-        signature = recipe.signature(layout, scales, subtract_mean=subtract_mean, **more)
-        return _kernel(signature, None if 0 in layout.shape else target)
-
-    is_block = recipe.form == "block"
-    return _Plan(
-        recipe,
-        odd_dimension(layout) is not None,
-        tma_strides(layout),
-        None if is_block else kernel("amax"),
-        kernel("block" if is_block else "given", **of_cast),
-    )
-
-
-def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Callable:
-    """The function run(x, y, scales, mean, dot, errors)."""
-    if target is None:
-        return _do_nothing
-    if target.kind == "reference":
-        return quantize_reference.bind(signature)
-    if target.capability[0] != 9:
-        major, minor = target.capability
-        raise NotImplementedError(
-            f"quantize_fp8 needs compute capability 9.x, {target.name} has {major}.{minor}"
-        )
-    return jit.compile(KERNEL, signature, QuantizeConfig(), target.kind)
-
-
-def _do_nothing(*arguments):
-    pass
-
-
-def _check_layouts(q: Layout, k: Layout, v: Layout, options: _Options) -> None:
-    """Raises TypeError or ValueError; nothing has been launched."""
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
-    problem = Problem.of(q, k, v, Options())
-    for name, layout in (("q", q), ("k", k), ("v", v)):
-        check_last_stride(name, layout)
-    for name, d in (("q", problem.head_dim), ("v", problem.head_dim_v)):
-        if d % CHUNK:
-            raise ValueError(f"{name} has head dim {d}, expected a multiple of {CHUNK}")
-    d = problem.head_dim
-    if options.hadamard and d & (d - 1):
-        raise ValueError(f"q has head dim {d}, expected a power of two with hadamard=True")
 
 
 def _check_grad(**tensors: Tensor) -> None:
@@ -340,11 +256,12 @@ def _operator(  # noqa: PLR0913
     rows_per_block: int,
     qk_dtype: torch.dtype,
     v_dtype: torch.dtype,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run(
-        q,
-        k,
-        v,
+    options = QuantizeOptions(
         hadamard,
         smooth_k,
         smooth_v,
@@ -354,21 +271,27 @@ def _operator(  # noqa: PLR0913
         qk_dtype,
         v_dtype,
     )
+    return _run(q, k, v, options, lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k))
 
 
 @_operator.register_fake
-def _(q, k, v, *options):
-    options = _Options(*options)
-    _check_layouts(Layout.of(q), Layout.of(k), Layout.of(v), options)
-    recipes = options.recipes(k.shape[2])
-    given = {"q": q, "k": k, "v": v}
-    codes = [x.new_empty(x.shape, dtype=recipes[name].dtype) for name, x in given.items()]
+def _(q, k, v, *options_and_lengths):
+    count = len(QuantizeOptions._fields)
+    options = QuantizeOptions(*options_and_lengths[:count])
+    given = Lengths(*options_and_lengths[count:])
+    of_lengths = Lengths(*map(_layout, given))
+    check_layouts(*map(Layout.of, (q, k, v)), options, of_lengths)
+    recipes = options.recipes(k.shape[-2])
+    queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
+    keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)
+    tensors = {"q": (q, queries), "k": (k, keys), "v": (v, keys)}
+    codes = [x.new_empty(x.shape, dtype=recipes[name].dtype) for name, (x, _) in tensors.items()]
     descales = [
-        x.new_empty(recipes[name].descale_shape(x.shape), dtype=torch.float32)
-        for name, x in given.items()
+        x.new_empty(recipes[name].descale_shape(x.shape, segments), dtype=torch.float32)
+        for name, (x, segments) in tensors.items()
     ]
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if options.smooth_k else (0,)
-    shift_shape = (v.shape[0], v.shape[2], v.shape[3]) if options.smooth_v else (0,)
+    lse_shape = _lse_shape(q) if options.smooth_k else (0,)
+    shift_shape = (keys.batch, *v.shape[-2:]) if options.smooth_v else (0,)
     shifts = (q.new_empty(shape, dtype=torch.float32) for shape in (lse_shape, shift_shape))
     return *codes, *descales, *shifts
 

@@ -1,5 +1,6 @@
 """The quantisation kernel in plain torch, for CPU tensors without the emulator."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,13 +13,14 @@ from .kernels.quantize_signature import (
     QuantizeSignature,
     sign_of,
 )
+from .reference_ragged import Rows
 
 BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
 def bind(signature: QuantizeSignature):
     """A function that is called as the kernel compiled for `signature` is."""
-    return functools.partial(_quantize, signature)
+    return functools.partial(_ragged if signature.is_ragged else _quantize, signature)
 
 
 def descale_of(peak: torch.Tensor, out: str) -> torch.Tensor:
@@ -27,7 +29,28 @@ def descale_of(peak: torch.Tensor, out: str) -> torch.Tensor:
     return descale.masked_fill_(peak == 0, 1.0)
 
 
-def _quantize(signature, x, y, scales, mean, dot, errors):
+def _ragged(signature, x, y, scales, mean, dot, errors, cu_seqlens, seqused, num_blocks):  # noqa: PLR0913
+    """One sequence after another, as dense ones."""
+    if signature.scales != "given":
+        scales.fill_(1.0 if signature.scales == "block" else 0.0)
+    if errors is not None:
+        errors.zero_()
+    dense = dataclasses.replace(signature, is_ragged=False)
+    for i in range(cu_seqlens.numel() - 1 if cu_seqlens.numel() else x.shape[0]):
+        rows, own = Rows.of(i, x.shape[1], cu_seqlens, seqused), slice(i, i + 1)
+        if rows.length:
+            _quantize(
+                dense,
+                rows.cut(x),
+                None if y is None else rows.cut(y),
+                scales[own] if signature.scales == "given" else rows.blocks(scales, signature.rows),
+                None if mean is None else mean[own],
+                None if dot is None else rows.cut(dot, dim=2),
+                None if errors is None else rows.blocks(errors, signature.rows),
+            )
+
+
+def _quantize(signature, x, y, scales, mean, dot, errors, *of_lengths):
     """See fa3.kernels.quantize.Quantize.__call__ for the arguments."""
     _, s, h, d = x.shape
     values = x.transpose(1, 2).float()  # (b, h, s, d)
@@ -38,6 +61,9 @@ def _quantize(signature, x, y, scales, mean, dot, errors):
         dot.copy_((values * mean).sum(dim=-1))
     if signature.subtract_mean:
         values = values - mean
+    if signature.scales == "sum":
+        scales.copy_(_blocks(values, signature.rows).sum(dim=3))
+        return
     factor = 1.0  # still to be applied
     if signature.hadamard:
         values, factor = rotate(values), d**-0.5

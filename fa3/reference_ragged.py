@@ -61,7 +61,7 @@ def _sequence_of(num_rows: int, cu_seqlens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Where a sequence lies in a tensor of queries or of keys."""
 
     index: int
@@ -70,7 +70,7 @@ class _Rows:
     length: int
 
     @classmethod
-    def of(cls, index: int, num_rows: int, cu_seqlens: Tensor, seqused: Tensor) -> "_Rows":
+    def of(cls, index: int, num_rows: int, cu_seqlens: Tensor, seqused: Tensor) -> "Rows":
         entry, start, end = index, 0, num_rows
         if cu_seqlens.numel():
             entry, (start, end) = 0, cu_seqlens[index : index + 2].tolist()
@@ -82,7 +82,7 @@ class _Rows:
     def cut(self, x: Tensor, dim: int = 1) -> Tensor:
         return x[self.entry : self.entry + 1].narrow(dim, self.start, self.length)
 
-    def scales(self, x: Tensor, block: int) -> Tensor:
+    def blocks(self, x: Tensor, block: int) -> Tensor:
         """The sequence's own: of (b, heads, 1), or of (b or 1, heads, blocks)."""
         entry = min(self.index, x.shape[0] - 1)
         x = x[entry : entry + 1]
@@ -94,8 +94,8 @@ class _Rows:
 
 def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArguments:
     """What sequence i would be given alone."""
-    q = _Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
-    k = _Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
+    q = Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
+    k = Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
     one = dataclasses.replace(
         x, q=q.cut(x.q), k=k.cut(x.k), v=k.cut(x.v), out=q.cut(x.out), lse=q.cut(x.lse, dim=2)
     )
@@ -107,8 +107,8 @@ def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArgume
     k_block, v_block = quantised.k_block, quantised.v_block
     return dataclasses.replace(
         one,
-        q_scales=q.scales(x.q_scales, Q_BLOCK),
-        k_scales=k.scales(x.k_scales, k_block) if k_block else x.k_scales[per_sequence],
-        v_scales=k.scales(x.v_scales, v_block) if v_block else x.v_scales[per_sequence],
+        q_scales=q.blocks(x.q_scales, Q_BLOCK),
+        k_scales=k.blocks(x.k_scales, k_block) if k_block else x.k_scales[per_sequence],
+        v_scales=k.blocks(x.v_scales, v_block) if v_block else x.v_scales[per_sequence],
         v_shift=x.v_shift[per_sequence],
     )

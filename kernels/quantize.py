@@ -5,9 +5,15 @@ loads (two of 16 bytes per row) to the store (one of 16 bytes); lanes that share
 neighbours. Threads past the last row, and lanes past the last column, do again what the last one
 does, to the same addresses: that changes no maximum and saves all conditions. Heads are innermost
 in the grid, as they are in memory.
+
+Of sequences with lengths of their own, blocks begin at the first row of each, and no two share one.
+A packed tensor may have more blocks than its sequences need: those get neutral scales and sums, and
+rows that belong to no sequence are neither read nor written.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -25,10 +31,35 @@ from .quantize_signature import (
     QuantizeSignature,
     sign_of,
 )
+from .sequence import RaggedSpans
 from .views import four_bytes
 
 ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 WARP = 32
+
+
+@dataclass(frozen=True)
+class QuantizeTensors:
+    """Those of Quantize.__call__ that are there."""
+
+    x: cute.Tensor
+    y: cute.Tensor | None
+    scales: cute.Tensor
+    mean: cute.Tensor | None
+    dot: cute.Tensor | None
+    errors: cute.Tensor | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a head of a sequence."""
+
+    entry: Any  # of the tensors that have rows or blocks
+    batch: Any  # index of the sequence
+    head: Any
+    index: Any  # among all blocks of the entry
+    first_row: Any  # in the tensor
+    end: Any  # after the last row of the sequence
 
 
 class Quantize:
@@ -46,27 +77,33 @@ class Quantize:
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__; None for those that the signature does not use."""
         signature, d = self.signature, self.signature.head_dim
-        batch, length, heads, heads_kv, blocks = (cute.sym_int32() for _ in range(5))
+        entries, length, heads, heads_kv, blocks = (cute.sym_int32() for _ in range(5))
+        batch = cute.sym_int32() if signature.is_ragged else entries
 
         def tensor(element, shape, unit=1):
             strides = tuple(cute.sym_int64(divisibility=unit) for _ in shape[1:])
             alignment = unit * element.width // 8
             return make_fake_tensor(element, shape, (*strides, 1), assumed_align=alignment)
 
-        x = tensor(ELEMENT[signature.dtype], (batch, length, heads, d), 8)
-        y = tensor(cutlass.Uint8, (batch, length, heads, d), 16)
+        def numbers():
+            return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
+
+        x = tensor(ELEMENT[signature.dtype], (entries, length, heads, d), 8)
+        y = tensor(cutlass.Uint8, (entries, length, heads, d), 16)
         scales = {
-            "block": lambda: tensor(Float32, (batch, heads, blocks)),
+            "block": lambda: tensor(Float32, (entries, heads, blocks)),
             "given": lambda: tensor(Float32, (batch, heads, d), 4),
-            "amax": lambda: tensor(Float32, (batch, heads, blocks, d), 4),
+            "amax": lambda: tensor(Float32, (entries, heads, blocks, d), 4),
+            "sum": lambda: tensor(Float32, (entries, heads, blocks, d), 4),
         }[signature.scales]()
         return (
             x,
-            None if signature.scales == "amax" else y,
+            y if signature.has_codes else None,
             scales,
             tensor(Float32, (batch, heads_kv, d), 4) if signature.has_mean else None,
-            tensor(Float32, (batch, heads, length)) if signature.dot_with_mean else None,
-            tensor(Float32, (batch, heads, blocks, d), 4) if signature.sum_errors else None,
+            tensor(Float32, (entries, heads, length)) if signature.dot_with_mean else None,
+            tensor(Float32, (entries, heads, blocks, d), 4) if signature.sum_errors else None,
+            *((numbers(), numbers(), Int32(1)) if signature.is_ragged else (None, None, None)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -75,18 +112,26 @@ class Quantize:
         self,
         mX: cute.Tensor,  # (b, s, h, d)
         mY: cute.Tensor | None,  # (b, s, h, d) bytes, out
-        mScales: cute.Tensor,  # block: (b, h, n) out; given: (b, h, d); amax: (b, h, n, d) out
+        mScales: cute.Tensor,  # block: (b, h, n) out; given: (b, h, d); else: (b, h, n, d) out
         mMean: cute.Tensor | None,  # (b, h_k, d), h_k divides h
         mDot: cute.Tensor | None,  # (b, h, s) out
         mErrors: cute.Tensor | None,  # (b, h, n, d) out, in units of codes
+        cu_seqlens: cute.Tensor | None,  # of ragged sequences, as in RaggedSpans; where packed, b
+        seqused: cute.Tensor | None,  # is 1 above, but for mMean and given scales
+        num_blocks: Int32 | None,  # n
         stream,
     ):
-        batch, length, heads, _ = mX.shape
-        num_blocks = cute.ceil_div(length, self.signature.rows)
+        entries, length, heads, _ = mX.shape
+        spans = None
+        if cutlass.const_expr(self.signature.is_ragged):
+            spans = RaggedSpans(length, cu_seqlens, seqused)
+        else:
+            num_blocks = cute.ceil_div(length, self.signature.rows)
         group = heads // mMean.shape[1] if cutlass.const_expr(mMean is not None) else 1
-        grid = (heads * num_blocks * batch, 1, 1)
+        grid = (heads * num_blocks * entries, 1, 1)
         divisors = tuple(cute.FastDivmodDivisorV2(Int32(n)) for n in (heads, num_blocks, group))
-        self.kernel(mX, mY, mScales, mMean, mDot, mErrors, divisors).launch(
+        tensors = QuantizeTensors(mX, mY, mScales, mMean, mDot, mErrors)
+        self.kernel(tensors, spans, divisors).launch(
             grid=grid,
             block=(self.num_threads, 1, 1),
             stream=stream,
@@ -97,56 +142,95 @@ class Quantize:
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
-        mY: cute.Tensor | None,
-        mScales: cute.Tensor,
-        mMean: cute.Tensor | None,
-        mDot: cute.Tensor | None,
-        mErrors: cute.Tensor | None,
+        tensors: QuantizeTensors,
+        spans: RaggedSpans | None,
         divisors: tuple,  # heads, blocks of a head, query heads per mean
     ):
-        signature = self.signature
+        rows = self.signature.rows
         index, _, _ = cute.arch.block_idx()
         index, head = divmod(index, divisors[0])
-        batch, block = divmod(index, divisors[1])
+        entry, index = divmod(index, divisors[1])
         thread, _, _ = cute.arch.thread_idx()
+        if cutlass.const_expr(spans is None):
+            block = Block(entry, entry, head, index, index * rows, tensors.x.shape[1])
+            self._quantize(tensors, block, divisors[2], thread)
+        else:
+            batch = spans.batch_of(entry, index, rows)
+            span = spans[batch]
+            first_row = (index - span.first_block(rows)) * rows  # of the sequence
+            if first_row >= 0 and first_row < span.length:
+                start, end = span.start + first_row, span.start + span.length
+                block = Block(entry, batch, head, index, start, end)
+                self._quantize(tensors, block, divisors[2], thread)
+            else:
+                self._clear_block(tensors, entry, head, index, thread)
+
+    def _quantize(self, tensors: QuantizeTensors, block: Block, group, thread):
+        signature = self.signature
+        entry, head, index = block.entry, block.head, block.index
         lane = thread % self.lanes
         column = minimum(lane, self.num_chunks - 1)
-        first_row = block * signature.rows + thread // self.lanes
-        last_row = mX.shape[1] - 1
+        first_row, last_row = block.first_row + thread // self.lanes, block.end - 1
         rows = [minimum(first_row + i * self.row_step, last_row) for i in range(self.num_rows)]
-
-        x = [_load(mX[batch, row, head, None], column) for row in rows]
-        x = [_to_float(chunk) for chunk in x]
-        if cutlass.const_expr(signature.has_mean):
-            mean = _elements(_load(mMean[batch, head // divisors[2], None], column))
-            if cutlass.const_expr(signature.dot_with_mean):
-                for chunk, row in zip(x, rows, strict=True):
-                    mDot[batch, head, row] = self._dot(chunk, mean, lane)
-            if cutlass.const_expr(signature.subtract_mean):
-                x = [[a - b for a, b in zip(chunk, mean, strict=True)] for chunk in x]
-        factor = Float32(1.0)  # of x, still to be applied
-        if cutlass.const_expr(signature.hadamard):
-            x, factor = self._rotate(x, lane)
-
-        if cutlass.const_expr(signature.scales == "amax"):
+        x, factor = self._values(tensors, block, group, rows, lane)
+        if signature.scales == "amax":
             columns = zip(*x, strict=True)
             peaks = [_maximum([abs(a) for a in column]) * abs(factor) for column in columns]
-            self._write_by_column(mScales[batch, head, block, None], peaks, _maximum, thread)
+            self._write_by_column(tensors.scales[entry, head, index, None], peaks, _maximum, thread)
+        elif signature.scales == "sum":
+            sums = self._sum_rows(x, last_row + 1 - first_row)
+            self._write_by_column(tensors.scales[entry, head, index, None], sums, _sum, thread)
         else:
-            if cutlass.const_expr(signature.scales == "given"):
-                factors = [factor * f for f in _elements(_load(mScales[batch, head, None], column))]
+            if signature.scales == "given":
+                scales = _elements(_load(tensors.scales[block.batch, head, None], column))
+                factors = [factor * f for f in scales]
             else:
                 descale = self._descale(self._peak(x, thread) * abs(factor))
-                mScales[batch, head, block] = descale
+                tensors.scales[entry, head, index] = descale
                 factors = [factor * cute.arch.rcp_approx(descale)] * CHUNK
             x = [[a * f for a, f in zip(chunk, factors, strict=True)] for chunk in x]
             codes = [_codes(chunk, signature.out) for chunk in x]
             for row, chunk in zip(rows, codes, strict=True):
-                _store(mY[batch, row, head, None], column, chunk)
-            if cutlass.const_expr(signature.sum_errors):
+                _store(tensors.y[entry, row, head, None], column, chunk)
+            if signature.sum_errors:
                 errors = self._sum_errors(x, codes, last_row + 1 - first_row)
-                self._write_by_column(mErrors[batch, head, block, None], errors, _sum, thread)
+                target = tensors.errors[entry, head, index, None]
+                self._write_by_column(target, errors, _sum, thread)
+
+    def _values(self, tensors: QuantizeTensors, block: Block, group, rows: list, lane) -> tuple:
+        """What is to be quantised, but for a factor that is returned too."""
+        signature = self.signature
+        entry, head = block.entry, block.head
+        column = minimum(lane, self.num_chunks - 1)
+        x = [_load(tensors.x[entry, row, head, None], column) for row in rows]
+        x = [_to_float(chunk) for chunk in x]
+        if signature.has_mean:
+            mean = _elements(_load(tensors.mean[block.batch, head // group, None], column))
+            if signature.dot_with_mean:
+                for chunk, row in zip(x, rows, strict=True):
+                    tensors.dot[entry, head, row] = self._dot(chunk, mean, lane)
+            if signature.subtract_mean:
+                x = [[a - b for a, b in zip(chunk, mean, strict=True)] for chunk in x]
+        factor = Float32(1.0)  # of x, still to be applied
+        if signature.hadamard:
+            x, factor = self._rotate(x, lane)
+        return x, factor
+
+    @cute.jit
+    def _clear_block(self, tensors: QuantizeTensors, entry, head, index, thread):
+        """A block without rows: a descale of 1, peaks and sums of 0."""
+        signature = self.signature
+        if cutlass.const_expr(signature.scales == "block"):
+            tensors.scales[entry, head, index] = Float32(1.0)
+        if cutlass.const_expr(not signature.has_codes):
+            self._clear(tensors.scales[entry, head, index, None], thread)
+        if cutlass.const_expr(signature.sum_errors):
+            self._clear(tensors.errors[entry, head, index, None], thread)
+
+    @cute.jit
+    def _clear(self, target: cute.Tensor, thread):
+        for i in range(thread, self.signature.head_dim, self.num_threads):
+            target[i] = Float32(0.0)
 
     @cute.jit
     def _dot(self, chunk: list, mean: list, lane) -> Float32:
@@ -201,6 +285,15 @@ class Quantize:
         for warp in range(num_warps):
             peak = cute.arch.fmax(peak, peaks[warp])
         return peak
+
+    def _sum_rows(self, x: list, rows_left) -> list:
+        """Of each column, but for what repeats the last row."""
+        sums = [Float32(0.0)] * CHUNK
+        for i, chunk in enumerate(x):
+            is_row = i * self.row_step < rows_left
+            kept = [cutlass.select_(is_row, a, Float32(0.0)) for a in chunk]
+            sums = [a + b for a, b in zip(sums, kept, strict=True)]
+        return sums
 
     def _sum_errors(self, x: list, codes: list, rows_left) -> list:
         """Of each column x - codes, but for what is not finite or repeats the last row."""

@@ -16,7 +16,8 @@ CHUNK = 16  # columns of a thread: two 16-byte loads of 16-bit elements, one 16-
 # block: a descale per block of rows, computed and written.
 # given: factors 1 / descale per channel are read.
 # amax:  no bytes, only the largest magnitude of each channel in each block of rows is written.
-ScaleMode = Literal["block", "given", "amax"]
+# sum:   no bytes, only the sum of each channel in each block of rows is written.
+ScaleMode = Literal["block", "given", "amax", "sum"]
 
 
 def sign_of(column: int) -> int:
@@ -33,7 +34,11 @@ def sign_of(column: int) -> int:
 
 @dataclass(frozen=True)
 class QuantizeSignature:
-    """Compile-time facts of quantising one tensor (b, s, h, d)."""
+    """Compile-time facts of quantising one tensor (b, s, h, d).
+
+    A ragged one has sequences with lengths of their own (kernels/sequence.py), as forward kernels
+    have them; of a packed one b is 1.
+    """
 
     dtype: DTypeName
     out: ByteName
@@ -44,13 +49,14 @@ class QuantizeSignature:
     subtract_mean: bool = False  # a row given per batch entry and head is subtracted first
     dot_with_mean: bool = False  # the product of each row, as it came, with that given row
     sum_errors: bool = False  # what the codes of a channel lack in each block is written, too
+    is_ragged: bool = False
 
     def __post_init__(self):
         for name, allowed in (
             ("dtype", ("bf16", "fp16")),
             ("out", tuple(LARGEST)),
             ("rows", (64, 128)),
-            ("scales", ("block", "given", "amax")),
+            ("scales", ("block", "given", "amax", "sum")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {allowed}")
@@ -58,10 +64,14 @@ class QuantizeSignature:
             raise ValueError(
                 f"head_dim={self.head_dim} is no multiple of {CHUNK} from {CHUNK} to 256"
             )
-        if self.sum_errors and (self.out == "int8" or self.scales == "amax"):
+        if self.sum_errors and (self.out == "int8" or not self.has_codes):
             raise ValueError(f"sum_errors is for codes of FP8, not {self.out!r} {self.scales!r}")
         if self.hadamard and self.head_dim & (self.head_dim - 1):
             raise ValueError(f"head_dim={self.head_dim} is no power of two, hadamard needs one")
+
+    @property
+    def has_codes(self) -> bool:
+        return self.scales in ("block", "given")
 
     @property
     def has_mean(self) -> bool:

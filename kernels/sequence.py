@@ -161,6 +161,20 @@ class RaggedSpans:
             length = minimum(length, maximum(self.seqused[batch], 0))
         return RaggedSpan(batch, entry, start, length, self.num_rows)
 
+    @cute.jit
+    def batch_of(self, entry, block, num_rows: int):
+        """The sequence that block `block` of an entry belongs to: see RaggedSpan.first_block."""
+        batch = entry
+        if self.cu_seqlens.shape[0] > 0:
+            batch, last = cutlass.Int32(0), self.cu_seqlens.shape[0] - 2
+            while batch < last:
+                middle = (batch + last + 1) // 2
+                if self[middle].first_block(num_rows) <= block:
+                    batch = middle
+                else:
+                    last = middle - 1
+        return batch
+
 
 @dataclass(frozen=True)
 class RaggedSequences:

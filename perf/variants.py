@@ -30,7 +30,7 @@ def one_byte() -> list[Signature]:
 
 
 def with_scores() -> list[Signature]:
-    """A few of those with a function of scores or a sink, which differ from the others in little."""
+    """A few with a function of scores or a sink, which differ from the others in little."""
     block_scales = QUANTISED["block scales"]
     return [
         Signature("bf16", 128, 128, "full", score="softcap"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+E4M3 = torch.float8_e4m3fn
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 # What fp32 may add to a code, relative to the largest one: a row of 256 sums in 8 steps, each with
 # an error of 2^-24 of a value that may be a few times the largest result.
@@ -118,3 +119,33 @@ def dequantise(given: torch.Tensor, descale: torch.Tensor, rows: int) -> torch.T
         return values * descale.transpose(1, 2)
     each = descale.repeat_interleave(rows, dim=2)[:, :, : values.shape[1]]
     return values * each.transpose(1, 2)[..., None]
+
+
+def check(options: dict, q, k, v, given) -> None:
+    """All that quantize_fp8 gave for dense q, k and v; options that it was not given are off."""
+    rows = options.get("rows_per_block", 128)
+    hadamard, smooth = options.get("hadamard", False), options.get("smooth_k", False)
+    form = "block" if options.get("block_scales", True) else "head"
+    v_form = "channel" if options.get("v_per_channel") else form
+    qk_dtype, v_dtype = options.get("qk_dtype", E4M3), options.get("v_dtype", E4M3)
+    mean = mean_of(k) if smooth else None
+    v_mean = mean_of(v) if options.get("smooth_v") else None
+    for name, x, dtype, values, x_form, x_rows in (
+        ("q", q, qk_dtype, values_of(q, None, hadamard), form, 128),
+        ("k", k, qk_dtype, values_of(k, mean, hadamard), form, rows),
+        ("v", v, v_dtype, values_of(v, v_mean), v_form, rows),
+    ):
+        bytes_, descale = getattr(given, name), getattr(given, f"{name}_descale")
+        assert (bytes_.dtype, bytes_.shape, bytes_.is_contiguous()) == (dtype, x.shape, True)
+        wanted = quantise(values, dtype, x_form, x_rows, k.shape[2])
+        assert_quantised(name, bytes_, descale, wanted)
+    assert (given.v_shift is None) == (v_mean is None)
+    if v_mean is not None:
+        shift = shift_of(v, dequantise(given.v, given.v_descale, rows))
+        torch.testing.assert_close(given.v_shift.double(), shift, rtol=1e-6, atol=1e-6)
+    if not smooth:
+        assert given.lse_shift is None
+        return
+    group = q.shape[2] // k.shape[2]
+    shift = torch.einsum("bshd,bhd->bhs", q.double(), mean.repeat_interleave(group, dim=1))
+    torch.testing.assert_close(given.lse_shift.double(), shift, rtol=1e-5, atol=1e-4)

@@ -71,6 +71,12 @@ class Rows:
         """As the call takes it: packed tensors have no batch."""
         return tensor if self.kind == "dense" else tensor[0]
 
+    def blocks(self, scales: Tensor, block: int) -> Iterator[Tensor]:
+        """Those of each sequence in scales (b or 1, heads, blocks)."""
+        for i, (entry, start, end) in enumerate(self.spans):
+            first = 0 if self.kind == "dense" else start // block + i
+            yield scales[entry : entry + 1, :, first : first - (start - end) // block]
+
     def each(self, tensor: Tensor, row_dim: int = 1) -> Iterator[Tensor]:
         """What belongs to each sequence of a tensor (entries, rows, ..), as a batch of one."""
         for entry, start, end in self.spans:

@@ -259,7 +259,7 @@ def test_fp8_into_out(dtype):
 def test_bad_input_of_the_one_call(error, words, changes, monkeypatch):
     """Refused before anything is quantised."""
     launched = []
-    monkeypatch.setattr(fa3.quantize, "_kernel", lambda *_: lambda *x: launched.append(x))
+    monkeypatch.setattr(fa3.quantize_plan, "_kernel", lambda *_: lambda *x: launched.append(x))
     changes = dict(changes)
     make = {name: changes.pop(name) for name in ("d", "dtype") if name in changes}
     given = dict(zip("qkv", real(**make), strict=True))

@@ -316,7 +316,7 @@ HINTS = [
     ("logits_soft_cap", "softcap is meant"),
     ("s_aux", "learnable_sink is meant"),
     ("sinks", "learnable_sink is meant"),
-    ("cu_seqlens_q", "no variable lengths yet"),
+    ("cu_seqlens_q", "flash_attn_varlen_func and"),
     ("softmax_scal", "softmax_scale is meant?"),
     ("colour", "it has q, k, v, softmax_scale, causal, qv"),
 ]
@@ -334,7 +334,7 @@ def test_arguments_of_other_functions(name, hint):
     [
         (fa3.flash_attn_func, "learnable_sink"),
         (fa3.flash_attn_fp8_func, "learnable_sink"),
-        (fa3.quantize_fp8, "v_dtype"),
+        (fa3.quantize_fp8, "seqused_k"),
     ],
 )
 def test_signatures_show_no_catch_all(function, last):

@@ -24,23 +24,16 @@ def _descales(rows: Rows, form: str, heads: int, width: int, device) -> torch.Te
     else:
         shape = 1, heads, rows.shape[1] // block + len(rows.lengths)
     scales = torch.full(shape, math.nan, device=device)
-    for part in _blocks(rows, scales, block):
+    for part in rows.blocks(scales, block):
         part.copy_(torch.rand(part.shape) + 0.5)
     return scales
-
-
-def _blocks(rows: Rows, scales: torch.Tensor, block: int):
-    """The blocks of each sequence in scales (b or 1, heads, blocks)."""
-    for i, (entry, start, end) in enumerate(rows.spans):
-        first = 0 if rows.kind == "dense" else start // block + i
-        yield scales[entry : entry + 1, :, first : first - (start - end) // block]
 
 
 def _each(rows: Rows, scales: torch.Tensor, form: str):
     """What a dense call of each sequence is given."""
     if form in ("head", "channels"):
         return scales.split(1)
-    return _blocks(rows, scales, int(form))
+    return rows.blocks(scales, int(form))
 
 
 @pytest.mark.parametrize(
