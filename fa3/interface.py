@@ -1,30 +1,11 @@
-"""The public functions: FA3's names, order, defaults and meaning, and FP8 in one call."""
+"""The public functions for tensors as they are: FA3's names, order, defaults and meaning."""
 
-from numbers import Real
-
-import torch
 from torch import Tensor
 
-from . import hints, lengths, ops
+from . import hints, lengths
+from .attend import attend, bounds_of, check_unused, descales_of, options_of
 from .layout import check_tensors
-from .lengths import EQUAL, Lengths
-from .options import Options, bool_of, int_of
-from .plain import is_plain
-from .quantize import quantize_fp8
-from .scales import NO_DESCALES, Descales, named
-
-# Arguments of FA3 that wait for their feature, with the value that means "not used".
-_NOT_YET = {"qv": None, "attention_chunk": 0}
-# Options of quantize_fp8 that calls in FP8 have, too.
-_SCALING = (
-    "hadamard",
-    "smooth_k",
-    "smooth_v",
-    "block_scales",
-    "v_per_channel",
-    "rows_per_block",
-    "qk_dtype",
-)
+from .options import bool_of, int_of
 
 
 @hints.closed
@@ -113,12 +94,12 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
-    _check_unused(qv, attention_chunk, num_splits, pack_gqa)
+    check_unused(qv, attention_chunk, num_splits, pack_gqa)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
-    descales = _descales(q_descale, k_descale, v_descale, v_shift)
-    out, lse = _attend(
+    options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
+    descales = descales_of(q_descale, k_descale, v_descale, v_shift)
+    out, lse = attend(
         q, k, v, out, options, descales, check_scales=check_scales, sink=learnable_sink
     )
     return (out, lse) if return_attn_probs else out
@@ -197,14 +178,14 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_varlen_func, next(iter(unknown)))
-    _check_unused(qv, attention_chunk, num_splits, pack_gqa)
+    check_unused(qv, attention_chunk, num_splits, pack_gqa)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
-    descales = _descales(q_descale, k_descale, v_descale, v_shift)
+    options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
+    descales = descales_of(q_descale, k_descale, v_descale, v_shift)
     given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    more = given, *_bounds(given, max_seqlen_q, max_seqlen_k, check_lengths), learnable_sink
-    out, lse = _attend(q, k, v, out, options, descales, None, check_scales, *more)
+    more = given, *bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths), learnable_sink
+    out, lse = attend(q, k, v, out, options, descales, None, check_scales, *more)
     return (out, lse) if return_attn_probs else out
 
 
@@ -259,188 +240,6 @@ def flash_attn_qkvpacked_func(  # noqa: PLR0913 - the signature is FA3's
     )
 
 
-@hints.closed
-def flash_attn_fp8_func(  # noqa: PLR0913 - one argument per option
-    q,
-    k,
-    v,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    *,
-    hadamard=True,
-    smooth_k=None,
-    smooth_v=True,
-    block_scales=True,
-    v_per_channel=False,
-    rows_per_block=128,
-    qk_dtype=torch.float8_e4m3fn,
-    sm_margin=0,
-    return_attn_probs=False,
-    out=None,
-    softcap=0.0,
-    learnable_sink=None,
-    **unknown,
-):
-    """Attention of fp16 or bf16 tensors, computed in FP8: quantize_fp8, then flash_attn_func.
-
-    q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv); head dims are multiples
-    of 16 up to 256. The result, and `out`, have their dtype.
-    hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype: as in
-        quantize_fp8. hadamard, on by default, needs a d that is a power of two. smooth_k moves all
-        scores of a query alike, which only the lse notices, but for a softcap and a sink: it is on
-        without them, and refused beside them.
-    The other arguments: as in flash_attn_func. lse is that of q and k as given, before smooth_k.
-
-    Raises:
-        TypeError, ValueError: the message names the argument; nothing was launched or written.
-        NotImplementedError: a tensor that requires grad or has a tangent of forward-mode AD, or a
-            GPU without a kernel for the case.
-    """
-    if unknown:
-        raise hints.unknown_argument(flash_attn_fp8_func, next(iter(unknown)))
-    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
-    smooth_k = _smooth_k_of(smooth_k, options[-1], learnable_sink)
-    scaling = hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype
-    return _attend_in_fp8(q, k, v, out, options, scaling, return_attn_probs, sink=learnable_sink)
-
-
-@hints.closed
-def flash_attn_varlen_fp8_func(  # noqa: PLR0913 - one argument per option
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    seqused_q=None,
-    seqused_k=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    *,
-    hadamard=True,
-    smooth_k=None,
-    smooth_v=True,
-    block_scales=True,
-    v_per_channel=False,
-    rows_per_block=128,
-    qk_dtype=torch.float8_e4m3fn,
-    sm_margin=0,
-    return_attn_probs=False,
-    out=None,
-    check_lengths=False,
-    softcap=0.0,
-    learnable_sink=None,
-    **unknown,
-):
-    """flash_attn_fp8_func of sequences with lengths of their own, packed without padding.
-
-    q (total_q, h_q, d), k (total_k, h_k, d), v (total_k, h_k, dv); either q, or k and v, may be
-    dense. cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-    check_lengths, and which rows of the result are not written: as in flash_attn_varlen_func. Each
-    sequence is quantised by itself, whatever stands beside it.
-
-    The other arguments, and what is returned and raised: as in flash_attn_fp8_func; lse is
-    (h_q, total_q), of dense q (batch, h_q, s_q).
-    """
-    if unknown:
-        raise hints.unknown_argument(flash_attn_varlen_fp8_func, next(iter(unknown)))
-    options = _options(softmax_scale, causal, window_size, sm_margin, softcap)
-    smooth_k = _smooth_k_of(smooth_k, options[-1], learnable_sink)
-    scaling = hadamard, smooth_k, smooth_v, block_scales, v_per_channel, rows_per_block, qk_dtype
-    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    more = given, *_bounds(given, max_seqlen_q, max_seqlen_k, check_lengths)
-    return _attend_in_fp8(q, k, v, out, options, scaling, return_attn_probs, *more, learnable_sink)
-
-
-def _attend_in_fp8(  # noqa: PLR0913
-    q,
-    k,
-    v,
-    out,
-    options,
-    scaling,
-    return_attn_probs,
-    given=EQUAL,
-    longest=(None, None),
-    check_lengths=False,
-    sink=None,
-):
-    """scaling: what _SCALING names."""
-    return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
-    check_tensors(q=q, k=k, v=v, **lengths.named(given))
-    if out is not None:
-        _check_out(out)
-    if sink is not None:
-        check_tensors(learnable_sink=sink)
-    more = given, longest, check_lengths, sink
-    if _are_plain(q, k, v, None, given):
-        ops.check(q, k, v, out, *more, *options)
-    inputs = quantize_fp8(q, k, v, **dict(zip(_SCALING, scaling, strict=True)), **given._asdict())
-    descales = Descales(**inputs.scales)
-    out, lse = _attend(*inputs[:3], out, options, descales, q.dtype, False, *more)
-    if not return_attn_probs:
-        return out
-    if inputs.lse_shift is not None:
-        scale = q.shape[-1] ** -0.5 if options[0] is None else options[0]
-        lse = torch.add(lse, inputs.lse_shift, alpha=scale)
-    return out, lse
-
-
-def _options(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
-    """The fields of Options."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
-    if (
-        (softmax_scale is None or type(softmax_scale) is float)
-        and type(causal) is bool
-        and type(left) is type(right) is type(sm_margin) is int
-        and type(softcap) is float
-    ):
-        return softmax_scale, causal, left, right, sm_margin, softcap
-    try:
-        return Options.of(softmax_scale, causal, left, right, sm_margin, softcap)
-    except TypeError as error:
-        is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
-        misplaced = is_mask or causal is None or isinstance(causal, float)
-        raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
-
-
-def _descales(q_descale, k_descale, v_descale, v_shift) -> Descales:
-    if q_descale is None and k_descale is None and v_descale is None and v_shift is None:
-        return NO_DESCALES
-    return Descales(q_descale, k_descale, v_descale, v_shift)
-
-
-def _bounds(given: Lengths, max_seqlen_q, max_seqlen_k, check_lengths) -> tuple:
-    """max_seqlen_q and max_seqlen_k, and check_lengths."""
-    longest = (
-        _longest("q", max_seqlen_q, given.cu_seqlens_q),
-        _longest("k", max_seqlen_k, given.cu_seqlens_k),
-    )
-    return longest, check_lengths is not False and bool_of("check_lengths", check_lengths)
-
-
-def _longest(side: str, most, cu_seqlens) -> int | None:
-    """max_seqlen_q or max_seqlen_k, checked."""
-    if most is None:
-        if cu_seqlens is not None:
-            raise ValueError(
-                f"max_seqlen_{side} is None but cu_seqlens_{side} is a tensor, expected the length "
-                "of its longest sequence, or more"
-            )
-        return None
-    if type(most) is not int:
-        most = int_of(f"max_seqlen_{side}", most)
-    if most < 0:
-        raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
-    return most
-
-
 def _unpacked(qkv, num_heads_q) -> tuple[Tensor, Tensor, Tensor]:
     check_tensors(qkv=qkv)
     shape = tuple(qkv.shape)
@@ -463,129 +262,3 @@ def _unpacked(qkv, num_heads_q) -> tuple[Tensor, Tensor, Tensor]:
             "number of others"
         )
     return qkv.split([h_q, others // 2, others // 2], dim=2)
-
-
-def _attend(  # noqa: PLR0913
-    q,
-    k,
-    v,
-    out,
-    options,
-    descales,
-    out_dtype=None,
-    check_scales=False,
-    given=EQUAL,
-    longest=(None, None),
-    check_lengths=False,
-    sink=None,
-):
-    """out and lse; directly, or by the operator where somebody watches."""
-    plain = _are_plain(q, k, v, out, given)
-    if out is not None:
-        _check_out(out)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        _refuse_grad(q=q, k=k, v=v)
-    if descales is not NO_DESCALES or sink is not None:
-        plain = _check_others(descales, sink) and plain
-    if check_scales is not False:
-        check_scales = bool_of("check_scales", check_scales)
-    try:
-        if plain:
-            checks = out_dtype, check_scales, given, longest, check_lengths
-            return ops.run(q, k, v, out, options, descales, *checks, sink)
-        *options, softcap = options
-        more = () if given is EQUAL else (*given, *longest, check_lengths)
-        score = {"softcap": softcap, "learnable_sink": sink}
-        if out is None:
-            more = *descales, out_dtype, check_scales, *more
-            return torch.ops.fa3.forward(q, k, v, *options, *more, **score)
-        more = *descales, check_scales, *more
-        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more, **score)
-    except (RuntimeError, ValueError):
-        check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
-        raise
-
-
-def _are_plain(q, k, v, out, given) -> bool:
-    """Whether all are plain tensors, once they are tensors at all."""
-    tensors = (q, k, v) if out is None else (q, k, v, out)
-    if given is not EQUAL:
-        tensors = (*tensors, *[x for x in given if x is not None])
-    if is_plain(*tensors):
-        return True
-    check_tensors(q=q, k=k, v=v, **lengths.named(given))
-    return False
-
-
-def _check_others(descales: Descales, sink) -> bool:
-    """Whether they are plain tensors, once they are tensors at all and need no gradient."""
-    given = named(descales)
-    if sink is not None:
-        given["learnable_sink"] = sink
-    check_tensors(**given)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
-        _refuse_grad(**given)
-    return is_plain(*given.values())
-
-
-def _smooth_k_of(smooth_k, softcap, sink) -> bool:
-    allowed = not softcap and sink is None
-    if smooth_k is None:
-        return allowed
-    if bool_of("smooth_k", smooth_k) and not allowed:
-        name, value = ("softcap", softcap) if sink is None else ("learnable_sink", "a tensor")
-        raise ValueError(
-            f"smooth_k is True but {name} is {value}, expected smooth_k=False: it moves all scores "
-            "of a query, which then changes the result"
-        )
-    return smooth_k
-
-
-def _check_out(out) -> None:
-    check_tensors(out=out)
-    if out.requires_grad:
-        raise ValueError("out has requires_grad=True, expected False")
-    # torch's fallback for lazy negation has no custom operators, torch.compile no is_neg
-    if not torch.compiler.is_dynamo_compiling() and out.is_neg():
-        raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
-
-
-def _check_unused(qv, attention_chunk, num_splits, pack_gqa) -> None:
-    if not (
-        qv is None
-        and type(attention_chunk) is int
-        and type(num_splits) is int
-        and attention_chunk == 0
-        and num_splits == 1
-        and pack_gqa is None
-    ):
-        _check_hints(num_splits, pack_gqa)
-        _refuse(qv=qv, attention_chunk=attention_chunk)
-
-
-def _check_hints(num_splits, pack_gqa) -> None:
-    if int_of("num_splits", num_splits) < 0:
-        raise ValueError(f"num_splits is {num_splits}, expected at least 0")
-    if pack_gqa is not None:
-        bool_of("pack_gqa", pack_gqa)
-
-
-def _refuse(**arguments) -> None:
-    for name, value in arguments.items():
-        if name == "qv" and isinstance(value, bool):
-            raise TypeError(f"qv is {value}, expected a tensor or None: {hints.ORDER}")
-        is_unused = value is None or (isinstance(value, Real) and value == 0)
-        if not is_unused:
-            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise NotImplementedError(
-                f"{name} is {shown}: only {_NOT_YET[name]!r} is supported so far"
-            )
-
-
-def _refuse_grad(**tensors) -> None:
-    for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name} has requires_grad=True, but there is no backward pass yet: "
-                "call within torch.no_grad(), or detach it"
-            )

@@ -204,7 +204,7 @@ def test_softcap_of_wrong_type(softcap):
     ],
 )
 def test_learnable_sink(function, error, sink, words, monkeypatch):
-    monkeypatch.setattr(fa3.interface, "quantize_fp8", lambda q, k, v, **_: _Quantised(q, k, v))
+    monkeypatch.setattr(fa3.interface_fp8, "quantize_fp8", lambda q, k, v, **_: _Quantised(q, k, v))
     pattern = re.escape(words).replace(r"\.\*", ".*")
     with pytest.raises(error, match=pattern):
         function(**tensors(), learnable_sink=sink)
@@ -234,7 +234,7 @@ def test_what_smooth_k_would_change(given, words, monkeypatch):
     """It moves all scores of a query; it is off where that matters, and refused there."""
     seen = []
     monkeypatch.setattr(
-        fa3.interface,
+        fa3.interface_fp8,
         "quantize_fp8",
         lambda q, k, v, **options: seen.append(options["smooth_k"]) or _Quantised(q, k, v),
     )

@@ -1,0 +1,181 @@
+"""What the public functions share: arguments are looked at, and the call goes its way."""
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import hints, lengths, ops
+from .layout import check_tensors
+from .lengths import EQUAL, Lengths
+from .options import Options, bool_of, int_of
+from .plain import is_plain
+from .scales import NO_DESCALES, Descales, named
+
+# Arguments of FA3 that wait for their feature, with the value that means "not used".
+_NOT_YET = {"qv": None, "attention_chunk": 0}
+
+
+def options_of(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
+    """The fields of Options."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)") from None
+    if (
+        (softmax_scale is None or type(softmax_scale) is float)
+        and type(causal) is bool
+        and type(left) is type(right) is type(sm_margin) is int
+        and type(softcap) is float
+    ):
+        return softmax_scale, causal, left, right, sm_margin, softcap
+    try:
+        return Options.of(softmax_scale, causal, left, right, sm_margin, softcap)
+    except TypeError as error:
+        is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
+        misplaced = is_mask or causal is None or isinstance(causal, float)
+        raise TypeError(f"{error}: {hints.ORDER}" if misplaced else str(error)) from None
+
+
+def descales_of(q_descale, k_descale, v_descale, v_shift) -> Descales:
+    if q_descale is None and k_descale is None and v_descale is None and v_shift is None:
+        return NO_DESCALES
+    return Descales(q_descale, k_descale, v_descale, v_shift)
+
+
+def bounds_of(given: Lengths, max_seqlen_q, max_seqlen_k, check_lengths) -> tuple:
+    """max_seqlen_q and max_seqlen_k, and check_lengths."""
+    longest = (
+        _longest("q", max_seqlen_q, given.cu_seqlens_q),
+        _longest("k", max_seqlen_k, given.cu_seqlens_k),
+    )
+    return longest, check_lengths is not False and bool_of("check_lengths", check_lengths)
+
+
+def _longest(side: str, most, cu_seqlens) -> int | None:
+    """max_seqlen_q or max_seqlen_k, checked."""
+    if most is None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                f"max_seqlen_{side} is None but cu_seqlens_{side} is a tensor, expected the length "
+                "of its longest sequence, or more"
+            )
+        return None
+    if type(most) is not int:
+        most = int_of(f"max_seqlen_{side}", most)
+    if most < 0:
+        raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
+    return most
+
+
+def attend(  # noqa: PLR0913
+    q,
+    k,
+    v,
+    out,
+    options,
+    descales,
+    out_dtype=None,
+    check_scales=False,
+    given=EQUAL,
+    longest=(None, None),
+    check_lengths=False,
+    sink=None,
+):
+    """out and lse; directly, or by the operator where somebody watches."""
+    plain = are_plain(q, k, v, out, given)
+    if out is not None:
+        check_out(out)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_grad(q=q, k=k, v=v)
+    if descales is not NO_DESCALES or sink is not None:
+        plain = _check_others(descales, sink) and plain
+    if check_scales is not False:
+        check_scales = bool_of("check_scales", check_scales)
+    try:
+        if plain:
+            checks = out_dtype, check_scales, given, longest, check_lengths
+            return ops.run(q, k, v, out, options, descales, *checks, sink)
+        *options, softcap = options
+        more = () if given is EQUAL else (*given, *longest, check_lengths)
+        score = {"softcap": softcap, "learnable_sink": sink}
+        if out is None:
+            more = *descales, out_dtype, check_scales, *more
+            return torch.ops.fa3.forward(q, k, v, *options, *more, **score)
+        more = *descales, check_scales, *more
+        return out, torch.ops.fa3.forward_out(q, k, v, out, *options, *more, **score)
+    except (RuntimeError, ValueError):
+        check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
+        raise
+
+
+def are_plain(q, k, v, out, given) -> bool:
+    """Whether all are plain tensors, once they are tensors at all."""
+    tensors = (q, k, v) if out is None else (q, k, v, out)
+    if given is not EQUAL:
+        tensors = (*tensors, *[x for x in given if x is not None])
+    if is_plain(*tensors):
+        return True
+    check_tensors(q=q, k=k, v=v, **lengths.named(given))
+    return False
+
+
+def _check_others(descales: Descales, sink) -> bool:
+    """Whether they are plain tensors, once they are tensors at all and need no gradient."""
+    given = named(descales)
+    if sink is not None:
+        given["learnable_sink"] = sink
+    check_tensors(**given)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
+        _refuse_grad(**given)
+    return is_plain(*given.values())
+
+
+def check_out(out) -> None:
+    check_tensors(out=out)
+    if out.requires_grad:
+        raise ValueError("out has requires_grad=True, expected False")
+    # torch's fallback for lazy negation has no custom operators, torch.compile no is_neg
+    if not torch.compiler.is_dynamo_compiling() and out.is_neg():
+        raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
+
+
+def check_unused(qv, attention_chunk, num_splits, pack_gqa) -> None:
+    if not (
+        qv is None
+        and type(attention_chunk) is int
+        and type(num_splits) is int
+        and attention_chunk == 0
+        and num_splits == 1
+        and pack_gqa is None
+    ):
+        _check_hints(num_splits, pack_gqa)
+        _refuse(qv=qv, attention_chunk=attention_chunk)
+
+
+def _check_hints(num_splits, pack_gqa) -> None:
+    if int_of("num_splits", num_splits) < 0:
+        raise ValueError(f"num_splits is {num_splits}, expected at least 0")
+    if pack_gqa is not None:
+        bool_of("pack_gqa", pack_gqa)
+
+
+def _refuse(**arguments) -> None:
+    for name, value in arguments.items():
+        if name == "qv" and isinstance(value, bool):
+            raise TypeError(f"qv is {value}, expected a tensor or None: {hints.ORDER}")
+        is_unused = value is None or (isinstance(value, Real) and value == 0)
+        if not is_unused:
+            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(
+                f"{name} is {shown}: only {_NOT_YET[name]!r} is supported so far"
+            )
+
+
+def _refuse_grad(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} has requires_grad=True, but there is no backward pass yet: "
+                "call within torch.no_grad(), or detach it"
+            )
