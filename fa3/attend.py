@@ -5,12 +5,13 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import hints, lengths, ops
-from .layout import check_tensors
-from .lengths import EQUAL, Lengths
-from .options import Options, bool_of, int_of
+from . import ops
+from .call import hints, lengths
+from .call.layout import check_tensors
+from .call.lengths import EQUAL, Lengths
+from .call.options import Options, bool_of, int_of
+from .call.scales import NO_DESCALES, Descales, named
 from .plain import is_plain
-from .scales import NO_DESCALES, Descales, named
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
 _NOT_YET = {"qv": None, "attention_chunk": 0}

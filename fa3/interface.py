@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from . import hints, lengths
 from .attend import attend, bounds_of, check_unused, descales_of, options_of
-from .layout import check_tensors
-from .options import bool_of, int_of
+from .call import hints, lengths
+from .call.layout import check_tensors
+from .call.options import bool_of, int_of
 
 
 @hints.closed

@@ -2,13 +2,14 @@
 
 import torch
 
-from . import hints, lengths, ops
+from . import ops
 from .attend import are_plain, attend, bounds_of, check_out, options_of
-from .layout import check_tensors
-from .lengths import EQUAL
-from .options import bool_of
+from .call import hints, lengths
+from .call.layout import check_tensors
+from .call.lengths import EQUAL
+from .call.options import bool_of
+from .call.scales import Descales
 from .quantize import quantize_fp8
-from .scales import Descales
 
 # Options of quantize_fp8 that calls in FP8 have, too.
 _SCALING = (

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from . import dispatch, jit, reference, reference_ragged, scales, transforms, tuning
-from . import lengths as lengths_
-from .kernels.config import FwdConfig
-from .layout import (
+from . import transforms
+from .call import lengths as lengths_
+from .call import scales
+from .call.layout import (
     ALIGNMENT,
     Layout,
     check_address,
@@ -24,9 +24,13 @@ from .layout import (
     odd_dimension,
     tma_strides,
 )
-from .lengths import EQUAL, Lengths, Sequences
-from .problem import Options, Problem, check_out
-from .scales import NO_DESCALES, Descales, Scales
+from .call.lengths import EQUAL, Lengths, Sequences
+from .call.problem import Options, Problem, check_out
+from .call.scales import NO_DESCALES, Descales, Scales
+from .kernels.config import FwdConfig
+from .launch import dispatch, jit, tuning
+from .reference import attention as reference
+from .reference import ragged as reference_ragged
 
 
 class Plan(NamedTuple):

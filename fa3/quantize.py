@@ -5,13 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, hints, lengths, quantize_reference, transforms
-from .layout import Layout, check_tensors
-from .lengths import EQUAL, Lengths
+from . import transforms
+from .call import hints, lengths
+from .call.layout import Layout, check_tensors
+from .call.lengths import EQUAL, Lengths
+from .call.problem import BYTE_DTYPES
+from .call.scales import NAMES
+from .launch import dispatch
 from .plain import is_plain
-from .problem import BYTE_DTYPES
 from .quantize_plan import Plan, QuantizeOptions, Recipe, check_layouts, plans_of
-from .scales import NAMES
+from .reference import quantize as quantize_reference
 from .segments import Segments
 
 

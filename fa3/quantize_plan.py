@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, jit, quantize_reference
+from .call.layout import ALIGNMENT, Layout, check_last_stride, odd_dimension, tma_strides
+from .call.lengths import Lengths
+from .call.options import Options, bool_of, int_of
+from .call.problem import BYTE_DTYPES, DTYPES, Problem
 from .kernels.quantize_signature import CHUNK, QuantizeConfig, QuantizeSignature, ScaleMode
 from .kernels.signature import Q_BLOCK
-from .layout import ALIGNMENT, Layout, check_last_stride, odd_dimension, tma_strides
-from .lengths import Lengths
-from .options import Options, bool_of, int_of
-from .problem import BYTE_DTYPES, DTYPES, Problem
+from .launch import dispatch, jit
+from .reference import quantize as quantize_reference
 from .segments import Segments
 
 KERNEL = "fa3.kernels.quantize:Quantize"

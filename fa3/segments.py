@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import lengths
-from .scales import num_blocks, packed_blocks
+from .call import lengths
+from .call.scales import num_blocks, packed_blocks
 
 
 class Segments(NamedTuple):

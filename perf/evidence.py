@@ -3,8 +3,8 @@
     python -m perf.evidence            every kernel variant, some minutes on two cores
     python -m perf.evidence --check    compile and run, but leave the document alone
 
-A variant is a row of fa3/tuning.py, a dtype and a mask. Each is compiled for sm_90a, its SASS is
-read, and it runs on the CPU emulator with all checks on, against fp32. The GPU columns come from
+A variant is a row of fa3/launch/tuning.py, a dtype and a mask. Each is compiled for sm_90a, its SASS
+is read, and it runs on the CPU emulator with all checks on, against fp32. The GPU columns come from
 perf/results/*.csv, which perf.sweep wrote on a GPU; a variant without a line there is not measured.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fa3 import tuning
 from fa3.kernels.signature import Q_BLOCK, Signature
+from fa3.launch import tuning
 
 from .backends import OURS
 from .cases import DTYPES

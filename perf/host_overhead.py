@@ -14,7 +14,8 @@ import time
 import torch
 
 import fa3
-from fa3 import lengths, ops
+from fa3 import ops
+from fa3.call import lengths
 
 from .sweep import hopper
 

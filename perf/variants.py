@@ -3,8 +3,8 @@
 from dataclasses import MISSING, fields
 from itertools import product
 
-from fa3 import tuning
 from fa3.kernels.signature import Quantised, Signature
+from fa3.launch import tuning
 
 SIXTEEN_BIT = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")

@@ -59,7 +59,8 @@ def device() -> torch.device:
 @pytest.fixture
 def plain_torch(monkeypatch):
     """CPU tensors are computed without a kernel, whatever FA3_CPU says."""
-    from fa3 import dispatch, ops
+    from fa3 import ops
+    from fa3.launch import dispatch
 
     target = dispatch.Target("reference", "CPU", (0, 0), 1)
     monkeypatch.setattr(dispatch, "target_of", lambda device: target)

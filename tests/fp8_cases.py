@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fa3.call.mask import MaskSpec
 from fa3.kernels.signature import MaskKind, Quantised, Signature, head_dim_tile
-from fa3.mask import MaskSpec
 
 from .cases import SINKS, Bordered, CallCase, pairwise
 from .fp8_calls import E4M3, E5M2, INT8

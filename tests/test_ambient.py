@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa3
-from fa3 import scales
+from fa3.call import scales
 
 from . import reference
 

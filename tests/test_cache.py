@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fa3 import cache
+from fa3.launch import cache
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = "FA3_CACHE", "FA3_CACHE_DIR", "XDG_CACHE_HOME"
@@ -188,7 +188,7 @@ def test_a_forked_child_does_not_keep_the_lock(folder, monkeypatch):
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch's threads
             cache.obtain("entry.zip", build)
         (folder / "entry.zip").unlink()
-        code = "from fa3 import cache; cache.LOCK_SECONDS = 60; cache.obtain('entry.zip', bytes)"
+        code = "from fa3.launch import cache; cache.LOCK_SECONDS = 60; cache.obtain('entry.zip', bytes)"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=50)
     finally:
         os.write(write, b"x")

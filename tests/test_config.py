@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from fa3 import tuning
 from fa3.kernels.barriers import NamedBarriers
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature, head_dim_tile
+from fa3.launch import tuning
 
 SIGNATURES = [
     Signature("bf16", d, dv, mask)

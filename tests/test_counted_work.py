@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fa3
-from fa3 import tuning
 from fa3.kernels.signature import Quantised, Signature, head_dim_tile
+from fa3.launch import tuning
 
 from .conftest import HOPPER
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, jit, ops, tuning
+from fa3 import ops
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Quantised, Signature
+from fa3.launch import dispatch, jit, tuning
 
 SIGNATURE = Signature("bf16", 128, 128, "causal")
 FP8_SIGNATURE = Signature("e4m3", 128, 128, "causal", Quantised("e4m3", "e4m3", "bf16"))

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fa3 import dispatch, jit
+from fa3.launch import dispatch, jit
 
 from .fp8_model import Numerics, attention
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fa3 import dispatch, fingerprint
+from fa3.launch import dispatch, fingerprint
 
 ROOT = Path(__file__).parent.parent
 FIRST = """
@@ -96,7 +96,7 @@ def test_16_bit_and_fp8_kernels_share_what_they_share():
 def test_no_kernel_is_imported():
     """That would load the DSL, which takes seconds and may not be needed."""
     code = (
-        "import sys; from fa3 import dispatch, fingerprint\n"
+        "import sys; from fa3.launch import dispatch, fingerprint\n"
         "for kernel in dispatch.FORWARD: fingerprint.modules_of(kernel.where.partition(':')[0])\n"
         "print(sorted(name for name in sys.modules if name.startswith(('cutlass', 'fa3.kernels'))))"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch
+from fa3.launch import dispatch
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse

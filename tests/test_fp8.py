@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, tuning
+from fa3.launch import dispatch, tuning
 
 from .accuracy import assert_accurate, assert_same_nonfinite
 from .cases import Bordered

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, tuning
+from fa3.launch import dispatch, tuning
 from fa3.quantize import Fp8Inputs, quantize_fp8
 from perf import accuracy
 from perf.accuracy import E4M3, E4M3_SMOOTH_V, INT8, INT8_SMOOTH_V, Problem, Variant

@@ -8,10 +8,10 @@ import torch
 
 import fa3
 from fa3 import ops
+from fa3.call.problem import Layout, Options, Problem
+from fa3.call.scales import Descales
 from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import Quantised
-from fa3.problem import Layout, Options, Problem
-from fa3.scales import Descales
 
 from .fp8_calls import DV, E4M3, E5M2, FORMS, H_K, H_Q, OUT_SHAPE, S_K, S_Q, SHIFT_SHAPE, B, D
 

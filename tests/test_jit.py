@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, jit
+from fa3.launch import dispatch, jit
 
 from .cases import Case, make_inputs
 from .forks import in_child
@@ -149,7 +149,7 @@ def test_entries_of_both_targets_differ():
 PROCESS = """
 import sys, time
 import torch
-from fa3 import dispatch, jit
+from fa3.launch import dispatch, jit
 from tests.test_jit import CONFIG, KERNEL, SIGNATURE, run_tiny
 built = []
 build = jit._build

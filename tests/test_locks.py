@@ -2,7 +2,7 @@
 
 import threading
 
-from fa3.locks import Lock
+from fa3.launch.locks import Lock
 
 from .forks import in_child
 

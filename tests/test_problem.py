@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import fa3
-from fa3 import ops, problem
+from fa3 import ops
+from fa3.call import problem
+from fa3.call.problem import Layout, Options, Problem
 from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import UNBOUNDED
-from fa3.problem import Layout, Options, Problem
 
 
 def tensors(b=2, s_q=6, s_k=8, h_q=4, h_k=2, d=64, dv=64, dtype=torch.bfloat16, device="cpu"):
@@ -367,7 +368,7 @@ def test_positions_of_other_functions(positional, words):
 
 def test_sm_margin_beyond_the_device(monkeypatch, device):
     monkeypatch.undo()
-    sms = fa3.dispatch.target_of(device).num_sms
+    sms = fa3.launch.dispatch.target_of(device).num_sms
     given = {name: x.to(device) for name, x in tensors().items()}
     refused(ValueError, ["sm_margin", sms, "SMs"], sm_margin=sms, **given)
 

@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa3
-from fa3 import dispatch, jit
 from fa3.inspect import analyse
 from fa3.kernels.quantize_signature import QuantizeConfig, QuantizeSignature
+from fa3.launch import dispatch, jit
 from fa3.quantize_plan import KERNEL
 
 from . import quantize_reference as reference

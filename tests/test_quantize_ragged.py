@@ -8,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa3
-from fa3 import emulator, jit, lengths
+from fa3 import emulator
+from fa3.call import lengths
+from fa3.launch import jit
 
 from . import quantize_reference as reference
 from .cases import Bordered

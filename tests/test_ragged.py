@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, emulator, jit, lengths
+from fa3 import emulator
+from fa3.call import lengths
+from fa3.call.mask import MaskSpec
 from fa3.inspect.cli import inspect
 from fa3.kernels.signature import Signature, head_dim_tile
-from fa3.mask import MaskSpec
+from fa3.launch import dispatch, jit
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa3 import dispatch, emulator, jit
+from fa3 import emulator
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.deal import BANDS
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity, cost_of
+from fa3.launch import dispatch, jit
 
 from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fa3 import reference as cpu
+from fa3.call.problem import Layout, Options, Problem
+from fa3.call.scales import NO_DESCALES
 from fa3.kernels.signature import Signature
 from fa3.ops import NO_LENGTHS
-from fa3.problem import Layout, Options, Problem
-from fa3.scales import NO_DESCALES
+from fa3.reference import attention as cpu
 
 from . import reference, textbook
 from .accuracy import assert_accurate, assert_lse
@@ -81,7 +81,7 @@ def _cpu_forward(q, k, v, causal, window, scale):
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cpu_path(lengths, causal, window, dtype, monkeypatch):
-    """fa3.reference, in blocks of a few rows, against the reference of the tests."""
+    """fa3.reference.attention, in blocks of a few rows, against the reference of the tests."""
     monkeypatch.setattr(cpu, "SCORE_BYTES", 4 * 2 * 4 * lengths[1] * 7)
     q, k, v = (x.to(dtype) for x in _inputs(*lengths, d=64, dv=40))
     out, lse = _cpu_forward(q, k, v, causal, window, None)

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa3 import tuning
 from fa3.kernels.blocks import BlockRange, Window
 from fa3.kernels.scheduler import MIN_WAVES, Schedule, TileOrder
 from fa3.kernels.signature import Signature
+from fa3.launch import tuning
 
 SMS = 132
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fa3 import jit
+from fa3.call.scales import NO_DESCALES
 from fa3.kernels.config import FwdConfig
 from fa3.kernels.signature import UNBOUNDED, Quantised, Signature
-from fa3.scales import NO_DESCALES
+from fa3.launch import jit
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fa3
-from fa3 import tuning
 from fa3.inspect import cli
 from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
+from fa3.launch import tuning
 from perf import static
 from perf.variants import QUANTISED, as_code, name_of
 

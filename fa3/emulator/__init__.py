@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..locks import Lock
+from ..launch.locks import Lock
 from .compare import ScheduleDifference, compare_schedules
 from .errors import (
     BarrierMisuse,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..locks import Lock
+from ..launch.locks import Lock
 from . import settings
 from .checks import Checks
 from .errors import SetupError

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import cache
+from ..launch import cache
 from .errors import SetupError
 
 SOURCE = Path(__file__).with_name("shim.c")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import Layout
-from ..problem import Options, Problem
-from ..scales import Descales, num_blocks
+from ..call.layout import Layout
+from ..call.problem import Options, Problem
+from ..call.scales import Descales, num_blocks
 
 DTYPES = {
     "bf16": torch.bfloat16,

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .. import dispatch, emulator, jit, tuning
+from .. import emulator
 from ..emulator.profiling import LaunchProfile
-from ..jit import Artifacts
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
+from ..launch import dispatch, jit, tuning
+from ..launch.jit import Artifacts
 from . import run
 from .call import DTYPES, SCALES, Call, Lengths
 from .model import cli as model_cli

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from .. import jit
+from ..call.scales import NO_DESCALES
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
+from ..launch import jit
 from ..ops import NO_LENGTHS
-from ..scales import NO_DESCALES
 from .call import Call, Lengths
 
 NUM_CTAS = 132  # at most

@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fa3 import flash_attn_func
-from fa3.problem import MAX_HEAD_DIM
+from fa3.call.problem import MAX_HEAD_DIM
 
 from . import transformers_models as models
 from .transformers_mask import Pattern, mask

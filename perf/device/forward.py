@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fa3 import dispatch, jit, tuning
+from fa3.call.layout import Layout
+from fa3.call.problem import Options, Problem
+from fa3.call.scales import NO_DESCALES, Descales
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
-from fa3.layout import Layout
+from fa3.launch import dispatch, jit, tuning
 from fa3.ops import NO_LENGTHS
-from fa3.problem import Options, Problem
-from fa3.scales import NO_DESCALES, Descales
 
 from .. import variants
 from ..cases import DTYPES, FORWARD

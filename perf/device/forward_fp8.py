@@ -7,9 +7,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from fa3.call.scales import num_blocks
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
-from fa3.scales import num_blocks
 
 from .. import variants
 from ..cases import DTYPES, FORWARD_FP8

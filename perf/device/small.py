@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fa3.mask import MaskSpec
+from fa3.call.mask import MaskSpec
 
 from ..cases import DTYPES
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fa3 import inspect, jit
+from fa3 import inspect
 from fa3.inspect import resources
 from fa3.inspect.elf import Cubin
+from fa3.launch import jit
 from tests.inspect.tiny_local import ENTRIES, Nothing
 from tests.tiny_kernel import TinyConfig, TinySignature
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from fa3 import tuning
 from fa3.kernels.signature import Signature
+from fa3.launch import tuning
 from perf import evidence
 from perf.cases import Case
 from perf.evidence import NOT_MEASURED

@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from ...locks import Lock
+from ...launch.locks import Lock
 from ..errors import OutOfBounds
 
 _BYTE = np.dtype(np.uint8)

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from .kernels.config import FwdConfig
-from .kernels.signature import Signature
+from ..kernels.config import FwdConfig
+from ..kernels.signature import Signature
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
 #

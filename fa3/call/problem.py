@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .hints import ORDER
-from .kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
 from .lengths import EQUAL, Lengths, Sequences
 from .mask import MaskSpec

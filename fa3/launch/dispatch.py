@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.signature import Signature
+from ..kernels.signature import Signature
 
 # An emulated launch runs as on an H100 or H200, whose CTAs it works off one after another.
 EMULATED_SMS = 132
@@ -81,7 +81,7 @@ def target_of(device: torch.device) -> Target:
         return Target("reference", "CPU", (0, 0), 1)
     if kind != "emulate":
         raise ValueError(f"FA3_CPU is {kind!r}, expected 'reference' or 'emulate'")
-    from . import emulator
+    from .. import emulator
 
     emulator.install()  # before anything imports cutlass
     return Target("emulator", "emulated sm_90a", (9, 0), EMULATED_SMS)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .kernels.signature import UNBOUNDED, MaskKind
+from ..kernels.signature import UNBOUNDED, MaskKind
 
 
 class MaskSpec(NamedTuple):

@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from .kernels.quantize_signature import (
+from ..kernels.quantize_signature import (
     LARGEST,
     LARGEST_FLOAT,
     SMALLEST_DESCALE,
     QuantizeSignature,
     sign_of,
 )
-from .reference_ragged import Rows
+from .ragged import Rows
 
 BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.arguments import FwdArguments
-from .kernels.signature import Q_BLOCK, Quantised, Signature
+from ..kernels.arguments import FwdArguments
+from ..kernels.signature import Q_BLOCK, Quantised, Signature
 
 
 def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:

@@ -94,13 +94,13 @@ def source_fingerprint(kernel: str, target: str) -> str:
     is_emulated = target == "emulator"  # which names lines in its messages
     found = fingerprint.of_modules(kernel.partition(":")[0], with_lines=is_emulated)
     if is_emulated:  # what it changes in the DSL's code generation
-        dsl = Path(__file__).with_name("emulator") / "dsl.py"
+        dsl = Path(__file__).resolve().parents[1] / "emulator" / "dsl.py"
         found += fingerprint.of_file(dsl, with_lines=False)
     return found
 
 
 def _emulating() -> bool:
-    emulator = sys.modules.get(f"{__package__}.emulator")
+    emulator = sys.modules.get("fa3.emulator")
     return emulator is not None and emulator.installed()
 
 
@@ -151,7 +151,7 @@ def _load(found: Artifacts, target: str) -> Callable:
         function = module[ENTRY_POINT]
     if target == "gpu":
         return function
-    from . import emulator
+    from .. import emulator
 
     emulator.remember(found.cubin, _relocated(found.ptx))
     return functools.partial(emulator.call, function)
@@ -159,7 +159,7 @@ def _load(found: Artifacts, target: str) -> Callable:
 
 def _relocated(ptx: str) -> str:
     """PTX that names this package's sources: another checkout of them may have compiled it."""
-    here = Path(__file__).resolve().parent / "kernels"
+    here = Path(__file__).resolve().parents[1] / "kernels"
 
     def named(match: re.Match) -> str:
         return f"{match[1]}{here / match[2]}" if (here / match[2]).is_file() else match[0]

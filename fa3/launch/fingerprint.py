@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-KERNELS = f"{__package__}.kernels"
+KERNELS = "fa3.kernels"
 
 
 def of_modules(first: str, with_lines: bool) -> str:

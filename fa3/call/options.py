@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from .transforms import has_tangent
+from ..transforms import has_tangent
 
 
 class Options(NamedTuple):

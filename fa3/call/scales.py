@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.signature import HEAD_DIM_TILES, Q_BLOCK
+from ..kernels.signature import HEAD_DIM_TILES, Q_BLOCK
 from .layout import ALIGNMENT, Layout
 from .lengths import Sequences
 

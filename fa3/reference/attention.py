@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import reference_ragged
-from .kernels.arguments import FwdArguments
-from .kernels.signature import Q_BLOCK, Quantised, Signature
+from ..kernels.arguments import FwdArguments
+from ..kernels.signature import Q_BLOCK, Quantised, Signature
+from . import ragged as reference_ragged
 
 SCORE_BYTES = 64 << 20  # of the fp32 scores held at a time
 

@@ -1,0 +1,1 @@
+"""How a call runs: which kernel, laid out how, compiled and kept."""
