@@ -3,7 +3,7 @@
     python -m perf.evidence            every kernel variant, some minutes on two cores
     python -m perf.evidence --check    compile and run, but leave the document alone
 
-A variant is a row of fa3/launch/tuning.py, a dtype and a mask. Each is compiled for sm_90a, its SASS
+A variant is a row of the tuning tables, a dtype and a mask. Each is compiled for sm_90a, its SASS
 is read, and it runs on the CPU emulator with all checks on, against fp32. The GPU columns come from
 perf/results/*.csv, which perf.sweep wrote on a GPU; a variant without a line there is not measured.
 """

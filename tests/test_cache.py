@@ -188,7 +188,10 @@ def test_a_forked_child_does_not_keep_the_lock(folder, monkeypatch):
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch's threads
             cache.obtain("entry.zip", build)
         (folder / "entry.zip").unlink()
-        code = "from fa3.launch import cache; cache.LOCK_SECONDS = 60; cache.obtain('entry.zip', bytes)"
+        code = (
+            "from fa3.launch import cache; cache.LOCK_SECONDS = 60; "
+            "cache.obtain('entry.zip', bytes)"
+        )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=50)
     finally:
         os.write(write, b"x")
