@@ -54,7 +54,7 @@ def bounds_of(given: Lengths, max_seqlen_q, max_seqlen_k, check_lengths) -> tupl
 
 
 def _longest(side: str, most, cu_seqlens) -> int | None:
-    """max_seqlen_q or max_seqlen_k, checked."""
+    """max_seqlen_q or max_seqlen_k as an int, or as the symbol of one."""
     if most is None:
         if cu_seqlens is not None:
             raise ValueError(
@@ -62,11 +62,7 @@ def _longest(side: str, most, cu_seqlens) -> int | None:
                 "of its longest sequence, or more"
             )
         return None
-    if type(most) is not int:
-        most = int_of(f"max_seqlen_{side}", most)
-    if most < 0:
-        raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
-    return most
+    return most if type(most) is int else int_of(f"max_seqlen_{side}", most)
 
 
 def attend(  # noqa: PLR0913

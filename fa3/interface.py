@@ -45,8 +45,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     causal: query i sees the keys j <= i + s_k - s_q (aligned to the bottom right).
     window_size: query i sees i + s_k - s_q - left <= j <= i + s_k - s_q + right; one below 0 is no
     bound; causal sets right to 0. A query that sees no key gives zeros and an lse of -inf.
-    softmax_scale: 1 / sqrt(d) by default. A tensor without dimensions is read, which waits for its
-    device.
+    softmax_scale: 1 / sqrt(d) by default.
     softcap: scores become softcap * tanh(softmax_scale * q k^T / softcap) before they are masked;
         0.0, the default, leaves them as they are. What it makes of them has an error of 5e-7
         softcap.
@@ -57,6 +56,7 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     sm_margin: number of SMs that the kernel leaves to others.
     num_splits, pack_gqa: hints about speed, of no effect so far.
     deterministic: accepted; the forward pass always is.
+    Numbers may be tensors without dimensions; these are read, which waits for their device.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
     fp16, bf16: q, k, v and out have one dtype.

@@ -251,6 +251,7 @@ def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None
 
 
 def _check_lengths(q, k, lengths, longest, on_request: bool) -> None:
+    lengths_.check_longest(longest)
     if on_request or (lengths is not EQUAL and q.device.type == "cpu"):
         lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=on_request)
 

@@ -269,7 +269,7 @@ def test_sm_margin():
 
 
 @pytest.mark.parametrize("name", ["num_splits", "pack_gqa"])
-@pytest.mark.parametrize("value", [[1], 0.5, "1", torch.tensor([1, 1])], ids=repr)
+@pytest.mark.parametrize("value", [[1], 0.5, "1", numpy.array([1, 1])], ids=repr)
 def test_hints_about_speed(name, value):
     refused(TypeError, [name, repr(value), "expected"], **{name: value})
 
@@ -485,6 +485,30 @@ def test_numbers_of_other_kinds(scale, causal, monkeypatch):
         fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale.mul_(2))
     log2_e = math.log2(math.e)
     assert seen == [(factor * log2_e, 0.0, 5, 0, 7) for factor in (0.5, 1.0)[: len(seen)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_ints_in_tensors(dtype, monkeypatch):
+    """A window, margin or hint may be a tensor without dimensions, as with torch's operators."""
+    seen = []
+    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0, 0))
+    two = torch.tensor(2, dtype=dtype)
+    window = torch.tensor([3, 4], dtype=dtype)
+    given = {"window_size": window, "sm_margin": two, "num_splits": two}
+    fa3.flash_attn_func(**tensors(), **given)
+    (checked,) = seen
+    assert (checked.mask, checked.sm_margin) == (("local", 3, 4), 2)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [torch.tensor([3]), torch.tensor(3.0), torch.tensor(True), torch.tensor(3j)],
+    ids=["1d", "float", "bool", "complex"],
+)
+def test_int_in_another_tensor(number):
+    words = [tuple(number.shape), number.dtype, "integer tensor"]
+    refused(TypeError, ["window_size (left)", *words], window_size=(number, 0))
+    refused(TypeError, ["num_splits", *words], num_splits=number)
 
 
 def test_signature_has_no_lengths():

@@ -185,6 +185,44 @@ def test_compile_with_dynamic_lengths():
     assert len(graphs) == 1
 
 
+def _longest_of(cu_seqlens):
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).max()
+
+
+@pytest.mark.parametrize("read", [lambda x: x, torch.Tensor.item], ids=["tensor", "item"])
+@pytest.mark.parametrize("how", ["eager", "compile", "export"])
+def test_longest_known_to_the_device(how, read):
+    """max_seqlen of lengths that the device knows: a tensor without dimensions, or a symbol."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, cu_q, cu_k):
+            longest = (read(_longest_of(cu)) for cu in (cu_q, cu_k))
+            return fa3.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest)
+
+    call = _call()
+    given = tuple(call.values())[:5]
+    torch._dynamo.reset()
+    model = Model()
+    if how == "compile":
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    elif how == "export":
+        model = torch.export.export(model, given).module()
+    assert torch.equal(model(*given), fa3.flash_attn_varlen_func(**call))
+
+
+def test_longest_below_zero_in_a_graph():
+    """The operator refuses what a graph cannot know yet."""
+
+    def attend(q, k, v, cu_q, cu_k):
+        longest = (_longest_of(cu).item() - 100 for cu in (cu_q, cu_k))
+        return fa3.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="max_seqlen_q is -80, expected at least 0"):
+        compiled(*tuple(_call().values())[:5])
+
+
 def test_vmap():
     """seqused joins the batch; packed sequences have none to join."""
     q, k, v = (torch.randn(3, 2, 9, H_K, D).bfloat16() for _ in range(3))

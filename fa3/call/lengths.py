@@ -89,6 +89,18 @@ def views(lengths: Lengths, device: torch.device) -> tuple[Tensor, ...]:
     return tuple([nothing if x is None else x for x in lengths])
 
 
+def check_longest(longest: tuple) -> None:
+    """Check max_seqlen_q and max_seqlen_k, where they are numbers and no symbols any more.
+
+    Raises:
+        ValueError: one is below 0.
+    """
+    most_q, most_k = longest
+    if (most_q or 0) < 0 or (most_k or 0) < 0:
+        side, most = ("q", most_q) if (most_q or 0) < 0 else ("k", most_k)
+        raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
+
+
 def check_values(lengths: Lengths, q_rows: int, k_rows: int, longest: tuple, totals: bool) -> None:
     """Wait for the device and see that the tensors have all rows that the lengths say.
 

@@ -68,12 +68,16 @@ def _value_of(name: str, value: torch.Tensor) -> float:
         )
     if has_tangent(value):
         raise NotImplementedError(f"{name} has a tangent, but it has no derivative")
+    _refuse_trace(name, "leave it out, or ")
+    return value.item()
+
+
+def _refuse_trace(name: str, instead: str = "") -> None:
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
             f"{name} is a tensor, as sizes are within torch.jit.trace, which would keep its "
-            "value: leave it out, or pass a number made outside of the trace"
+            f"value: {instead}pass a number made outside of the trace"
         )
-    return value.item()
 
 
 def bool_of(name: str, value) -> bool:
@@ -87,6 +91,20 @@ def bool_of(name: str, value) -> bool:
 def int_of(name: str, value) -> int:
     if isinstance(value, torch.SymInt):
         return value
+    if isinstance(value, torch.Tensor):
+        return _int_in(name, value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
     return int(value)
+
+
+def _int_in(name: str, tensor: torch.Tensor) -> int:
+    """Read an int from its device, as torch's own operators do."""
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex())
+    if tensor.dim() or not is_integer or tensor.dtype == torch.bool:
+        raise TypeError(
+            f"{name} is a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}, "
+            "expected an int or an integer tensor without dimensions"
+        )
+    _refuse_trace(name)
+    return tensor.item()
