@@ -1,15 +1,18 @@
 """The work that the emulator counts in the forward kernels is that which their tiles amount to."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
 import fa3
+from fa3.call.scales import num_blocks, packed_blocks
 from fa3.kernels.signature import Quantised, Signature, head_dim_tile
 from fa3.launch import tuning
 
 from .conftest import HOPPER
+from .ragged_cases import Rows
 
 pytestmark = pytest.mark.skipif(HOPPER, reason="a GPU counts differently, with its own tools")
 
@@ -24,11 +27,16 @@ class Work:
     dtype: str
     head_dim: int
     causal: bool
-    s_q: int
-    s_k: int
+    s_q: int | tuple[int, ...]  # several: of ragged sequences
+    s_k: int | tuple[int, ...]
     head_dim_v: int = 0  # 0: head_dim
     heads: int = 1
     quantised: Quantised | None = None
+    rows: tuple[str, str] = ("packed", "packed")  # how ragged sequences lie: Rows.kind of q, of k
+
+    def __str__(self):
+        lengths = "-ragged" if self.is_ragged else f"-{self.s_q}"
+        return f"{self.dtype}-d{self.head_dim}-{self.mask}{lengths}"
 
     @property
     def dv(self) -> int:
@@ -48,20 +56,37 @@ class Work:
         return tuning.forward(self.signature)
 
     @property
-    def tiles(self) -> list[tuple[int, int]]:
-        """(query rows, keys) of each tile, as far as they exist."""
+    def is_ragged(self) -> bool:
+        return isinstance(self.s_q, tuple)
+
+    @property
+    def sequences(self) -> list[tuple[int, int]]:
+        """Queries and keys of each."""
+        if self.is_ragged:
+            return list(zip(self.s_q, self.s_k, strict=True))
+        return [(self.s_q, self.s_k)]
+
+    @property
+    def tiles(self) -> list[tuple[int, int, int]]:
+        """Query rows and keys of each tile, as far as they exist, and its key blocks."""
         found = []
-        for first in range(0, self.s_q, self.config.tile_m):
-            last = min(first + self.config.tile_m, self.s_q)
-            keys = min(self.s_k, last + self.s_k - self.s_q) if self.causal else self.s_k
-            blocks = -(-keys // self.config.tile_n)
-            found.append((last - first, min(self.s_k, blocks * self.config.tile_n)))
+        for s_q, s_k in self.sequences:
+            for first in range(0, s_q, self.config.tile_m):
+                last = min(first + self.config.tile_m, s_q)
+                keys = min(s_k, last + s_k - s_q) if self.causal else s_k
+                blocks = max(1, -(-keys // self.config.tile_n))  # one where no key is seen
+                found.append((last - first, min(s_k, blocks * self.config.tile_n), blocks))
         return found * self.heads
 
     @property
     def blocks(self) -> int:
         """Key blocks of all tiles."""
-        return sum(-(-keys // self.config.tile_n) for _, keys in self.tiles)
+        return sum(blocks for _, _, blocks in self.tiles)
+
+    @property
+    def stored_rows(self) -> int:
+        """Of out and lse."""
+        return sum(s_q for s_q, _ in self.sequences) * self.heads
 
     @property
     def flops(self) -> int:
@@ -85,7 +110,7 @@ class Work:
     def read(self) -> int:
         """Bytes of those that the tensors have."""
         elements = sum(
-            rows * self.head_dim + keys * (self.head_dim + self.dv) for rows, keys in self.tiles
+            rows * self.head_dim + keys * (self.head_dim + self.dv) for rows, keys, _ in self.tiles
         )
         return elements * DTYPES[self.dtype].itemsize
 
@@ -94,21 +119,44 @@ class Work:
 
         Here none does: scores are small, and rows of one warp see their first key in one block.
         """
-        shapes = [(1, n, self.heads, d) for n, d in self._sizes()]
-        q, k, v = ((0.1 * torch.randn(shape)).to(DTYPES[self.dtype]) for shape in shapes)
-        out = {"fp32": torch.float32}.get(self.quantised.out) if self.quantised else None
-        out = None if out is None else torch.empty(shapes[0][:3] + (self.dv,), dtype=out)
-        fa3.flash_attn_func(q, k, v, causal=self.causal, out=out, **self._descales())
+        q_shape, k_shape = self._shapes()
+        sizes = (q_shape, self.head_dim), (k_shape, self.head_dim), (k_shape, self.dv)
+        q, k, v = (
+            (0.1 * torch.randn(*shape, self.heads, width)).to(DTYPES[self.dtype])
+            for shape, width in sizes
+        )
+        options = {"causal": self.causal} | self._descales(*k_shape)
+        if self.quantised and self.quantised.out == "fp32":
+            options["out"] = torch.empty(*q_shape, self.heads, self.dv)
+        if not self.is_ragged:
+            fa3.flash_attn_func(q, k, v, **options)
+            return
+        queries, keys = self._sides()
+        lengths = queries.arguments("q", "cpu") | keys.arguments("k", "cpu")
+        if "out" in options:
+            options["out"] = queries.given(options["out"])
+        fa3.flash_attn_varlen_func(
+            queries.given(q), keys.given(k), keys.given(v), **lengths, **options
+        )
 
-    def _sizes(self):
-        return (self.s_q, self.head_dim), (self.s_k, self.head_dim), (self.s_k, self.dv)
+    def _sides(self) -> tuple[Rows, Rows]:
+        """Ragged queries and keys."""
+        return Rows(self.rows[0], self.s_q), Rows(self.rows[1], self.s_k)
 
-    def _descales(self) -> dict:
+    def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Entries of the batch and rows, of q and of k."""
+        if self.is_ragged:
+            return tuple(side.shape for side in self._sides())
+        return (1, self.s_q), (1, self.s_k)
+
+    def _descales(self, entries: int, rows: int) -> dict:
         if self.quantised is None:
             return {}
+        is_packed = self.is_ragged and self.rows[1] != "dense"
+        count = partial(packed_blocks, batch=len(self.sequences)) if is_packed else num_blocks
         blocks = {"k": self.quantised.k_block, "v": self.quantised.v_block}
         return {
-            f"{name}_descale": torch.ones(1, self.heads, -(-self.s_k // block))
+            f"{name}_descale": torch.ones(entries, self.heads, count(rows, block))
             for name, block in blocks.items()
         }
 
@@ -121,15 +169,32 @@ WORK = [
     Work("e4m3", 64, False, 200, 333, quantised=Quantised("e4m3", "e4m3", "fp32", 64, 128)),
     Work("e4m3", 192, True, 152, 200, quantised=Quantised("e4m3", "e4m3", "fp32", 128, 64)),
 ]
+# Among them: without keys, without queries, without both, more queries than keys, and rows of
+# tensors that belong to no sequence.
+RAGGED = [
+    Work("bf16", 128, False, (130, 70, 0, 0, 257), (400, 0, 33, 0, 176)),
+    Work("bf16", 64, True, (193, 64, 0, 500, 1), (305, 0, 40, 100, 17), heads=2),
+    Work("fp16", 40, True, (70, 5, 200), (150, 5, 8), 8, rows=("dense", "slack")),
+    Work(
+        *("e4m3", 64, False, (200, 70, 0, 1), (333, 0, 64, 129)),
+        quantised=Quantised("e4m3", "e4m3", "fp32", 64, 128),
+    ),
+    Work(
+        *("e4m3", 192, True, (152, 300, 3), (200, 76, 0)),
+        quantised=Quantised("e4m3", "e4m3", "fp32", 128, 64),
+        rows=("slack", "dense"),
+    ),
+]
 
 
-@pytest.mark.parametrize("work", WORK, ids=lambda w: f"{w.dtype}-d{w.head_dim}-{w.mask}-{w.s_q}")
+@pytest.mark.parametrize("work", WORK + RAGGED, ids=str)
 def test_counted_work_is_that_of_the_tiles(work, device):
     from fa3 import emulator
 
     with emulator.options(checks=()), emulator.profile() as profile:
         work.run()
-    (launch,) = profile.launches
+    *lists, launch = profile.launches
+    assert len(lists) == work.is_ragged, "of tiles"
     counters, total = launch.counters, launch.total
     assert launch.warps[0].role == "load" and counters["load"].warps == 1
     assert counters["mma"].warps == 4 * work.config.num_mma_warpgroups
@@ -140,7 +205,7 @@ def test_counted_work_is_that_of_the_tiles(work, device):
     waits = len(work.tiles) + 2 * work.blocks  # for Q of each tile, K and V of each block
     assert counters["load"].waits["mbarrier"].executed == waits
     assert counters["mma"].waits["mbarrier"].executed == waits * counters["mma"].warps
-    rows = work.s_q * work.heads
+    rows = work.stored_rows
     if work.quantised:
         assert total.bytes.bulk_written == 0
         assert total.bytes.stored == rows * 4 * (1 + work.dv)

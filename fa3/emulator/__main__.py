@@ -59,6 +59,36 @@ def _forward(*lengths, dtype="bfloat16", d=128, **options) -> Callable[[], Run]:
     return case
 
 
+def _ragged(lengths_q, lengths_k, dtype="bfloat16", d=128, **options) -> Callable[[], Run]:
+    """The forward kernel on packed sequences of these lengths, and the one that lists its tiles."""
+
+    def case() -> Run:
+        import torch
+
+        import fa3
+
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(sum(lengths), h, d).to(getattr(torch, dtype))
+            for lengths, h in ((lengths_q, 2), (lengths_k, 1), (lengths_k, 1))
+        )
+        arguments = {"q": q, "k": k, "v": v, "sm_margin": 130, "return_attn_probs": True, **options}
+        for side, lengths in (("q", lengths_q), ("k", lengths_k)):
+            arguments[f"cu_seqlens_{side}"] = torch.tensor([0, *lengths]).cumsum(0).int()
+            arguments[f"max_seqlen_{side}"] = max(lengths)
+        if q.itemsize == 1:
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                blocks = len(x) // 128 + len(lengths_q)  # scales.packed_blocks
+                arguments[f"{name}_descale"] = torch.rand(1, x.shape[1], blocks) + 0.5
+
+        def run():
+            return fa3.flash_attn_varlen_func(**arguments)
+
+        return run
+
+    return case
+
+
 def _quantize(**options) -> Callable[[], Run]:
     """The quantisation kernels of q, k and v, of which each has more work than CTAs."""
 
@@ -86,6 +116,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "forward-256": _forward((150, 160), (150, 400), dtype="float16", d=256),
     "fp8-full": _forward((200, 256), (200, 500), dtype="fp8"),
     "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
+    "ragged-causal": _ragged((200, 0, 70, 300), (250, 40, 0, 600), causal=True),
+    "ragged-fp8": _ragged((200, 0, 70, 150), (256, 40, 0, 500), dtype="float8_e4m3fn"),
     "quantize-block": _quantize(hadamard=True),
     "quantize-channel": _quantize(v_per_channel=True, smooth_k=True),
 }
