@@ -22,6 +22,7 @@ from .conftest import HOPPER
 from .ragged_cases import RaggedCase, Rows, covering
 
 SENTINEL = 7.0  # in rows of out and lse that belong to nobody
+SEEDS = range(2)  # of random schedules
 
 
 def _attention(case: RaggedCase, tensors, device, out=None):
@@ -61,16 +62,24 @@ def _empty_out(case: RaggedCase, q: Bordered) -> Bordered:
     return Bordered(torch.full(shape, SENTINEL).to(q.values), case.layout)
 
 
+def _parts(case: RaggedCase, out, lse) -> tuple[list, list]:
+    """What belongs to each sequence of out (entries, rows, ..) and lse (entries, h_q, rows)."""
+    return list(case.queries.each(out)), list(case.queries.each(lse, row_dim=2))
+
+
+def _assert_right(case: RaggedCase, tensors, outs, lses) -> None:
+    expected = zip(*_expected(case, tensors), strict=True)
+    exact, exact_lse, baseline = expected
+    out = torch.cat(outs, dim=1)
+    assert_accurate("out", out, torch.cat(exact, dim=1), torch.cat(baseline, dim=1))
+    assert_lse("lse", torch.cat(lses, dim=2), torch.cat(exact_lse, dim=2))
+
+
 def _check(case: RaggedCase, device) -> None:
     tensors = case.inputs(device)
     out = _empty_out(case, tensors[0])
     given, lse = _attention(case, tensors, device, out.tensor)
-    expected = zip(*_expected(case, tensors), strict=True)
-    exact, exact_lse, baseline = expected
-    given = torch.cat(list(case.queries.each(given)), dim=1)
-    assert_accurate("out", given, torch.cat(exact, dim=1), torch.cat(baseline, dim=1))
-    lse = torch.cat(list(case.queries.each(lse, row_dim=2)), dim=2)
-    assert_lse("lse", lse, torch.cat(exact_lse, dim=2))
+    _assert_right(case, tensors, *_parts(case, given, lse))
     for name, x in zip(("q", "k", "v", "out"), (*tensors, out), strict=True):
         x.assert_border_untouched(name)
     for rows in case.queries.each(out.tensor):
@@ -121,6 +130,33 @@ def test_grid_and_order_do_not_change_the_bits(device):
             row_dim = 1 if a.dim() == 4 else 2
             pairs = zip(MIXED.queries.each(a, row_dim), MIXED.queries.each(b, row_dim), strict=True)
             assert all(torch.equal(*pair) for pair in pairs)
+
+
+# O waits for its store in a space of its own, where K is, and where K and V are.
+SCHEDULED = [
+    RaggedCase((70, 0, 193, 1), (300, 40, 0, 64), rows_k="slack", h_k=1, causal=True, num_ctas=2),
+    RaggedCase(
+        *((70, 0, 130), (400, 9, 0), "dense"), head_dim=128, head_dim_v=128, h_k=1, num_ctas=1
+    ),
+    RaggedCase(
+        *((150, 5), (200, 0), "slack"), head_dim=256, head_dim_v=256, window=(90, 20), num_ctas=2
+    ),
+]
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+@pytest.mark.parametrize("case", SCHEDULED, ids=str)
+def test_ragged_sequences_are_the_same_under_every_schedule(case, device):
+    """Those of the kernel that lists tiles, and of the one that computes them."""
+    tensors = case.inputs(device)
+
+    def attention():
+        outs, lses = _parts(case, *_attention(case, tensors, device))
+        return outs + lses
+
+    found = emulator.compare_schedules(attention, SEEDS, checks=emulator.ALL_CHECKS)
+    count = len(case.lengths_q)
+    _assert_right(case, tensors, found[:count], found[count:])
 
 
 def test_equal_lengths_on_one_side_only(device):
