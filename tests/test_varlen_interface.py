@@ -128,6 +128,18 @@ def test_keys_without_rows():
     assert lse[:, counts].isneginf().all()
 
 
+@pytest.mark.parametrize("more", [2**31 - 1, -(2**31)])
+def test_keys_without_rows_and_bad_lengths(more, monkeypatch):
+    """The host cannot know them on a GPU: they are cut to the rows that a sequence has."""
+    monkeypatch.setattr("fa3.call.lengths.check_values", lambda *arguments, **options: None)
+    call = _call((3, 4, 20), (0, 0, 0), seqused_q=torch.tensor([3, more, 20]).int())
+    out = torch.full((27, H_Q, D), 7.0).bfloat16()
+    out, lse = fa3.flash_attn_varlen_func(**call, out=out, return_attn_probs=True)
+    counts = range(27) if more > 0 else [0, 1, 2, *range(7, 27)]
+    assert (out[:, 0, 0] == 0.0).nonzero().flatten().tolist() == list(counts)
+    assert lse[:, list(counts)].isneginf().all()
+
+
 def test_no_sequence_at_all():
     call = _call((), ())
     out, lse = fa3.flash_attn_varlen_func(**call, return_attn_probs=True)

@@ -48,7 +48,7 @@ def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tenso
         return row < used[:, None]
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     if seqused.numel():
-        ends = torch.minimum(ends, starts + seqused)
+        ends = starts + torch.minimum(seqused, ends - starts)
     sequence = _sequence_of(num_rows, cu_seqlens)
     is_used = row < torch.cat([ends, ends.new_zeros(1)])[sequence]  # [-1]: before the first one
     return is_used[None]
