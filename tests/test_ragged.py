@@ -139,7 +139,13 @@ SCHEDULED = [
         *((70, 0, 130), (400, 9, 0), "dense"), head_dim=128, head_dim_v=128, h_k=1, num_ctas=1
     ),
     RaggedCase(
-        *((150, 5), (200, 0), "slack"), head_dim=256, head_dim_v=256, window=(90, 20), num_ctas=2
+        *((150, 5, 0), (200, 0, 9), "slack"),
+        head_dim=256,
+        head_dim_v=256,
+        h_q=1,
+        h_k=1,
+        window=(90, 20),
+        num_ctas=2,
     ),
 ]
 

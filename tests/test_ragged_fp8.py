@@ -120,15 +120,21 @@ def test_fp8_is_computed_as_if_alone(forms, rows, causal, head_dim, device):
 @pytest.mark.parametrize(
     ("case", "forms"),
     [
-        (RaggedCase((200, 0, 70), (150, 40, 0), h_k=1, num_ctas=2), ("128", "64", "128")),
+        (RaggedCase((200, 0, 70), (150, 40, 0), h_q=1, h_k=1, num_ctas=2), ("128", "64", "128")),
         (
-            RaggedCase((70, 1, 0), (100, 0, 9), "slack", "dense", head_dim=256, h_k=1, causal=True,
-                       num_ctas=1),
+            RaggedCase(
+                *((70, 1, 0), (100, 0, 9), "slack", "dense"),
+                head_dim=256,
+                h_q=1,
+                h_k=1,
+                causal=True,
+                num_ctas=1,
+            ),
             ("head", "head", "channels"),
         ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_fp8_is_the_same_under_every_schedule(case, forms, device):
     call = Call(case, forms, device)
     found = emulator.compare_schedules(call, range(2), checks=emulator.ALL_CHECKS)
