@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fa3
-from fa3 import dispatch, emulator
+from fa3 import emulator
+from fa3.launch import dispatch
 
 from .conftest import HOPPER
 from .ragged_cases import RaggedCase, Rows
