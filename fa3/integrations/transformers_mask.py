@@ -6,7 +6,7 @@ own, whose tokens would see the future. `mask` returns a `Pattern`, which only f
 read: every other use of it raises an error that says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import NamedTuple
 
@@ -14,19 +14,14 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .transformers_models import model_type, refusal, remedy
+from .transformers_rows import Packed, Rows, is_readable, is_unbroken, rows
 
 UNBOUNDED = (-1, -1)
 COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
-PADDING = (
-    "fa3 has no padding mask yet, and this batch holds padding tokens: "
-    'batch sequences of equal length or use attn_implementation="sdpa"'
-)
-FILLED = (
-    "fa3 has no variable lengths yet, and takes several tokens with a static cache only while that "
-    'is empty: use a dynamic cache or attn_implementation="sdpa"'
-)
+BROKEN = "has no sliding windows over sequences with masked tokens between others"
 PACKED = (
-    'fa3 has no mask for packed sequences or blocks of tokens yet: use attn_implementation="sdpa"'
+    "fa3 finds no packed sequences while it is traced, and has no mask for blocks of tokens: "
+    'use attn_implementation="sdpa"'
 )
 
 
@@ -39,6 +34,8 @@ class Pattern:
     """The keys that the queries of one call see.
 
     The last query stands at the last visible key. window: as in flash_attn_func.
+    query_rows, key_rows: which rows count, where not all do. A mask that is not causal may be for
+    the queries of other tokens, so query_rows is of causal ones only.
     """
 
     model: str
@@ -47,6 +44,9 @@ class Pattern:
     visible: int  # the first of them, which any query may see; a static cache has free space behind
     causal: bool
     window: tuple[int, int] = UNBOUNDED
+    query_rows: Rows | None = None
+    key_rows: Rows | None = None
+    packed: Packed | None = None
 
     ndim = 4  # as of the masks that transformers passes on as they are
 
@@ -120,24 +120,29 @@ def mask(
     attention_mask (b, tokens): true where a token is real. q_offset: of a static cache a tensor.
     options: what else `transformers.masking_utils` tells a mask function.
 
-    Nothing waits for a GPU or branches on its data. What only the data tells is asserted where the
-    data is: a RuntimeError, on a GPU a failed device assertion, whose text says what was wrong.
+    A batch with an attention_mask waits for its device here, to learn whether it is padded. While
+    somebody records what is done (torch.compile, a CUDA graph) nothing waits or branches on data,
+    and what only the data tells is asserted on its device: a RuntimeError, on a GPU a failed device
+    assertion, whose text says what was wrong.
 
     Raises:
-        ValueError: a padded batch on the CPU.
-        NotImplementedError: a pattern other than full, causal and sliding window; a static cache
-            whose filled length only a GPU knows, but for its first tokens.
+        ValueError: an attention_mask of another shape.
+        NotImplementedError: a pattern other than full, causal, sliding window and packed sequences;
+            masked tokens between others under a sliding window.
     """
     model = model_type(config)
     made = attention_mask if isinstance(attention_mask, Pattern) else None  # `generate` did already
     kind = _kind_of(model, mask_function, config, q_length, kv_offset + kv_length, options)
-    q_offset = _known_offset(model, q_offset, q_length) if kind.is_placed else 0
-    surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
-    # of a causal mask they are the free space of a static cache
-    free = max(surplus, 0) if kind.causal else 0
-    visible = kv_length - free
+    q_offset = _known(q_offset) if kind.is_placed else 0
+    visible = kv_length
+    if not isinstance(q_offset, torch.Tensor):  # else a static cache is as full as the device knows
+        surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
+        # of a causal mask they are the free space of a static cache
+        free = max(surplus, 0) if kind.causal else 0
+        visible = kv_length - free
     window = kind.window(max(visible, q_length))
-    if surplus != free and (kind.causal or window != UNBOUNDED):
+    is_placed = kind.causal or window != UNBOUNDED
+    if not isinstance(q_offset, torch.Tensor) and is_placed and surplus != free:
         raise refusal(
             model,
             "aligns the last query with the last key, here at positions "
@@ -146,12 +151,53 @@ def mask(
     if not kind.is_known:
         lengths, offsets = (q_length, visible), (q_offset, kv_offset)
         _assert_kind(model, kind, mask_function, lengths, offsets, options)
-    if made is None:
-        _check_padding(model, attention_mask, kv_offset, kv_offset + visible)
     pattern = Pattern(model, q_length, kv_length, visible, kind.causal, window)
-    if made is not None and made.facts != pattern.facts:
+    if made is None:
+        place = _Place(q_offset, q_length, kv_offset, visible)
+        found = _rows(pattern, place, attention_mask, options)
+        packed = None if kind.sequence is None else Packed.of(kind.sequence)
+        return replace(pattern, query_rows=found[0], key_rows=found[1], packed=packed)
+    if made.facts != pattern.facts:
         raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
-    return pattern
+    return made
+
+
+class _Place(NamedTuple):
+    """The positions of queries and keys."""
+
+    q_offset: int | torch.Tensor
+    q_length: int
+    kv_offset: int
+    kv_length: int
+
+
+def _rows(pattern: Pattern, place: _Place, attention_mask, options) -> tuple:
+    """Pattern.query_rows and key_rows."""
+    q_offset, q_length, kv_offset, kv_length = place
+    is_open = isinstance(q_offset, torch.Tensor)
+    if attention_mask is None:
+        if not is_open:
+            return None, None
+        filled = (q_offset + q_length - kv_offset).reshape(1).to(torch.int32)
+        return None, Rows(filled.repeat(options.get("batch_size", 1)))
+    is_real = _real_tokens(pattern.model, attention_mask, kv_offset + kv_length, is_open)
+    keys = is_real[:, kv_offset : kv_offset + kv_length]
+    if is_open:
+        position = torch.arange(kv_length, device=keys.device) + kv_offset
+        keys = keys & (position < q_offset + q_length)
+    key_rows = rows(keys)
+    if key_rows is None:
+        return None, None
+    if pattern.window != UNBOUNDED:
+        _check_unbroken(pattern.model, keys)
+    if not pattern.causal:
+        return None, key_rows
+    if is_open:
+        position = torch.arange(q_length, device=keys.device) + q_offset
+        return rows(is_real.index_select(1, position)), key_rows
+    if (q_offset, q_length) == (kv_offset, kv_length):
+        return key_rows, key_rows
+    return rows(is_real[:, q_offset : q_offset + q_length]), key_rows
 
 
 class Kind(NamedTuple):
@@ -160,6 +206,7 @@ class Kind(NamedTuple):
     causal: bool
     reach: int | None = None  # distance of the farthest key that a query sees
     is_known: bool = True  # otherwise the device has to compare
+    sequence: torch.Tensor | None = None  # (b, s): to which packed sequence a token belongs
 
     @property
     def is_placed(self) -> bool:
@@ -199,6 +246,10 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     is_open = torch.compiler.is_compiling() or q_length == 1
     if is_open and not options.get("use_vmap"):
         return Kind(True, reach, is_known=False)
+    if not is_open and not options.get("use_vmap"):
+        sequence = _sequence_of(mask_function, reach)
+        if sequence is not None:
+            return Kind(True, reach, sequence=sequence)
     raise refusal(
         model,
         "knows full and causal attention and sliding windows, not the mask of "
@@ -206,44 +257,36 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     )
 
 
-def _known_offset(model, q_offset, q_length):
+def _known(q_offset):
+    """As an int where the host has it."""
     if not isinstance(q_offset, torch.Tensor):
         return q_offset
-    if _is_at_hand(q_offset):
-        return int(q_offset)
-    if q_length == 1:
-        raise refusal(
-            model,
-            "has no variable lengths yet, which a static cache needs whose filled length only the "
-            "device knows",
-            besides="a dynamic cache or ",
-        )
-    _assert_on_device(q_offset == 0, model, FILLED)
-    return 0
+    return int(q_offset) if q_offset.device.type == "cpu" and is_readable(q_offset) else q_offset
 
 
-def _check_padding(model, attention_mask, start, stop) -> None:
-    """start, stop: the keys that some query sees."""
-    if attention_mask is None:
-        return
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < stop:
+def _real_tokens(model, attention_mask, num_tokens, is_open) -> torch.Tensor:
+    """attention_mask as bool (batch, num_tokens or more); is_open: it may end earlier."""
+    if attention_mask.ndim != 2 or (attention_mask.shape[1] < num_tokens and not is_open):
         raise ValueError(
             f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"(batch, tokens) with at least {stop} tokens"
+            f"(batch, tokens) with at least {num_tokens} tokens"
         )
+    is_real = attention_mask.bool()
+    if not is_open:
+        return is_real
+    return torch.nn.functional.pad(is_real, (0, max(0, num_tokens - attention_mask.shape[1])))
+
+
+def _check_unbroken(model, is_real) -> None:
+    """A window is counted in tokens of the sequence, masked ones between them included."""
     if torch.jit.is_tracing():
-        raise refusal(
-            model,
-            "cannot check for padding in what torch.jit.trace records",
-            besides="torch.export, no attention_mask, or ",
-        )
-    real = attention_mask[:, start:stop].bool()
-    if not _is_at_hand(real):
-        _assert_on_device(real.all(), model, PADDING)
-    elif not real.all():
-        padding = int((~real).sum())
-        shape = tuple(real.shape)
-        raise ValueError(f"{model}: {PADDING} ({padding} of attention_mask's {shape})")
+        reason = "cannot check the padding of sliding windows in what torch.jit.trace records"
+        raise refusal(model, reason, besides="torch.export, no attention_mask, or ")
+    unbroken = is_unbroken(is_real)
+    if not is_readable(unbroken):
+        _assert_on_device(unbroken, model, f"fa3 {BROKEN}; {remedy()}")
+    elif not unbroken:
+        raise refusal(model, BROKEN)
 
 
 def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
@@ -270,25 +313,43 @@ def _assert_on_device(condition, model: str, text: str) -> None:
     torch._assert_async(condition, f"{model}: {text}".replace('"', "'"))
 
 
-def _is_at_hand(tensor) -> bool:
-    """Its values can be read without waiting for a device, and nobody records what is done."""
-    is_plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return is_plain and not recorded
-
-
-def _describe(mask_function) -> str:
-    """The functions that a mask function is made of."""
-    if torch.compiler.is_compiling():  # which cannot look into closures
-        return "this model"
-    names, waiting = [], [mask_function]
+def _functions_in(mask_function) -> list[FunctionType]:
+    """The functions that a mask function is made of, but for the plain ones."""
+    found, waiting = [], [mask_function]
     while waiting:
         function = waiting.pop(0)
         if function not in (causal_mask_function, bidirectional_mask_function):
-            names.append(function.__qualname__.split(".<locals>")[0])
+            found.append(function)
         for cell in function.__closure__ or ():
             held = cell.cell_contents
             held = held if isinstance(held, (tuple, list)) else [held]
             waiting += [x for x in held if isinstance(x, FunctionType)]
-    overlays = [name for name in names if name not in COMBINATORS]
-    return ", ".join(dict.fromkeys(overlays)) or "this model"
+    return found
+
+
+def _name(function) -> str:
+    return function.__qualname__.split(".<locals>")[0]
+
+
+def _overlays(mask_function) -> dict[str, FunctionType]:
+    """What is laid over the plain pattern, by name."""
+    found = {_name(function): function for function in _functions_in(mask_function)}
+    return {name: function for name, function in found.items() if name not in COMBINATORS}
+
+
+def _sequence_of(mask_function, reach) -> torch.Tensor | None:
+    """(b, s): which sequence a token is of, where nothing but packing is laid over the rest."""
+    overlays = _overlays(mask_function)
+    packing = overlays.pop("packed_sequence_mask_function", None)
+    rest = set() if reach is None else {"sliding_window_overlay"}
+    if packing is None or set(overlays) != rest:
+        return None
+    held = dict(zip(packing.__code__.co_freevars, packing.__closure__, strict=True))
+    cell = held.get("packed_sequence_mask")
+    return None if cell is None else cell.cell_contents
+
+
+def _describe(mask_function) -> str:
+    if torch.compiler.is_compiling():  # which cannot look into closures
+        return "this model"
+    return ", ".join(_overlays(mask_function)) or "this model"
