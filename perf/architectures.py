@@ -16,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
@@ -190,12 +191,38 @@ def in_fp32(calls=None):
             lse = torch.logaddexp(lse, learnable_sink[:, None, None])
         return ((scores - lse).exp() @ v).transpose(1, 2)
 
-    plain = integration.flash_attn_func
+    def ragged(q, k, v, *lengths, seqused_q=None, seqused_k=None, out=None, **options):  # noqa: PLR0913
+        """The same, of one sequence after another; rows of nobody are NaN."""
+        used = {"seqused_q": seqused_q, "seqused_k": seqused_k}
+        plain_ragged(*(x.bfloat16() for x in (q, k, v)), *lengths, **used, **options)
+        if out is None:
+            out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
+        rows = zip(
+            _rows_of_sequences(q, lengths[0], seqused_q),
+            _rows_of_sequences(k, lengths[1], seqused_k),
+            strict=True,
+        )
+        for queries, keys in rows:
+            if out[queries].numel():
+                one = (x[rows][None] for x, rows in ((q, queries), (k, keys), (v, keys)))
+                out[queries] = attention(*one, **options)[0] if k[keys].numel() else 0.0
+        return out
+
+    plain, plain_ragged = integration.flash_attn_func, integration.flash_attn_varlen_func
     with (
         mock.patch.object(integration, "flash_attn_func", attention),
+        mock.patch.object(integration, "flash_attn_varlen_func", ragged),
         mock.patch.object(integration, "_computed_in", lambda q, k, v: v.dtype),
     ):
         yield
+
+
+def _rows_of_sequences(x, cu_seqlens, seqused) -> list[tuple]:
+    """The index of each sequence's rows in x."""
+    if cu_seqlens is not None:
+        return [(slice(a, b),) for a, b in itertools.pairwise(cu_seqlens.tolist())]
+    used = [x.shape[1]] * len(x) if seqused is None else seqused.tolist()
+    return [(i, slice(0, n)) for i, n in enumerate(used)]
 
 
 def tiny(architecture: str, sizes: dict = SIZES):

@@ -14,11 +14,10 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .transformers_models import model_type, refusal, remedy
-from .transformers_rows import Packed, Rows, is_readable, is_unbroken, rows
+from .transformers_rows import Packed, Place, Rows, assert_on_device, free_space, padding
 
 UNBOUNDED = (-1, -1)
 COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
-BROKEN = "has no sliding windows over sequences with masked tokens between others"
 PACKED = (
     "fa3 finds no packed sequences while it is traced, and has no mask for blocks of tokens: "
     'use attn_implementation="sdpa"'
@@ -133,71 +132,32 @@ def mask(
     model = model_type(config)
     made = attention_mask if isinstance(attention_mask, Pattern) else None  # `generate` did already
     kind = _kind_of(model, mask_function, config, q_length, kv_offset + kv_length, options)
-    q_offset = _known(q_offset) if kind.is_placed else 0
-    visible = kv_length
-    if not isinstance(q_offset, torch.Tensor):  # else a static cache is as full as the device knows
-        surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
-        # of a causal mask they are the free space of a static cache
-        free = max(surplus, 0) if kind.causal else 0
-        visible = kv_length - free
+    place = Place(q_offset if kind.is_placed else 0, q_length, kv_offset, kv_length)
+    surplus = place.surplus
+    free = max(surplus, 0) if kind.causal else 0  # the free space of a static cache
+    visible = kv_length - free
     window = kind.window(max(visible, q_length))
-    is_placed = kind.causal or window != UNBOUNDED
-    if not isinstance(q_offset, torch.Tensor) and is_placed and surplus != free:
+    if surplus != free and (kind.causal or window != UNBOUNDED):
         raise refusal(
             model,
             "aligns the last query with the last key, here at positions "
             f"{q_offset + q_length - 1} and {kv_offset + kv_length - 1}",
         )
+    place = place._replace(kv_length=visible)
     if not kind.is_known:
-        lengths, offsets = (q_length, visible), (q_offset, kv_offset)
-        _assert_kind(model, kind, mask_function, lengths, offsets, options)
+        _assert_kind(model, kind, mask_function, place, options)
     pattern = Pattern(model, q_length, kv_length, visible, kind.causal, window)
-    if made is None:
-        place = _Place(q_offset, q_length, kv_offset, visible)
-        found = _rows(pattern, place, attention_mask, options)
-        packed = None if kind.sequence is None else Packed.of(kind.sequence)
-        return replace(pattern, query_rows=found[0], key_rows=found[1], packed=packed)
-    if made.facts != pattern.facts:
-        raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
-    return made
-
-
-class _Place(NamedTuple):
-    """The positions of queries and keys."""
-
-    q_offset: int | torch.Tensor
-    q_length: int
-    kv_offset: int
-    kv_length: int
-
-
-def _rows(pattern: Pattern, place: _Place, attention_mask, options) -> tuple:
-    """Pattern.query_rows and key_rows."""
-    q_offset, q_length, kv_offset, kv_length = place
-    is_open = isinstance(q_offset, torch.Tensor)
-    if attention_mask is None:
-        if not is_open:
-            return None, None
-        filled = (q_offset + q_length - kv_offset).reshape(1).to(torch.int32)
-        return None, Rows(filled.repeat(options.get("batch_size", 1)))
-    is_real = _real_tokens(pattern.model, attention_mask, kv_offset + kv_length, is_open)
-    keys = is_real[:, kv_offset : kv_offset + kv_length]
-    if is_open:
-        position = torch.arange(kv_length, device=keys.device) + kv_offset
-        keys = keys & (position < q_offset + q_length)
-    key_rows = rows(keys)
-    if key_rows is None:
-        return None, None
-    if pattern.window != UNBOUNDED:
-        _check_unbroken(pattern.model, keys)
-    if not pattern.causal:
-        return None, key_rows
-    if is_open:
-        position = torch.arange(q_length, device=keys.device) + q_offset
-        return rows(is_real.index_select(1, position)), key_rows
-    if (q_offset, q_length) == (kv_offset, kv_length):
-        return key_rows, key_rows
-    return rows(is_real[:, q_offset : q_offset + q_length]), key_rows
+    if made is not None:
+        if made.facts != pattern.facts:
+            raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
+        return made
+    is_local = window != UNBOUNDED
+    if attention_mask is not None:
+        rows = padding(model, place, attention_mask, kind.causal, is_local)
+    else:
+        rows = free_space(place, options.get("batch_size", 1))
+    packed = None if kind.sequence is None else Packed.of(kind.sequence)
+    return replace(pattern, query_rows=rows.queries, key_rows=rows.keys, packed=packed)
 
 
 class Kind(NamedTuple):
@@ -257,44 +217,15 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     )
 
 
-def _known(q_offset):
-    """As an int where the host has it."""
-    if not isinstance(q_offset, torch.Tensor):
-        return q_offset
-    return int(q_offset) if q_offset.device.type == "cpu" and is_readable(q_offset) else q_offset
-
-
-def _real_tokens(model, attention_mask, num_tokens, is_open) -> torch.Tensor:
-    """attention_mask as bool (batch, num_tokens or more); is_open: it may end earlier."""
-    if attention_mask.ndim != 2 or (attention_mask.shape[1] < num_tokens and not is_open):
-        raise ValueError(
-            f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"(batch, tokens) with at least {num_tokens} tokens"
-        )
-    is_real = attention_mask.bool()
-    if not is_open:
-        return is_real
-    return torch.nn.functional.pad(is_real, (0, max(0, num_tokens - attention_mask.shape[1])))
-
-
-def _check_unbroken(model, is_real) -> None:
-    """A window is counted in tokens of the sequence, masked ones between them included."""
-    if torch.jit.is_tracing():
-        reason = "cannot check the padding of sliding windows in what torch.jit.trace records"
-        raise refusal(model, reason, besides="torch.export, no attention_mask, or ")
-    unbroken = is_unbroken(is_real)
-    if not is_readable(unbroken):
-        _assert_on_device(unbroken, model, f"fa3 {BROKEN}; {remedy()}")
-    elif not unbroken:
-        raise refusal(model, BROKEN)
-
-
-def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
+def _assert_kind(model, kind, mask_function, place, options) -> None:
     """Compare the model's mask with the plain one, element by element, on its device."""
     device = options.get("device")
     q, kv = (
         torch.arange(n, dtype=torch.int64, device=device) + start
-        for n, start in zip(lengths, offsets, strict=True)
+        for n, start in (
+            (place.q_length, place.q_offset),
+            (place.kv_length, place.kv_offset),
+        )
     )
     q, kv = q[None, None, :, None], kv[None, None, None, :]
     batch = torch.arange(options["batch_size"], dtype=torch.int64, device=device)[
@@ -305,12 +236,7 @@ def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
     if kind.reach is not None:
         expected = expected & (kv >= q - kind.reach)
     same = mask_function(batch, head, q, kv) == expected
-    _assert_on_device(same.all(), model, PACKED)
-
-
-def _assert_on_device(condition, model: str, text: str) -> None:
-    # inductor pastes the text into C++ as it is
-    torch._assert_async(condition, f"{model}: {text}".replace('"', "'"))
+    assert_on_device(same.all(), model, PACKED)
 
 
 def _functions_in(mask_function) -> list[FunctionType]:

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transformers_models import refusal, remedy
+
+BROKEN = "has no sliding windows over sequences with masked tokens between others"
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -46,7 +50,84 @@ class Packed(NamedTuple):
         return cls(cu_seqlens, cu_seqlens, s, s)
 
 
-def rows(is_real: Tensor) -> Rows | None:
+class Place(NamedTuple):
+    """The positions of queries and keys."""
+
+    q_offset: int | Tensor  # a tensor where only the device knows how full a static cache is
+    q_length: int
+    kv_offset: int
+    kv_length: int
+
+    @property
+    def is_open(self) -> bool:
+        return isinstance(self.q_offset, Tensor)
+
+    @property
+    def surplus(self) -> int:
+        """Keys behind the last query; 0 where they are not known."""
+        if self.is_open:
+            return 0
+        return self.kv_offset + self.kv_length - (self.q_offset + self.q_length)
+
+
+class Counted(NamedTuple):
+    """The rows that count, or None where all do."""
+
+    queries: Rows | None = None
+    keys: Rows | None = None
+
+
+def free_space(place: Place, batch: int) -> Counted:
+    """Of a batch without padding."""
+    if not place.is_open:
+        return Counted()
+    filled = (place.q_offset + place.q_length - place.kv_offset).to(torch.int32)
+    return Counted(keys=Rows(filled.reshape(1).repeat(batch)))
+
+
+def padding(model, place: Place, attention_mask: Tensor, causal: bool, is_local: bool) -> Counted:
+    """Of a batch with an attention_mask (b, tokens).
+
+    Only a causal mask tells which tokens the queries are. is_local: there is a sliding window.
+
+    Raises:
+        ValueError: attention_mask has another shape.
+        NotImplementedError: masked tokens between others, with a sliding window.
+    """
+    q_offset, q_length, kv_offset, kv_length = place
+    is_real = _real_tokens(model, attention_mask, kv_offset + kv_length, place.is_open)
+    keys = is_real[:, kv_offset : kv_offset + kv_length]
+    if place.is_open:
+        position = torch.arange(kv_length, device=keys.device) + kv_offset
+        keys = keys & (position < q_offset + q_length)
+    key_rows = _rows(keys)
+    if key_rows is None:
+        return Counted()
+    if is_local:
+        _check_unbroken(model, keys)
+    if not causal:
+        return Counted(None, key_rows)
+    if place.is_open:
+        position = torch.arange(q_length, device=keys.device) + q_offset
+        return Counted(_rows(is_real.index_select(1, position)), key_rows)
+    if (q_offset, q_length) == (kv_offset, kv_length):
+        return Counted(key_rows, key_rows)
+    return Counted(_rows(is_real[:, q_offset : q_offset + q_length]), key_rows)
+
+
+def _real_tokens(model, attention_mask, num_tokens, may_be_shorter) -> Tensor:
+    """attention_mask as bool (b, num_tokens or more)."""
+    missing = num_tokens - attention_mask.shape[1] if attention_mask.ndim == 2 else num_tokens
+    if attention_mask.ndim != 2 or (missing > 0 and not may_be_shorter):
+        raise ValueError(
+            f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
+            f"(batch, tokens) with at least {num_tokens} tokens"
+        )
+    is_real = attention_mask.bool()
+    return torch.nn.functional.pad(is_real, (0, missing)) if missing > 0 else is_real
+
+
+def _rows(is_real: Tensor) -> Rows | None:
     """Rows of is_real (b, s), true where a row counts; None if all do.
 
     What can be read is: then a batch without padding costs nothing more, and one that is padded on
@@ -65,10 +146,22 @@ def rows(is_real: Tensor) -> Rows | None:
     return Rows(lengths, order, places)
 
 
-def is_unbroken(is_real: Tensor) -> Tensor:
-    """Whether the rows that count follow each other in every sequence; a tensor."""
+def _check_unbroken(model, is_real: Tensor) -> None:
+    """A window is counted in tokens of the sequence, masked ones between them included."""
+    if torch.jit.is_tracing():
+        reason = "cannot check the padding of sliding windows in what torch.jit.trace records"
+        raise refusal(model, reason, besides="torch.export, no attention_mask, or ")
     starts = is_real[:, 1:] & ~is_real[:, :-1]
-    return (starts.sum(1) + is_real[:, 0] <= 1).all()
+    is_unbroken = (starts.sum(1) + is_real[:, 0] <= 1).all()
+    if not is_readable(is_unbroken):
+        assert_on_device(is_unbroken, model, f"fa3 {BROKEN}; {remedy()}")
+    elif not is_unbroken:
+        raise refusal(model, BROKEN)
+
+
+def assert_on_device(condition: Tensor, model: str, text: str) -> None:
+    # inductor pastes the text into C++ as it is
+    torch._assert_async(condition, f"{model}: {text}".replace('"', "'"))
 
 
 def is_readable(x: Tensor) -> bool:
