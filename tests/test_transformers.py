@@ -325,7 +325,7 @@ def test_no_mask_for_a_causal_layer_is_ambiguous():
 def test_the_mask_of_other_lengths_is_refused():
     pattern = integration.mask(4, 4, config=transformers.LlamaConfig())
     with pytest.raises(ValueError, match="llama: attention of 4 queries to 5 keys got a mask for"):
-        pattern.check_lengths(4, 5)
+        pattern.check_lengths(4, 5, 1)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1, dtype=torch.int32), False, 3])

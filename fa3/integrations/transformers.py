@@ -150,7 +150,7 @@ def _check_head_dims(model: str, *head_dims: int) -> None:
 def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
     s_q, s_k = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Pattern):
-        attention_mask.check_lengths(s_q, s_k)
+        attention_mask.check_lengths(s_q, s_k, query.shape[0])
         return attention_mask
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)

@@ -14,7 +14,15 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .transformers_models import model_type, refusal, remedy
-from .transformers_rows import Packed, Place, Rows, assert_on_device, free_space, padding
+from .transformers_rows import (
+    Packed,
+    Place,
+    Rows,
+    assert_on_device,
+    free_space,
+    is_readable,
+    padding,
+)
 
 UNBOUNDED = (-1, -1)
 COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
@@ -46,6 +54,7 @@ class Pattern:
     query_rows: Rows | None = None
     key_rows: Rows | None = None
     packed: Packed | None = None
+    batch: int | None = None  # that the rows or the packed sequences are of
 
     ndim = 4  # as of the masks that transformers passes on as they are
 
@@ -57,8 +66,13 @@ class Pattern:
     def facts(self) -> tuple:
         return self.queries, self.keys, self.visible, self.causal, self.window
 
-    def check_lengths(self, queries: int, keys: int) -> None:
-        """Raise ValueError unless the call has the lengths that the mask function was told."""
+    def check_lengths(self, queries: int, keys: int, batch: int) -> None:
+        """Raise ValueError unless the call is as large as the mask function was told."""
+        if self.batch not in (None, batch):
+            raise ValueError(
+                f"{self.model}: attention of a batch of {batch} got the padding or packing of a "
+                f"batch of {self.batch}; {remedy()}"
+            )
         is_full = not self.causal and self.window == UNBOUNDED  # the same for any queries
         if keys != self.keys or (queries != self.queries and not is_full):
             raise ValueError(
@@ -156,8 +170,13 @@ def mask(
         rows = padding(model, place, attention_mask, kind.causal, is_local)
     else:
         rows = free_space(place, options.get("batch_size", 1))
-    packed = None if kind.sequence is None else Packed.of(kind.sequence)
-    return replace(pattern, query_rows=rows.queries, key_rows=rows.keys, packed=packed)
+    if rows.keys is not None:
+        batch = rows.keys.lengths.shape[0]
+        return replace(pattern, query_rows=rows.queries, key_rows=rows.keys, batch=batch)
+    if kind.sequence is not None:
+        batch = kind.sequence.shape[0]
+        return replace(pattern, packed=Packed.of(kind.sequence), batch=batch)
+    return pattern
 
 
 class Kind(NamedTuple):
@@ -208,7 +227,7 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
         return Kind(True, reach, is_known=False)
     if not is_open and not options.get("use_vmap"):
         sequence = _sequence_of(mask_function, reach)
-        if sequence is not None:
+        if sequence is not None and is_readable(sequence):
             return Kind(True, reach, sequence=sequence)
     raise refusal(
         model,

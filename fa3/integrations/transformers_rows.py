@@ -45,8 +45,8 @@ class Packed(NamedTuple):
         b, s = sequence.shape
         is_first = torch.ones((b, s), dtype=torch.bool, device=sequence.device)
         is_first[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
-        starts = is_first.flatten().nonzero().flatten().to(torch.int32)
-        cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=b * s)
+        ends = torch.nn.functional.pad(is_first.flatten(), (0, 1), value=True)
+        cu_seqlens = ends.nonzero().flatten().to(torch.int32)
         return cls(cu_seqlens, cu_seqlens, s, s)
 
 
