@@ -384,3 +384,18 @@ def test_a_traced_window_is_refused_with_a_mask():
     example = tokens_of(3, 17), mask_of(RIGHT)
     with pytest.raises(NotImplementedError, match="sliding windows in what torch.jit.trace recor"):
         torch.jit.trace(HiddenStates(ours), example, check_trace=False)
+
+
+@pytest.mark.parametrize("architecture", ["bart", "gemma3_text", "jamba", "modernbert"])
+def test_architectures_run_padded_batches(architecture):
+    verdict = architectures.judge(architecture)
+    assert (verdict.result, verdict.note, verdict.padded) == ("runs", "", True)
+
+
+def test_an_architecture_whose_padding_is_lost_is_wrong(monkeypatch):
+    def lost(q, k, v, packed, queries, keys, **options):
+        return integration.flash_attn_func(q, k, v, **options)
+
+    monkeypatch.setattr(integration, "_attend", lost)
+    verdict = architectures.judge("llama")
+    assert verdict.result == "wrong" and verdict.note.startswith("padded, differs from eager by")
