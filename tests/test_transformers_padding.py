@@ -268,6 +268,19 @@ def test_generation_from_padded_prompts(kind, options, cache):
     assert out[0].tolist() == out[1].tolist()
 
 
+def test_chunks_start_behind_the_padding():
+    """One token more in a static cache, where transformers never says that a mask is plain."""
+    left = torch.tensor([start for start, _ in LEFT])
+    function = transformers.masking_utils.chunked_causal_mask_function(32, left)
+    config = transformers.Llama4TextConfig(attention_chunk_size=32)
+    place = {"q_length": 1, "kv_length": 32, "q_offset": torch.tensor(16), "batch_size": 3}
+    options = {"mask_function": function, "config": config, "local_size": 32, **place}
+    pattern = integration.mask(attention_mask=mask_of(LEFT), **options)
+    assert pattern.key_rows.lengths.tolist() == [17, 8, 1]
+    with pytest.raises(RuntimeError, match="llama4_text: fa3 finds no packed sequences"):
+        integration.mask(attention_mask=torch.ones(3, 17), **options)
+
+
 def test_compiled_generation_from_padded_prompts():
     """One graph for all lengths of a static cache; `generate` makes the mask ahead of it."""
     options = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)

@@ -22,6 +22,7 @@ from .transformers_rows import (
     free_space,
     is_readable,
     padding,
+    real_keys,
 )
 
 UNBOUNDED = (-1, -1)
@@ -159,7 +160,8 @@ def mask(
         )
     place = place._replace(kv_length=visible)
     if not kind.is_known:
-        _assert_kind(model, kind, mask_function, place, options)
+        is_real = None if made is not None else attention_mask
+        _assert_kind(model, kind, mask_function, place, is_real, options)
     pattern = Pattern(model, q_length, kv_length, visible, kind.causal, window)
     if made is not None:
         if made.facts != pattern.facts:
@@ -236,7 +238,7 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     )
 
 
-def _assert_kind(model, kind, mask_function, place, options) -> None:
+def _assert_kind(model, kind, mask_function, place, attention_mask, options) -> None:  # noqa: PLR0913
     """Compare the model's mask with the plain one, element by element, on its device."""
     device = options.get("device")
     q, kv = (
@@ -255,6 +257,8 @@ def _assert_kind(model, kind, mask_function, place, options) -> None:
     if kind.reach is not None:
         expected = expected & (kv >= q - kind.reach)
     same = mask_function(batch, head, q, kv) == expected
+    if attention_mask is not None:  # a chunk starts behind the padding
+        same = same | ~real_keys(model, place, attention_mask)[:, None, None]
     assert_on_device(same.all(), model, PACKED)
 
 

@@ -94,12 +94,7 @@ def padding(model, place: Place, attention_mask: Tensor, causal: bool, is_local:
         ValueError: attention_mask has another shape.
         NotImplementedError: masked tokens between others, with a sliding window.
     """
-    q_offset, q_length, kv_offset, kv_length = place
-    is_real = _real_tokens(model, attention_mask, kv_offset + kv_length, place.is_open)
-    keys = is_real[:, kv_offset : kv_offset + kv_length]
-    if place.is_open:
-        position = torch.arange(kv_length, device=keys.device) + kv_offset
-        keys = keys & (position < q_offset + q_length)
+    keys = real_keys(model, place, attention_mask)
     key_rows = _rows(keys)
     if key_rows is None:
         return Counted()
@@ -107,24 +102,30 @@ def padding(model, place: Place, attention_mask: Tensor, causal: bool, is_local:
         _check_unbroken(model, keys)
     if not causal:
         return Counted(None, key_rows)
+    q_offset, q_length, *of_keys = place
     if place.is_open:
-        position = torch.arange(q_length, device=keys.device) + q_offset
-        return Counted(_rows(is_real.index_select(1, position)), key_rows)
-    if (q_offset, q_length) == (kv_offset, kv_length):
+        column = torch.arange(q_length, device=keys.device) + (q_offset - place.kv_offset)
+        return Counted(_rows(keys.index_select(1, column)), key_rows)
+    if [q_offset, q_length] == of_keys:
         return Counted(key_rows, key_rows)
-    return Counted(_rows(is_real[:, q_offset : q_offset + q_length]), key_rows)
+    return Counted(_rows(attention_mask[:, q_offset : q_offset + q_length].bool()), key_rows)
 
 
-def _real_tokens(model, attention_mask, num_tokens, may_be_shorter) -> Tensor:
-    """attention_mask as bool (b, num_tokens or more)."""
-    missing = num_tokens - attention_mask.shape[1] if attention_mask.ndim == 2 else num_tokens
-    if attention_mask.ndim != 2 or (missing > 0 and not may_be_shorter):
+def real_keys(model, place: Place, attention_mask: Tensor) -> Tensor:
+    """(b, kv_length): which keys are of real tokens. A static cache is longer than the mask."""
+    stop = place.kv_offset + place.kv_length
+    missing = stop - attention_mask.shape[1] if attention_mask.ndim == 2 else stop
+    if attention_mask.ndim != 2 or (missing > 0 and not place.is_open):
         raise ValueError(
             f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"(batch, tokens) with at least {num_tokens} tokens"
+            f"(batch, tokens) with at least {stop} tokens"
         )
     is_real = attention_mask.bool()
-    return torch.nn.functional.pad(is_real, (0, missing)) if missing > 0 else is_real
+    if not place.is_open:
+        return is_real[:, place.kv_offset : stop]
+    is_real = torch.nn.functional.pad(is_real, (0, max(0, missing)))[:, place.kv_offset : stop]
+    position = torch.arange(place.kv_offset, stop, device=is_real.device)
+    return is_real & (position < place.q_offset + place.q_length)
 
 
 def _rows(is_real: Tensor) -> Rows | None:
