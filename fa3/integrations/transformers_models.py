@@ -27,6 +27,7 @@ OF_SELF_ATTENTION = {
     "position_ids",
     "self",
     "use_cache",
+    "value_embeds",
 }
 
 _attends_to_itself: dict[type, bool] = {}
