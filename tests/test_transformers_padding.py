@@ -22,6 +22,8 @@ from perf import architectures  # noqa: E402
 
 from .test_transformers import (  # noqa: E402
     BERT,
+    GEMMA,
+    GPT_OSS,
     LLAMA,
     MISTRAL,
     hidden,
@@ -104,6 +106,8 @@ def agree(kind, options, mask):
         ("GPT2", GPT2, BOTH),
         ("ModernBert", MODERN_BERT, BOTH),
         ("Gemma3Text", GEMMA3, LEFT),
+        ("Gemma2", GEMMA, BOTH),
+        ("GptOss", GPT_OSS, RIGHT),
     ],
 )
 def test_a_padded_batch_agrees_with_eager_attention(kind, options, places):
