@@ -238,7 +238,7 @@ def in_fp32(calls=None):
         lse = scores.logsumexp(-1, keepdim=True)
         if learnable_sink is not None:
             lse = torch.logaddexp(lse, learnable_sink[:, None, None])
-        return ((scores - lse).exp() @ v).transpose(1, 2)
+        return ((scores - lse).exp() @ v).transpose(1, 2).contiguous()
 
     def ragged(q, k, v, *lengths, seqused_q=None, seqused_k=None, out=None, **options):  # noqa: PLR0913
         """The same, of one sequence after another; rows of nobody are NaN."""
