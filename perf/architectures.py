@@ -8,6 +8,9 @@ attn_implementation="eager" and once with "fa3", on the CPU and with fa3's produ
 what is left is a difference of meaning and none of rounding. Then the last token changes: where
 eager's earlier positions stay as they were, fa3's must. An architecture whose tiny model cannot be
 built, or does not run with eager attention, says nothing about fa3 and is only counted.
+
+A model of text runs a padded batch, too: fa3 must agree with eager at all tokens that are no
+padding. That is compared where eager's own results there do not depend on what the padding holds.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import contextlib
 import copy
 import datetime
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
@@ -39,6 +43,7 @@ BAD = ("wrong", "fails")
 COLUMNS = ("result", "how many", "why", "model types")
 BATCH, TOKENS, CHANGED = 2, 12, 7  # tokens below CHANGED are never special
 MOST_PARAMETERS = 30_000_000
+PLACES = ((0, 8), (5, 12))  # of the tokens of a padded batch
 # of the largest value; two fp32 formulas of one value differ by 1e-5
 TOLERANCE, STILL = 1e-3, 1e-6
 SECONDS = 60  # for one architecture
@@ -89,6 +94,7 @@ class Verdict(NamedTuple):
     model: str  # its class
     result: str  # one of RESULTS
     note: str = ""
+    padded: bool = False  # a padded batch was compared, too
 
 
 def architectures() -> list[str]:
@@ -113,7 +119,10 @@ def judge(architecture: str) -> Verdict:
         except Exception as error:
             reason = reason or _line(error)
             continue
-        return Verdict(architecture, name, *_compared(cls, config, eager, probes, expected))
+        result, note = _compared(cls, config, eager, probes, expected)
+        if result != "runs":
+            return Verdict(architecture, name, result, note)
+        return Verdict(architecture, name, *_padded(cls, config, eager, probes[0]))
     return Verdict(architecture, name, "not built", reason)
 
 
@@ -154,6 +163,47 @@ def _compared(cls, config, eager, probes, expected) -> tuple[str, str]:
     return "runs", ""
 
 
+def _padded(cls, config, eager, inputs) -> tuple[str, str, bool]:
+    """The same of a padded batch, for a model that runs without."""
+    batches, is_real = _padded_batches(eager, inputs)
+    try:
+        with _quiet():
+            expected = [_run(eager, x)[is_real] for x in batches]
+        scale = expected[0].abs().max().item()
+        is_defined = (expected[0] - expected[1]).abs().max().item() / scale < STILL
+    except Exception:  # it takes no mask, or its output has other positions
+        is_defined = False
+    if not is_defined:
+        return "runs", "", False
+    try:
+        with _quiet(), in_fp32():
+            ours = _built(cls, config, "fa3")
+            ours.load_state_dict(eager.state_dict())
+            actual = _run(ours, batches[0])[is_real]
+    except Exception as error:
+        refused = isinstance(error, NotImplementedError | ValueError) and " fa3 " in str(error)
+        return ("runs" if refused else "fails"), f"padded: {_line(error)}", False
+    difference = (actual - expected[0]).abs().max().item() / scale
+    if not difference <= TOLERANCE:
+        return "wrong", f"padded, differs from eager by {difference:.1e} of the largest", False
+    return "runs", "", True
+
+
+def _padded_batches(model, inputs) -> tuple[list[dict], torch.Tensor]:
+    """Two that differ in what the padding holds, and which positions (b, s) of the output count."""
+    is_real = torch.zeros((BATCH, TOKENS), dtype=torch.bool)
+    for row, (start, stop) in zip(is_real, PLACES, strict=True):
+        row[start:stop] = True
+    if not isinstance(inputs.get("input_ids"), torch.Tensor):
+        return [], is_real
+    tokens = inputs["input_ids"]
+    others = tokens.where(is_real, tokens.roll(1, 1))
+    batches = [
+        {**inputs, "input_ids": x, "attention_mask": is_real.long()} for x in (tokens, others)
+    ]
+    return batches, torch.ones_like(is_real) if "decoder_input_ids" in inputs else is_real
+
+
 def _moved(pair) -> float:
     """How far the positions ahead of the last one are apart."""
     a, b = (x[:, :-1] if x.dim() > 2 else x for x in pair)
@@ -188,14 +238,40 @@ def in_fp32(calls=None):
         lse = scores.logsumexp(-1, keepdim=True)
         if learnable_sink is not None:
             lse = torch.logaddexp(lse, learnable_sink[:, None, None])
-        return ((scores - lse).exp() @ v).transpose(1, 2)
+        return ((scores - lse).exp() @ v).transpose(1, 2).contiguous()
 
-    plain = integration.flash_attn_func
+    def ragged(q, k, v, *lengths, seqused_q=None, seqused_k=None, out=None, **options):  # noqa: PLR0913
+        """The same, of one sequence after another; rows of nobody are NaN."""
+        used = {"seqused_q": seqused_q, "seqused_k": seqused_k}
+        plain_ragged(*(x.bfloat16() for x in (q, k, v)), *lengths, **used, **options)
+        if out is None:
+            out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
+        rows = zip(
+            _rows_of_sequences(q, lengths[0], seqused_q),
+            _rows_of_sequences(k, lengths[1], seqused_k),
+            strict=True,
+        )
+        for queries, keys in rows:
+            if out[queries].numel():
+                one = (x[rows][None] for x, rows in ((q, queries), (k, keys), (v, keys)))
+                out[queries] = attention(*one, **options)[0] if k[keys].numel() else 0.0
+        return out
+
+    plain, plain_ragged = integration.flash_attn_func, integration.flash_attn_varlen_func
     with (
         mock.patch.object(integration, "flash_attn_func", attention),
+        mock.patch.object(integration, "flash_attn_varlen_func", ragged),
         mock.patch.object(integration, "_computed_in", lambda q, k, v: v.dtype),
     ):
         yield
+
+
+def _rows_of_sequences(x, cu_seqlens, seqused) -> list[tuple]:
+    """The index of each sequence's rows in x."""
+    if cu_seqlens is not None:
+        return [(slice(a, b),) for a, b in itertools.pairwise(cu_seqlens.tolist())]
+    used = [x.shape[1]] * len(x) if seqused is None else seqused.tolist()
+    return [(i, slice(0, n)) for i, n in enumerate(used)]
 
 
 def tiny(architecture: str, sizes: dict = SIZES):
@@ -359,7 +435,9 @@ def markdown(found: list[Verdict], made: str) -> str:
     """The generated part of the document: a row per result and reason."""
     groups = collections.defaultdict(list)
     for verdict in found:
-        reason = verdict.note.partition(" fa3 ")[2] if verdict.result == "refused" else ""
+        reason = verdict.note.partition(" fa3 ")[2] if verdict.result not in BAD else ""
+        if verdict.result == "runs" and reason:
+            reason = f"of padded batches: {reason}"
         groups[verdict.result, re.sub(r"[0-9]+", "n", reason)].append((verdict, reason))
     order = sorted(groups.items(), key=lambda x: (RESULTS.index(x[0][0]), -len(x[1])))
     rows = []
@@ -387,7 +465,9 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result]))
     if not options.architectures:
         made = f"{datetime.date.today()}, commit {commit()}: transformers {version('transformers')}"
-        text = markdown(found, f"{made}, torch {torch.__version__}, {len(found)} model types.")
+        made += f", torch {torch.__version__}, {len(found)} model types"
+        made += f"; padded batches of {sum(verdict.padded for verdict in found)} compared."
+        text = markdown(found, made)
         DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))
         print(f"written: {DOCUMENT.relative_to(ROOT)}")
     return 1 if any(counts[result] for result in BAD) else 0

@@ -213,28 +213,21 @@ def test_a_mask_without_padding_is_no_mask():
 
 
 @pytest.mark.parametrize("kind, options", PLAIN)
-def test_padding_is_refused(kind, options, calls):
-    _, ours = pair(kind, options)
-    tokens = tokens_of(2, 9)
-    padding = torch.ones_like(tokens)
-    padding[1, 6:] = 0
-    with pytest.raises(ValueError, match=rf"{kind.lower()}: fa3 .* padding.*\(3 of .*\(2, 9\)\)"):
-        hidden(ours, tokens, attention_mask=padding)
-    assert calls == []
-
-
-@pytest.mark.parametrize("kind, options", PLAIN)
 def test_torch_compile_without_a_graph_break(kind, options):
-    """The check for padding is in the graph; its text without the quotes that break C++."""
+    """One graph for batches with and without padding."""
     _, ours = pair(kind, options)
+    torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     tokens = tokens_of(2, 9)
     mask = torch.ones_like(tokens)
     out = hidden(compiled, tokens, attention_mask=mask)
     assert (out - hidden(ours, tokens)).abs().max() == 0
-    mask[0, 0] = 0
-    with pytest.raises(RuntimeError, match="fa3 has no padding mask yet.*='sdpa'$"):
-        hidden(compiled, tokens, attention_mask=mask)
+    mask[0, 0] = mask[1, 5:] = 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = hidden(compiled, tokens, attention_mask=mask)
+    expected = hidden(ours, tokens, attention_mask=mask)
+    assert (out - expected)[mask.bool()].abs().max() == 0
+    assert (out - hidden(ours, tokens))[mask.bool()].abs().max() > 0.01
 
 
 def test_torch_compile_checks_for_packed_sequences():
@@ -246,7 +239,7 @@ def test_torch_compile_checks_for_packed_sequences():
     out = hidden(compiled, tokens, position_ids=positions, use_cache=False)
     assert (out - hidden(ours, tokens)).abs().max() == 0
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
-    with pytest.raises(RuntimeError, match="fa3 has no mask for packed sequences.*='sdpa'$"):
+    with pytest.raises(RuntimeError, match="fa3 finds no packed sequences.*='sdpa'$"):
         hidden(compiled, tokens, position_ids=packed, use_cache=False)
 
 
@@ -259,16 +252,23 @@ def test_torch_export(strict):
     program = torch.export.export(ours, (tokens,), options, strict=strict).module()
     out = program(tokens, **options).last_hidden_state
     assert (out.double() - hidden(ours, tokens)).abs().max() == 0
-    mask[1, 8] = 0
-    with pytest.raises(RuntimeError, match="fa3 has no padding mask yet"):
-        program(tokens, **options)
+    mask[1, 7:] = mask[0, 0] = 0
+    out = program(tokens, **options).last_hidden_state
+    expected = hidden(ours, tokens, attention_mask=mask)
+    assert (out.double() - expected)[mask.bool()].abs().max() == 0
 
 
-def test_packed_sequences_are_refused_by_name():
-    _, ours = pair("Llama", LLAMA)
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with pytest.raises(NotImplementedError, match="llama: fa3 .* packed_sequence_mask_function"):
-        hidden(ours, tokens_of(1, 9), position_ids=packed, use_cache=False)
+def test_what_is_laid_over_packed_sequences_is_refused_by_name():
+    """Packed sequences by themselves are not."""
+    config = transformers.LlamaConfig(_attn_implementation="fa3")
+    options = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "cache": None}
+    blocks = torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1, -1]])
+    make = transformers.masking_utils.create_causal_mask
+    embeddings = torch.zeros(1, 9, 64)
+    pattern = make(config, embeddings, None, **options)
+    assert pattern.packed.cu_seqlens_q.tolist() == [0, 4, 9]
+    with pytest.raises(NotImplementedError, match="llama: fa3 .* mask of .*blockwise_overlay"):
+        make(config, embeddings, None, block_sequence_ids=blocks, **options)
 
 
 def test_chunked_attention_is_refused_only_where_it_is_chunked():
@@ -325,7 +325,7 @@ def test_no_mask_for_a_causal_layer_is_ambiguous():
 def test_the_mask_of_other_lengths_is_refused():
     pattern = integration.mask(4, 4, config=transformers.LlamaConfig())
     with pytest.raises(ValueError, match="llama: attention of 4 queries to 5 keys got a mask for"):
-        pattern.check_lengths(4, 5)
+        pattern.check_lengths(4, 5, 1)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1, dtype=torch.int32), False, 3])
@@ -372,29 +372,37 @@ def test_generation_agrees_with_eager(kind, options, cache):
 
 def test_free_space_of_a_static_cache_is_cut_off():
     options = {"q_length": 3, "kv_length": 16}
-    for offset in (0, 5, torch.tensor(5)):
+    for offset in (0, 5):
         pattern = integration.mask(q_offset=offset, **options)
-        assert pattern.visible == int(offset) + 3 and pattern.causal
+        assert pattern.visible == offset + 3 and pattern.causal and pattern.key_rows is None
     window = transformers.masking_utils.sliding_window_causal_mask_function(4)
     options |= {"mask_function": window, "local_size": 4, "allow_is_causal_skip": True}
     assert integration.mask(q_offset=0, **options).window == (-1, -1)
     assert integration.mask(q_offset=2, **options).window == (3, -1)
 
 
-def test_the_filled_length_of_a_static_cache_on_a_gpu():
-    """The device checks that it is empty before several tokens; one token needs the length."""
-    filled = torch.tensor(5, device="meta")
-    assert integration.mask(q_length=3, kv_length=16, q_offset=filled).visible == 3
-    with pytest.raises(NotImplementedError, match="static cache .* dynamic cache or attn_impl"):
-        integration.mask(q_length=1, kv_length=16, q_offset=filled)
+@pytest.mark.parametrize("q_length", [1, 3])
+def test_the_filled_length_of_a_static_cache_stays_on_the_device(q_length):
+    """Compiled once for all of them; the free space holds NaN."""
+    q = torch.randn(2, 2, q_length, 16)
+    kv = torch.randn(2, 2, 16, 16)
+    module = torch.nn.Module()
 
-    def visible(x, filled):
-        return x + integration.mask(q_length=3, kv_length=16, q_offset=filled).visible
+    def attention(q, kv, filled):
+        pattern = integration.mask(q_length, 16, q_offset=filled, batch_size=2)
+        return integration.attention(module, q, kv, kv, pattern)[0]
 
-    compiled = torch.compile(visible, fullgraph=True, backend="aot_eager")
-    assert compiled(torch.zeros(1), torch.tensor(0)) == 3
-    with pytest.raises(RuntimeError, match="several tokens with a static cache only.*='sdpa'$"):
-        compiled(torch.zeros(1), torch.tensor(5))
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for filled in (0, 5, 13):
+            end = filled + q_length
+            used = kv.clone()
+            used[:, :, end:] = torch.nan
+            plain = integration.mask(q_length, end, q_offset=filled)
+            expected, _ = integration.attention(module, q, *[kv[:, :, :end]] * 2, plain)
+            for run in (attention, compiled):
+                assert (run(q, used, torch.tensor(filled)) - expected).abs().max() == 0
 
 
 def test_queries_ahead_of_the_keys_are_refused():

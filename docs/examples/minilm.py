@@ -3,6 +3,7 @@
     python docs/examples/minilm.py                      a handful of sentences of its own
     python docs/examples/minilm.py --file notes.txt     one sentence per line
 
+Sentences of any lengths are batched together; no attention is computed of the padding.
 Runs on a Hopper GPU, or without one the same kernel on the CPU emulator. Prints how far each
 embedding is from the same model's own (eager) attention in fp32, and the nearest sentences.
 Ends with an error if a cosine is below 0.9999.
@@ -21,6 +22,7 @@ import torch
 
 LEAST_COSINE = 0.9999
 LONGEST = 512  # tokens, the model's own limit
+BATCH = 16  # sentences
 
 SENTENCES = (
     "A cat sleeps on the warm windowsill.",
@@ -61,12 +63,13 @@ def main() -> int:
 
     tokenizer, eager = load("eager", device)
     _, ours = load("fa3", device)
-    batches = equal_lengths(tokenizer, sentences)
+    batches = batched(tokenizer, sentences)
     expected, eager_seconds = embed(eager, batches, device)
     actual, our_seconds = embed(ours, batches, device)
 
     cosines = (actual * expected).sum(-1)
-    report(sentences, batches, cosines, actual)
+    lengths = [n for batch in batches for n in batch["attention_mask"].sum(1).tolist()]
+    report(sentences, lengths, cosines, actual)
     config = ours.config
     head_dim = config.hidden_size // config.num_attention_heads
     print(
@@ -108,12 +111,11 @@ def load(implementation: str, device: str):
     return tokenizer, model.eval().to(device)
 
 
-def equal_lengths(tokenizer, sentences: list[str]) -> dict[tuple[int, ...], torch.Tensor]:
-    """Sentences of one length make a batch, so none is padded: {their numbers: tokens (b, s)}."""
-    tokens = [tokenizer(text, truncation=True, max_length=LONGEST).input_ids for text in sentences]
-    lengths = sorted({len(row) for row in tokens})
-    groups = [tuple(i for i, row in enumerate(tokens) if len(row) == n) for n in lengths]
-    return {group: torch.tensor([tokens[i] for i in group]) for group in groups}
+def batched(tokenizer, sentences: list[str]) -> list[dict[str, torch.Tensor]]:
+    """What the model takes, of BATCH sentences each, padded to the longest of them."""
+    limits = {"padding": True, "truncation": True, "max_length": LONGEST, "return_tensors": "pt"}
+    starts = range(0, len(sentences), BATCH)
+    return [dict(tokenizer(sentences[i : i + BATCH], **limits)) for i in starts]
 
 
 @torch.no_grad()
@@ -122,18 +124,18 @@ def embed(model, batches, device: str) -> tuple[torch.Tensor, float]:
     from tqdm import tqdm
 
     start = time.perf_counter()
-    embeddings = {}
+    embeddings = []
     implementation = model.config._attn_implementation
-    for group, tokens in tqdm(batches.items(), implementation, unit="batch", leave=False):
-        hidden = model(input_ids=tokens.to(device)).last_hidden_state  # (b, s, hidden)
-        mean = hidden.double().mean(1).cpu()
-        embeddings.update(zip(group, torch.nn.functional.normalize(mean, dim=-1), strict=True))
-    ordered = torch.stack([embeddings[i] for i in sorted(embeddings)])
-    return ordered, time.perf_counter() - start
+    for batch in tqdm(batches, implementation, unit="batch", leave=False):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        hidden = model(**batch).last_hidden_state.double()  # (b, s, hidden)
+        is_token = batch["attention_mask"][:, :, None]
+        mean = (hidden * is_token).sum(1) / is_token.sum(1)
+        embeddings.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
+    return torch.cat(embeddings), time.perf_counter() - start
 
 
-def report(sentences, batches, cosines, embeddings) -> None:
-    lengths = {i: tokens.shape[1] for group, tokens in batches.items() for i in group}
+def report(sentences, lengths, cosines, embeddings) -> None:
     print("tokens  cosine to fp32 eager  sentence")
     for i, text in enumerate(sentences):
         print(f"{lengths[i]:>6}  {cosines[i]:>20.7f}  {shorten(text)}")

@@ -4,18 +4,20 @@
     hf.register()
     model = AutoModel.from_pretrained(name, attn_implementation="fa3")
 
-Full and causal attention, sliding windows and caches; docs/transformers.md lists the models. What
-the kernel cannot compute is refused, with the model, the reason and what to use instead.
+Full and causal attention, sliding windows, caches, padded batches and packed sequences;
+docs/transformers.md lists the models. What the kernel cannot compute is refused, with the model,
+the reason and what to use instead.
 """
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fa3 import flash_attn_func
+from fa3 import flash_attn_func, flash_attn_varlen_func
 from fa3.call.problem import MAX_HEAD_DIM
 
 from . import transformers_models as models
-from .transformers_mask import Pattern, mask
+from .transformers_mask import UNBOUNDED, Pattern, mask
+from .transformers_rows import Packed, Rows
 
 NAME = "fa3"
 # Arguments that change nothing in attention: positions are in q and k already, the pattern comes
@@ -34,6 +36,7 @@ WITHOUT_EFFECT = {
     "sliding_window",
     "use_cache",
 }
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 HEAD_DIM_UNIT = 8  # 16 bytes
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
@@ -65,7 +68,10 @@ def attention(  # noqa: PLR0913 - the names are transformers'
 
     query (b, h_q, s_q, d), key (b, h_k, s_k, d) and value (b, h_k, s_k, dv) -> out
     (b, s_q, h_q, dv) in value's dtype, and None in place of the attention weights.
-    attention_mask: what `mask` returned, or None: every query sees every key.
+    attention_mask: what `mask` returned, or None: every query sees every key. Rows of out whose
+    token is padding are zeros.
+    cu_seq_lens_q, cu_seq_lens_k (n + 1,), max_length_q, max_length_k, among the options: packed
+    sequences, in the rows of all batch entries one after another.
     softcap, s_aux (h_q,): softcap and learnable_sink of flash_attn_func.
 
     fp32, and several dtypes together, are computed in bf16, which holds the range of all, or under
@@ -74,21 +80,23 @@ def attention(  # noqa: PLR0913 - the names are transformers'
     Raises:
         NotImplementedError: dropout, a head dim without a kernel, an argument that is not known to
             change nothing, or no mask for several queries of a layer that says it is causal.
-        ValueError: a mask that is a tensor, or one for another number of queries or keys.
+        ValueError: a mask that is a tensor, or one for another number of queries or keys; packed
+            sequences in part, or in a padded batch.
     """
     models.count_call()
     model = models.name_of(module)
+    packing = [options.pop(name, None) for name in PACKING]
     _check_options(model, dropout, options)
     _check_head_dims(model, query.shape[3], value.shape[3])
     pattern = _pattern(model, module, query, key, attention_mask, options)
+    packed = _packed(model, pattern, query.shape[0], packing)
+    query_rows = _query_rows(model, module, pattern, query.shape[2])
     if pattern.visible != pattern.keys:
         key, value = key[:, :, : pattern.visible], value[:, :, : pattern.visible]
     dtype = _computed_in(query, key, value)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-    out = flash_attn_func(
-        q,
-        k,
-        v,
+    out = _attend(
+        *(q, k, v, packed, query_rows, pattern.key_rows),
         softmax_scale=scaling,
         causal=pattern.causal,
         window_size=pattern.window,
@@ -96,6 +104,28 @@ def attention(  # noqa: PLR0913 - the names are transformers'
         learnable_sink=None if s_aux is None else s_aux.float(),
     )
     return out.to(value.dtype), None
+
+
+def _attend(q, k, v, packed: Packed | None, queries: Rows | None, keys: Rows | None, **options):
+    """Attention (b, s_q, h_q, dv) of the rows that count; the others are zeros."""
+    if packed is not None:
+        packed = (x.to(q.device) if isinstance(x, torch.Tensor) else x for x in packed)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        flash_attn_varlen_func(*flat, *packed, out=out.flatten(0, 1), **options)
+        return out
+    if queries is None and keys is None:
+        return flash_attn_func(q, k, v, **options)
+    used = {}
+    if queries is not None:
+        q = queries.gather(q)
+        used["seqused_q"] = queries.lengths.to(q.device)
+        used["out"] = q.new_zeros(*q.shape[:3], v.shape[3])
+    if keys is not None:
+        k, v = keys.gather(k), keys.gather(v)
+        used["seqused_k"] = keys.lengths.to(q.device)
+    out = flash_attn_varlen_func(q, k, v, None, None, None, None, **used, **options)
+    return out if queries is None else queries.scatter(out)
 
 
 def _check_options(model: str, dropout: float, options: dict) -> None:
@@ -120,7 +150,7 @@ def _check_head_dims(model: str, *head_dims: int) -> None:
 def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
     s_q, s_k = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Pattern):
-        attention_mask.check_lengths(s_q, s_k)
+        attention_mask.check_lengths(s_q, s_k, query.shape[0])
         return attention_mask
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)
@@ -135,6 +165,39 @@ def _pattern(model, module, query, key, attention_mask, options) -> Pattern:
         reason = "got no mask for a causal layer, where eager attention is full and sdpa's causal"
         raise models.refusal(model, reason, "eager")
     return Pattern(model, s_q, s_k, s_k, causal=False)
+
+
+def _packed(model: str, pattern: Pattern, batch: int, packing: list) -> Packed | None:
+    """packing: the arguments PACKING."""
+    missing = [name for name, x in zip(PACKING, packing, strict=True) if x is None]
+    if len(missing) == len(PACKING):
+        return pattern.packed
+    if missing:
+        raise ValueError(f"{model}: {', '.join(missing)} missing, expected all of {PACKING}")
+    if pattern.query_rows is not None or pattern.key_rows is not None:
+        raise ValueError(
+            f"{model}: got cu_seq_lens_q and a padded attention_mask or a static cache, expected "
+            "packed sequences without them"
+        )
+    *cu_seqlens, longest_q, longest_k = packing
+    # the result does not depend on them; as tensors they would have to be waited for
+    longest = (
+        batch * n if isinstance(x, torch.Tensor) else x
+        for x, n in ((longest_q, pattern.queries), (longest_k, pattern.visible))
+    )
+    return Packed(*(x.to(torch.int32) for x in cu_seqlens), *longest)
+
+
+def _query_rows(model: str, module, pattern: Pattern, num_queries: int) -> Rows | None:
+    """Whose token is padding, if the mask knows: of keys alone, all queries count."""
+    if pattern.causal or pattern.key_rows is None:
+        return pattern.query_rows
+    if num_queries == pattern.keys and models.attends_to_itself(type(module)):
+        return pattern.key_rows
+    if pattern.window != UNBOUNDED:
+        reason = "has no sliding windows over padded keys that may be of other tokens"
+        raise models.refusal(model, reason)
+    return None
 
 
 def _computed_in(*tensors: torch.Tensor) -> torch.dtype:

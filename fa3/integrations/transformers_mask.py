@@ -6,7 +6,7 @@ own, whose tokens would see the future. `mask` returns a `Pattern`, which only f
 read: every other use of it raises an error that says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import NamedTuple
 
@@ -14,19 +14,22 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .transformers_models import model_type, refusal, remedy
+from .transformers_rows import (
+    Packed,
+    Place,
+    Rows,
+    assert_on_device,
+    free_space,
+    is_readable,
+    padding,
+    real_keys,
+)
 
 UNBOUNDED = (-1, -1)
 COMBINATORS = ("and_masks", "or_masks", "remap_positions_for_packed_sequence")
-PADDING = (
-    "fa3 has no padding mask yet, and this batch holds padding tokens: "
-    'batch sequences of equal length or use attn_implementation="sdpa"'
-)
-FILLED = (
-    "fa3 has no variable lengths yet, and takes several tokens with a static cache only while that "
-    'is empty: use a dynamic cache or attn_implementation="sdpa"'
-)
 PACKED = (
-    'fa3 has no mask for packed sequences or blocks of tokens yet: use attn_implementation="sdpa"'
+    "fa3 finds no packed sequences while it is traced, and has no mask for blocks of tokens: "
+    'use attn_implementation="sdpa"'
 )
 
 
@@ -39,6 +42,8 @@ class Pattern:
     """The keys that the queries of one call see.
 
     The last query stands at the last visible key. window: as in flash_attn_func.
+    query_rows, key_rows: which rows count, where not all do. A mask that is not causal may be for
+    the queries of other tokens, so query_rows is of causal ones only.
     """
 
     model: str
@@ -47,6 +52,10 @@ class Pattern:
     visible: int  # the first of them, which any query may see; a static cache has free space behind
     causal: bool
     window: tuple[int, int] = UNBOUNDED
+    query_rows: Rows | None = None
+    key_rows: Rows | None = None
+    packed: Packed | None = None
+    batch: int | None = None  # that the rows or the packed sequences are of
 
     ndim = 4  # as of the masks that transformers passes on as they are
 
@@ -58,8 +67,13 @@ class Pattern:
     def facts(self) -> tuple:
         return self.queries, self.keys, self.visible, self.causal, self.window
 
-    def check_lengths(self, queries: int, keys: int) -> None:
-        """Raise ValueError unless the call has the lengths that the mask function was told."""
+    def check_lengths(self, queries: int, keys: int, batch: int) -> None:
+        """Raise ValueError unless the call is as large as the mask function was told."""
+        if self.batch not in (None, batch):
+            raise ValueError(
+                f"{self.model}: attention of a batch of {batch} got the padding or packing of a "
+                f"batch of {self.batch}; {remedy()}"
+            )
         is_full = not self.causal and self.window == UNBOUNDED  # the same for any queries
         if keys != self.keys or (queries != self.queries and not is_full):
             raise ValueError(
@@ -120,21 +134,22 @@ def mask(
     attention_mask (b, tokens): true where a token is real. q_offset: of a static cache a tensor.
     options: what else `transformers.masking_utils` tells a mask function.
 
-    Nothing waits for a GPU or branches on its data. What only the data tells is asserted where the
-    data is: a RuntimeError, on a GPU a failed device assertion, whose text says what was wrong.
+    A batch with an attention_mask waits for its device here, to learn whether it is padded. While
+    somebody records what is done (torch.compile, a CUDA graph) nothing waits or branches on data,
+    and what only the data tells is asserted on its device: a RuntimeError, on a GPU a failed device
+    assertion, whose text says what was wrong.
 
     Raises:
-        ValueError: a padded batch on the CPU.
-        NotImplementedError: a pattern other than full, causal and sliding window; a static cache
-            whose filled length only a GPU knows, but for its first tokens.
+        ValueError: an attention_mask of another shape.
+        NotImplementedError: a pattern other than full, causal, sliding window and packed sequences;
+            masked tokens between others under a sliding window.
     """
     model = model_type(config)
     made = attention_mask if isinstance(attention_mask, Pattern) else None  # `generate` did already
     kind = _kind_of(model, mask_function, config, q_length, kv_offset + kv_length, options)
-    q_offset = _known_offset(model, q_offset, q_length) if kind.is_placed else 0
-    surplus = kv_offset + kv_length - (q_offset + q_length)  # keys behind the last query
-    # of a causal mask they are the free space of a static cache
-    free = max(surplus, 0) if kind.causal else 0
+    place = Place(q_offset if kind.is_placed else 0, q_length, kv_offset, kv_length)
+    surplus = place.surplus
+    free = max(surplus, 0) if kind.causal else 0  # the free space of a static cache
     visible = kv_length - free
     window = kind.window(max(visible, q_length))
     if surplus != free and (kind.causal or window != UNBOUNDED):
@@ -143,14 +158,26 @@ def mask(
             "aligns the last query with the last key, here at positions "
             f"{q_offset + q_length - 1} and {kv_offset + kv_length - 1}",
         )
+    place = place._replace(kv_length=visible)
     if not kind.is_known:
-        lengths, offsets = (q_length, visible), (q_offset, kv_offset)
-        _assert_kind(model, kind, mask_function, lengths, offsets, options)
-    if made is None:
-        _check_padding(model, attention_mask, kv_offset, kv_offset + visible)
+        is_real = None if made is not None else attention_mask
+        _assert_kind(model, kind, mask_function, place, is_real, options)
     pattern = Pattern(model, q_length, kv_length, visible, kind.causal, window)
-    if made is not None and made.facts != pattern.facts:
-        raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
+    if made is not None:
+        if made.facts != pattern.facts:
+            raise refusal(model, f"was given the mask of another pattern, {made} for {pattern}")
+        return made
+    is_local = window != UNBOUNDED
+    if attention_mask is not None:
+        rows = padding(model, place, attention_mask, kind.causal, is_local)
+    else:
+        rows = free_space(place, options.get("batch_size", 1))
+    if rows.keys is not None:
+        batch = rows.keys.lengths.shape[0]
+        return replace(pattern, query_rows=rows.queries, key_rows=rows.keys, batch=batch)
+    if kind.sequence is not None:
+        batch = kind.sequence.shape[0]
+        return replace(pattern, packed=Packed.of(kind.sequence), batch=batch)
     return pattern
 
 
@@ -160,6 +187,7 @@ class Kind(NamedTuple):
     causal: bool
     reach: int | None = None  # distance of the farthest key that a query sees
     is_known: bool = True  # otherwise the device has to compare
+    sequence: torch.Tensor | None = None  # (b, s): to which packed sequence a token belongs
 
     @property
     def is_placed(self) -> bool:
@@ -199,6 +227,10 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     is_open = torch.compiler.is_compiling() or q_length == 1
     if is_open and not options.get("use_vmap"):
         return Kind(True, reach, is_known=False)
+    if not is_open and not options.get("use_vmap"):
+        sequence = _sequence_of(mask_function, reach)
+        if sequence is not None and is_readable(sequence):
+            return Kind(True, reach, sequence=sequence)
     raise refusal(
         model,
         "knows full and causal attention and sliding windows, not the mask of "
@@ -206,52 +238,15 @@ def _kind_of(model, mask_function, config, q_length, kv_end, options) -> Kind:
     )
 
 
-def _known_offset(model, q_offset, q_length):
-    if not isinstance(q_offset, torch.Tensor):
-        return q_offset
-    if _is_at_hand(q_offset):
-        return int(q_offset)
-    if q_length == 1:
-        raise refusal(
-            model,
-            "has no variable lengths yet, which a static cache needs whose filled length only the "
-            "device knows",
-            besides="a dynamic cache or ",
-        )
-    _assert_on_device(q_offset == 0, model, FILLED)
-    return 0
-
-
-def _check_padding(model, attention_mask, start, stop) -> None:
-    """start, stop: the keys that some query sees."""
-    if attention_mask is None:
-        return
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < stop:
-        raise ValueError(
-            f"{model}: attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"(batch, tokens) with at least {stop} tokens"
-        )
-    if torch.jit.is_tracing():
-        raise refusal(
-            model,
-            "cannot check for padding in what torch.jit.trace records",
-            besides="torch.export, no attention_mask, or ",
-        )
-    real = attention_mask[:, start:stop].bool()
-    if not _is_at_hand(real):
-        _assert_on_device(real.all(), model, PADDING)
-    elif not real.all():
-        padding = int((~real).sum())
-        shape = tuple(real.shape)
-        raise ValueError(f"{model}: {PADDING} ({padding} of attention_mask's {shape})")
-
-
-def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
+def _assert_kind(model, kind, mask_function, place, attention_mask, options) -> None:  # noqa: PLR0913
     """Compare the model's mask with the plain one, element by element, on its device."""
     device = options.get("device")
     q, kv = (
         torch.arange(n, dtype=torch.int64, device=device) + start
-        for n, start in zip(lengths, offsets, strict=True)
+        for n, start in (
+            (place.q_length, place.q_offset),
+            (place.kv_length, place.kv_offset),
+        )
     )
     q, kv = q[None, None, :, None], kv[None, None, None, :]
     batch = torch.arange(options["batch_size"], dtype=torch.int64, device=device)[
@@ -262,33 +257,48 @@ def _assert_kind(model, kind, mask_function, lengths, offsets, options) -> None:
     if kind.reach is not None:
         expected = expected & (kv >= q - kind.reach)
     same = mask_function(batch, head, q, kv) == expected
-    _assert_on_device(same.all(), model, PACKED)
+    if attention_mask is not None:  # a chunk starts behind the padding
+        same = same | ~real_keys(model, place, attention_mask)[:, None, None]
+    assert_on_device(same.all(), model, PACKED)
 
 
-def _assert_on_device(condition, model: str, text: str) -> None:
-    # inductor pastes the text into C++ as it is
-    torch._assert_async(condition, f"{model}: {text}".replace('"', "'"))
-
-
-def _is_at_hand(tensor) -> bool:
-    """Its values can be read without waiting for a device, and nobody records what is done."""
-    is_plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return is_plain and not recorded
-
-
-def _describe(mask_function) -> str:
-    """The functions that a mask function is made of."""
-    if torch.compiler.is_compiling():  # which cannot look into closures
-        return "this model"
-    names, waiting = [], [mask_function]
+def _functions_in(mask_function) -> list[FunctionType]:
+    """The functions that a mask function is made of, but for the plain ones."""
+    found, waiting = [], [mask_function]
     while waiting:
         function = waiting.pop(0)
         if function not in (causal_mask_function, bidirectional_mask_function):
-            names.append(function.__qualname__.split(".<locals>")[0])
+            found.append(function)
         for cell in function.__closure__ or ():
             held = cell.cell_contents
             held = held if isinstance(held, (tuple, list)) else [held]
             waiting += [x for x in held if isinstance(x, FunctionType)]
-    overlays = [name for name in names if name not in COMBINATORS]
-    return ", ".join(dict.fromkeys(overlays)) or "this model"
+    return found
+
+
+def _name(function) -> str:
+    return function.__qualname__.split(".<locals>")[0]
+
+
+def _overlays(mask_function) -> dict[str, FunctionType]:
+    """What is laid over the plain pattern, by name."""
+    found = {_name(function): function for function in _functions_in(mask_function)}
+    return {name: function for name, function in found.items() if name not in COMBINATORS}
+
+
+def _sequence_of(mask_function, reach) -> torch.Tensor | None:
+    """(b, s): which sequence a token is of, where nothing but packing is laid over the rest."""
+    overlays = _overlays(mask_function)
+    packing = overlays.pop("packed_sequence_mask_function", None)
+    rest = set() if reach is None else {"sliding_window_overlay"}
+    if packing is None or set(overlays) != rest:
+        return None
+    held = dict(zip(packing.__code__.co_freevars, packing.__closure__, strict=True))
+    cell = held.get("packed_sequence_mask")
+    return None if cell is None else cell.cell_contents
+
+
+def _describe(mask_function) -> str:
+    if torch.compiler.is_compiling():  # which cannot look into closures
+        return "this model"
+    return ", ".join(_overlays(mask_function)) or "this model"

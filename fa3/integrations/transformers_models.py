@@ -1,5 +1,6 @@
 """Which models take part: the refusal of those that cannot, the warning where fa3 is not used."""
 
+import inspect
 import sys
 import warnings
 import weakref
@@ -8,6 +9,28 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
+# What the forward of a self-attention may take. Else it may be given the keys of other tokens.
+OF_SELF_ATTENTION = {
+    "args",
+    "attention_mask",
+    "cache",
+    "cache_position",
+    "cu_seqlens",
+    "hidden_states",
+    "kwargs",
+    "layer_idx",
+    "max_seqlen",
+    "output_attentions",
+    "past_key_value",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "self",
+    "use_cache",
+    "value_embeds",
+}
+
+_attends_to_itself: dict[type, bool] = {}
 _names: set[str] = set()  # of attention implementations that are fa3
 _num_calls = 0
 _hooks = weakref.WeakKeyDictionary()  # a model that has not run yet -> handles of its hooks
@@ -34,6 +57,16 @@ def name_of(module) -> str:
     config = getattr(module, "config", None)
     own = type(module).__name__
     return own if config is None else f"{model_type(config)} ({own})"
+
+
+def attends_to_itself(cls) -> bool:
+    """Queries and keys are of the same tokens: forward takes nothing that others could be in."""
+    known = _attends_to_itself.get(cls)
+    if known is None:
+        known = set(inspect.signature(cls.forward).parameters) <= OF_SELF_ATTENTION
+        if not torch.compiler.is_compiling():
+            _attends_to_itself[cls] = known
+    return known
 
 
 def watch(name: str) -> None:

@@ -13,6 +13,8 @@ VERDICTS = [
     Verdict("c", "C", "refused", "c: fa3 takes head dims up to 256, got 512; use this"),
     Verdict("d", "D", "refused", "d: fa3 takes head dims up to 256, got 320; use this"),
     Verdict("e", "E", "refused", "E: fa3 takes no x; use that"),
+    Verdict("f", "F", "runs", "padded: f: fa3 has no window; use this"),
+    Verdict("g", "G", "runs", padded=True),
 ]
 
 
@@ -25,7 +27,8 @@ def rows(text):
 
 def test_a_row_per_result_and_reason():
     assert rows(architectures.markdown(VERDICTS, "made")) == [
-        ["runs", "1", "-", "b"],
+        ["runs", "2", "-", "b, g"],
+        ["runs", "1", "of padded batches: has no window; use this", "f"],
         ["refused", "2", "takes head dims up to 256, got 512; use this", "c, d"],
         ["refused", "1", "takes no x; use that", "e"],
         ["not built", "1", "-", "a"],
