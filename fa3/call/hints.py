@@ -37,6 +37,7 @@ HINTS = {
     **dict.fromkeys(("k_cache", "v_cache", "page_table", "block_table"), _CACHE),
     **dict.fromkeys(("s_aux", "sinks", "sink"), "learnable_sink is meant"),
 }
+PACKED = "flash_attn_varlen_func takes packed sequences"
 ORDER = (
     "the order is FlashAttention-3's: q, k, v, softmax_scale, causal; neither a mask nor "
     "FlashAttention-2's dropout_p comes after v"

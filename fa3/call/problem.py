@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
-from .hints import ORDER
+from .hints import ORDER, PACKED
 from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
 from .lengths import EQUAL, Lengths, Sequences
 from .mask import MaskSpec
@@ -289,9 +289,10 @@ def _check_ranks(layouts: dict[str, Layout], lengths: Lengths) -> None:
                 if lengths != EQUAL
                 else ""
             )
+            hint = "" if lengths != EQUAL or len(layout.shape) != 3 else f"; {PACKED}"
             raise ValueError(
                 f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, "
-                f"expected {rank}{why}: {shape}"
+                f"expected {rank}{why}: {shape}{hint}"
             )
 
 
