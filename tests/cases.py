@@ -8,9 +8,16 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import head_dim_tile
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def kernel_arguments(**given) -> list:
+    """The fields of FwdArguments: those given, by name; of a call without the others."""
+    given = {"softcap_log2": 0.0} | given
+    return [given.get(field.name) for field in fields(FwdArguments)]
 
 
 class CallCase:

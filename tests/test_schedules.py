@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fa3.call.scales import NO_DESCALES
 from fa3.kernels.config import FwdConfig
 from fa3.kernels.signature import UNBOUNDED, Quantised, Signature
 from fa3.launch import jit
 
 from . import reference
 from .accuracy import assert_accurate, assert_lse
+from .cases import kernel_arguments
 from .conftest import HOPPER
 from .fp8_calls import E4M3, INT8, numbers, values
 from .fp8_reference import Attention
@@ -87,7 +87,20 @@ def function(run: Run, q, k, v, name=KERNEL):
     def attention():
         out = torch.full((1, run.s_q, run.heads, run.head_dim_v), math.nan, dtype=torch.bfloat16)
         lse = torch.full((1, run.heads, run.s_q), math.nan)
-        kernel((q, k, v, out, lse, *NO_DESCALES, scale, *run.window, run.num_ctas))
+        left, right = run.window
+        kernel(
+            kernel_arguments(
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                lse=lse,
+                scale_log2=scale,
+                window_left=left,
+                window_right=right,
+                num_ctas=run.num_ctas,
+            )
+        )
         return out, lse
 
     return attention
@@ -161,9 +174,21 @@ def test_one_byte_inputs_are_the_same_under_every_schedule(run, device):
     def attention():
         out = torch.full((1, run.s_q, heads, d), math.nan)
         lse = torch.full((1, heads, run.s_q), math.nan)
-        window = UNBOUNDED, UNBOUNDED
-        scales = *descales, shift, scale * math.log2(math.e)
-        kernel((*inputs, out, lse, *scales, *window, run.num_ctas))
+        tensors = dict(zip(("q", "k", "v"), inputs, strict=True))
+        scales = dict(zip(("q_scales", "k_scales", "v_scales"), descales, strict=True))
+        kernel(
+            kernel_arguments(
+                **tensors,
+                out=out,
+                lse=lse,
+                **scales,
+                v_shift=shift,
+                scale_log2=scale * math.log2(math.e),
+                window_left=UNBOUNDED,
+                window_right=UNBOUNDED,
+                num_ctas=run.num_ctas,
+            )
+        )
         return out, lse
 
     out, _ = emulator.compare_schedules(attention, FP8_SEEDS, checks=emulator.ALL_CHECKS)

@@ -104,7 +104,9 @@ def padding(model, place: Place, attention_mask: Tensor, causal: bool, is_local:
         return Counted(None, key_rows)
     q_offset, q_length, *of_keys = place
     if place.is_open:
-        column = torch.arange(q_length, device=keys.device) + (q_offset - place.kv_offset)
+        column = torch.arange(q_length, dtype=torch.int64, device=keys.device) + (
+            q_offset - place.kv_offset
+        )
         return Counted(_rows(keys.index_select(1, column)), key_rows)
     if [q_offset, q_length] == of_keys:
         return Counted(key_rows, key_rows)
@@ -124,7 +126,7 @@ def real_keys(model, place: Place, attention_mask: Tensor) -> Tensor:
     if not place.is_open:
         return is_real[:, place.kv_offset : stop]
     is_real = torch.nn.functional.pad(is_real, (0, max(0, missing)))[:, place.kv_offset : stop]
-    position = torch.arange(place.kv_offset, stop, device=is_real.device)
+    position = torch.arange(place.kv_offset, stop, dtype=torch.int64, device=is_real.device)
     return is_real & (position < place.q_offset + place.q_length)
 
 
@@ -138,7 +140,9 @@ def _rows(is_real: Tensor) -> Rows | None:
     if can_be_read and is_real.all():
         return None
     lengths = is_real.sum(1, dtype=torch.int32)
-    row = torch.arange(is_real.shape[1], device=is_real.device).expand(is_real.shape)
+    row = torch.arange(is_real.shape[1], dtype=torch.int64, device=is_real.device).expand(
+        is_real.shape
+    )
     if can_be_read and not (is_real & (row >= lengths[:, None])).any():
         return Rows(lengths)
     rank = is_real.cumsum(1)  # from 1
@@ -178,5 +182,5 @@ def is_readable(x: Tensor) -> bool:
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
     order = order.to(x.device)
-    entry = torch.arange(x.shape[0], device=x.device)[:, None]
+    entry = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)[:, None]
     return x[entry, order]
