@@ -5,7 +5,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd, ops
 from .call import hints, lengths
 from .call.layout import check_tensors
 from .call.lengths import EQUAL, Lengths
@@ -78,15 +78,18 @@ def attend(  # noqa: PLR0913
     longest=(None, None),
     check_lengths=False,
     sink=None,
+    deterministic=False,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
     plain = are_plain(q, k, v, out, given)
     if out is not None:
         check_out(out)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        _refuse_grad(q=q, k=k, v=v)
     if descales is not NO_DESCALES or sink is not None:
         plain = _check_others(descales, sink) and plain
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        others = {"out": out, **named(descales), **lengths.named(given), "learnable_sink": sink}
+        autograd.check(q, k, v, options, others, plain)
+        plain = False
     if check_scales is not False:
         check_scales = bool_of("check_scales", check_scales)
     try:
@@ -97,6 +100,7 @@ def attend(  # noqa: PLR0913
         more = () if given is EQUAL else (*given, *longest, check_lengths)
         score = {"softcap": softcap, "learnable_sink": sink}
         if out is None:
+            score["deterministic"] = deterministic
             more = *descales, out_dtype, check_scales, *more
             return torch.ops.fa3.forward(q, k, v, *options, *more, **score)
         more = *descales, check_scales, *more
@@ -173,6 +177,6 @@ def _refuse_grad(**tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise NotImplementedError(
-                f"{name} has requires_grad=True, but there is no backward pass yet: "
+                f"{name} has requires_grad=True, but there is no gradient of it yet: "
                 "call within torch.no_grad(), or detach it"
             )

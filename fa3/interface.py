@@ -55,7 +55,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         0 and lse the sink. One of -inf changes nothing. Or (batch, h_q).
     sm_margin: number of SMs that the kernel leaves to others.
     num_splits, pack_gqa: hints about speed, of no effect so far.
-    deterministic: accepted; the forward pass always is.
+    deterministic: gradients are the same to the bit on every run, at some cost of speed; out and
+        lse always are. torch.use_deterministic_algorithms(True) has the same effect.
     Numbers may be tensors without dimensions; these are read, which waits for their device.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
@@ -99,9 +100,10 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = descales_of(q_descale, k_descale, v_descale, v_shift)
-    out, lse = attend(
-        q, k, v, out, options, descales, check_scales=check_scales, sink=learnable_sink
-    )
+    if deterministic is not False:
+        deterministic = bool_of("deterministic", deterministic)
+    more = {"sink": learnable_sink, "deterministic": deterministic}
+    out, lse = attend(q, k, v, out, options, descales, check_scales=check_scales, **more)
     return (out, lse) if return_attn_probs else out
 
 

@@ -172,10 +172,10 @@ def run(  # noqa: PLR0913
         (k.shape, k.stride(), k.dtype, k.device),
         (v.shape, v.stride(), v.dtype, v.device),
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
-        tuple(map(_fields, descales)) if has_scales else NO_DESCALES,
-        _fields(sink),
+        tuple(map(fields, descales)) if has_scales else NO_DESCALES,
+        fields(sink),
         out_dtype,
-        EQUAL if lengths is EQUAL else tuple(map(_fields, lengths)),
+        EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
         *options,
     )
     if has_scales or sink is not None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -222,7 +222,7 @@ def _layout(fields: tuple | None) -> Layout | None:
     return None if fields is None else Layout(*fields)
 
 
-def _fields(tensor: Tensor | None) -> tuple | None:
+def fields(tensor: Tensor | None) -> tuple | None:
     """Those of its Layout, which takes longer to make."""
     if tensor is None:
         return None
@@ -243,8 +243,8 @@ def _check_addresses(q, k, v, descales, sink) -> None:
 
 def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913
     """What `run` checks of all but scales, for a call that quantises q, k and v first."""
-    q_k_v_out = map(_fields, (q, k, v, out))
-    _check_layouts(*q_k_v_out, tuple(map(_fields, lengths)), _fields(sink), *options)
+    q_k_v_out = map(fields, (q, k, v, out))
+    _check_layouts(*q_k_v_out, tuple(map(fields, lengths)), fields(sink), *options)
     if out is not None:
         check_address("out", out)
     _check_lengths(q, k, lengths, longest, check_lengths)
@@ -292,8 +292,9 @@ def forward(  # noqa: PLR0913
     check_lengths: bool = False,
     softcap: Number = 0.0,
     learnable_sink: Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as of `run`."""
+    """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
@@ -343,6 +344,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
+    deterministic=False,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k

@@ -37,6 +37,18 @@ def count_as_attention(operator: CustomOpDef) -> None:
         flop_counter.register_flop_formula(packet, get_raw=True)(operations)
 
 
+def count_as_backward(operator: CustomOpDef) -> None:
+    """Tell FlopCounterMode what a backward pass costs: five products for the forward pass's two."""
+    packet = _overload(operator)._overloadpacket
+    if packet not in flop_counter.flop_registry:
+
+        def operations(dout, q, k, v, *others, out_val=None, **options) -> int:
+            batch, s_q, heads, d = q.shape
+            return 2 * batch * heads * s_q * v.shape[1] * (3 * d + 2 * v.shape[-1])
+
+        flop_counter.register_flop_formula(packet, get_raw=True)(operations)
+
+
 def _operations(q, k, v, **others) -> int:
     """For each query head two matrix products: (s_q, d) by (d, s_k), (s_q, s_k) by (s_k, dv).
 

@@ -4,10 +4,11 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.bwd_signature import BwdSignature
 from ..kernels.signature import Signature
 
 # An emulated launch runs as on an H100 or H200, whose CTAs it works off one after another.
@@ -29,7 +30,7 @@ class Kernel:
 
     name: str
     where: str  # "module:name" of what makes the kernel, imported only when it is compiled
-    why_not: Callable[[Signature, Target], str | None]  # None: it serves this case
+    why_not: Callable[[Any, Target], str | None]  # None: it serves the signature
 
 
 def _why_not_sm90(signature: Signature, target: Target) -> str | None:
@@ -38,6 +39,10 @@ def _why_not_sm90(signature: Signature, target: Target) -> str | None:
 
 def _why_not_fp8_sm90(signature: Signature, target: Target) -> str | None:
     return _why_not_hopper(target) or (None if signature.quantised else "it takes one-byte inputs")
+
+
+def _why_not_backward_sm90(signature: BwdSignature, target: Target) -> str | None:
+    return _why_not_hopper(target)
 
 
 def _why_not_hopper(target: Target) -> str | None:
@@ -52,6 +57,11 @@ FORWARD = (
     Kernel("forward sm90", f"{_SM90}.operands_16bit:forward", _why_not_sm90),
     Kernel("FP8 forward sm90", f"{_SM90}.operands_fp8:forward", _why_not_fp8_sm90),
 )
+BACKWARD = (
+    Kernel(
+        "backward sm90", "fa3.kernels.sm90.backward.kernel:BackwardSm90", _why_not_backward_sm90
+    ),
+)
 
 
 def forward(signature: Signature, target: Target) -> Kernel:
@@ -60,8 +70,17 @@ def forward(signature: Signature, target: Target) -> Kernel:
     Raises:
         NotImplementedError: none does; the message lists every kernel with its reason.
     """
+    return _first(FORWARD, signature, target)
+
+
+def backward(signature: BwdSignature, target: Target) -> Kernel:
+    """As `forward`."""
+    return _first(BACKWARD, signature, target)
+
+
+def _first(table, signature, target: Target) -> Kernel:
     reasons = []
-    for kernel in FORWARD:
+    for kernel in table:
         reason = kernel.why_not(signature, target)
         if reason is None:
             return kernel

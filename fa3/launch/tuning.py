@@ -1,7 +1,9 @@
-"""Which FwdConfig a Signature gets: a table, one row per pair of head dim tiles."""
+"""Which config a signature gets: tables, one row per pair of head dim tiles."""
 
 from dataclasses import replace
 
+from ..kernels.bwd_config import BwdConfig
+from ..kernels.bwd_signature import BwdSignature
 from ..kernels.config import FwdConfig
 from ..kernels.signature import Signature
 
@@ -44,6 +46,17 @@ FORWARD_FP8 = {
     },
 }
 
+# Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
+# row, whose columns beyond TMA fills with zeros.
+BACKWARD = {
+    (64, 64): BwdConfig(tile_m=128),  # 559
+    (96, 96): BwdConfig(tile_m=64),
+    (128, 128): BwdConfig(tile_m=64),  # 673
+    (192, 128): BwdConfig(tile_m=64, tile_n=64),
+    (192, 192): BwdConfig(tile_m=64, tile_n=64),
+    (256, 256): BwdConfig(tile_m=64, tile_n=64),
+}
+
 
 def forward(signature: Signature) -> FwdConfig:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
@@ -55,3 +68,12 @@ def forward(signature: Signature) -> FwdConfig:
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)
     return config if v_block % config.tile_n == 0 else replace(config, tile_n=v_block)
+
+
+def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The tiles of the row that serves these tiles of head dims."""
+    return min(row for row in BACKWARD if row[0] >= head_dim and row[1] >= head_dim_v)
+
+
+def backward(signature: BwdSignature) -> BwdConfig:
+    return BACKWARD[signature.head_dim, signature.head_dim_v]

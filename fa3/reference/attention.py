@@ -20,7 +20,7 @@ def bind(signature: Signature) -> Callable[[Sequence], None]:
     return functools.partial(_forward, signature)
 
 
-def _in_given_precision(forward):
+def in_given_precision(forward):
     """Autocast, which would compute products of fp32 in 16 bits, does not reach it."""
 
     @functools.wraps(forward)
@@ -31,7 +31,7 @@ def _in_given_precision(forward):
     return call
 
 
-@_in_given_precision
+@in_given_precision
 def _forward(signature: Signature, arguments: Sequence) -> None:
     """out = softmax(scale * q k^T) v under the mask, lse its logarithmic denominator.
 
@@ -44,7 +44,7 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
     s_k, h_k = k.shape[1:3]
     group = h_q // h_k
     scale = x.scale_log2 * math.log(2)
-    wide = _dtype_of_products()
+    wide = dtype_of_products()
     keys = k.permute(0, 2, 3, 1).to(wide)  # (b, h_k, d, s_k)
     values = v.transpose(1, 2).to(wide)  # (b, h_k, s_k, dv)
     rows = max(1, SCORE_BYTES // (4 * b * h_q * s_k))
@@ -56,9 +56,9 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
         if signature.score == "softcap":
             scores.mul_(0.5).tanh_().mul_(x.softcap_log2 * math.log(2))
         window = x.window_left, x.window_right
-        hidden = _hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -math.inf)
+        unseen = hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
+        if unseen is not None:
+            scores.masked_fill_(unseen, -math.inf)
         # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
         top = scores.amax(dim=-1, keepdim=True)
         if signature.sinks:
@@ -74,7 +74,7 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
         out[:, start:stop] = o.div_(total.clamp_(min=1.0)).transpose(1, 2)
 
 
-def _dtype_of_products() -> torch.dtype:
+def dtype_of_products() -> torch.dtype:
     """fp32, but fp64 while torch may compute products of fp32 in fewer bits.
 
     That setting is the process's: to change it for a call would change it for other threads.
@@ -102,7 +102,7 @@ def _per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
     return descale.transpose(1, 2)[..., None]
 
 
-def _hidden(mask, start, stop, s_q, s_k, window_left, window_right, device):
+def hidden(mask, start, stop, s_q, s_k, window_left, window_right, device):
     """Which keys rows start..stop do not see, (stop - start, s_k); None: they see all."""
     if mask == "full":
         return None

@@ -1,0 +1,33 @@
+"""BwdSignature: every compile-time fact of a backward pass, and nothing else."""
+
+from dataclasses import dataclass
+
+from .signature import HEAD_DIM_TILES, DTypeName, MaskKind
+
+
+@dataclass(frozen=True)
+class BwdSignature:
+    """What the kernels of a backward pass are compiled for.
+
+    As in Signature lengths, strides, heads, true head dims, scale and window are run-time values.
+    """
+
+    dtype: DTypeName  # of q, k, v, out and all gradients
+    head_dim: int  # tile of q and k, one of HEAD_DIM_TILES
+    head_dim_v: int  # tile of v and out, one of HEAD_DIM_TILES
+    mask: MaskKind
+    deterministic: bool = False  # dQ is summed in one order
+
+    quantised = None  # a signature of 16-bit inputs, for what asks either kind
+    is_ragged = False
+
+    def __post_init__(self):
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(self, name) not in HEAD_DIM_TILES:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is none of the tiles {HEAD_DIM_TILES}"
+                )
+        if self.dtype not in ("bf16", "fp16"):
+            raise ValueError(f"dtype={self.dtype!r} is neither 'bf16' nor 'fp16'")
+        if self.mask not in ("full", "causal", "local"):
+            raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")

@@ -1,0 +1,105 @@
+"""The kernel ahead of a backward pass: what it needs of every query, and dQ's sums set to 0.
+
+    delta = rowsum(dO * O) - dlse        lse in base 2
+
+Rows that do not exist or see no key get lse = inf and delta = 0, so that their P and dS are 0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+WARP = 32
+CHUNK = 8  # 16-bit elements that a thread loads at once
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class PrepareTensors:
+    """The modes of rows first, then heads and batch."""
+
+    out: cute.Tensor  # (s_q, dv, h_q, b)
+    dout: cute.Tensor  # (s_q, dv, h_q, b)
+    lse: cute.Tensor  # (s_q, h_q, b) fp32
+    dlse: cute.Tensor  # (s_q, h_q, b or 0) fp32
+    row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
+    dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
+    dq_counters: cute.Tensor | None  # (n, m_blocks, h_q, b) Int32
+
+
+class Prepare:
+    """One CTA per block of queries of a head; a few neighbouring lanes share a row."""
+
+    NUM_THREADS = 128
+
+    def __init__(self, tile_m: int, head_dim_v: int):
+        self.tile_m = tile_m
+        chunks = head_dim_v // CHUNK
+        self.lanes = 1 << (chunks - 1).bit_length()  # of a row
+        self.rows_at_once = self.NUM_THREADS // self.lanes
+
+    @cute.jit
+    def __call__(self, tensors: PrepareTensors, stream):
+        _, m_blocks, heads, batches = tensors.row_stats.shape
+        self.kernel(tensors).launch(
+            grid=(m_blocks, heads, batches), block=(self.NUM_THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: PrepareTensors):
+        thread = cute.arch.thread_idx()[0]
+        m_block, head, batch = cute.arch.block_idx()
+        s_q, dv = tensors.out.shape[0], tensors.out.shape[1]
+        out, dout = (x[None, None, head, batch] for x in (tensors.out, tensors.dout))
+        lse, stats = tensors.lse[None, head, batch], tensors.row_stats[None, m_block, head, batch]
+        column = thread % self.lanes * CHUNK
+        for i in cutlass.range_constexpr(self.tile_m // self.rows_at_once):
+            row = i * self.rows_at_once + thread // self.lanes
+            query = m_block * self.tile_m + row
+            delta = Float32(0.0)
+            if query < s_q and column < dv:
+                delta = _dot(out, dout, query, column)
+            delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
+            log2_sum = Float32.inf
+            if query < s_q:
+                given = lse[query]
+                if given != -Float32.inf:
+                    log2_sum = given * LOG2_E
+                    if tensors.dlse.shape[2] > 0:
+                        delta -= tensors.dlse[query, head, batch]
+                else:
+                    delta = Float32(0.0)
+            if column == 0:
+                stats[row] = log2_sum
+                stats[self.tile_m + row] = delta
+        self._clear(tensors.dq_sums[None, m_block, head, batch], thread)
+        if cutlass.const_expr(tensors.dq_counters is not None):
+            counters = tensors.dq_counters[None, m_block, head, batch]
+            if thread < cute.size(counters):
+                counters[thread] = 0
+
+    def _clear(self, sums: cute.Tensor, thread: Int32):
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        step = 4 * self.NUM_THREADS
+        for i in range(cute.size(sums) // step):
+            target = cute.make_tensor(sums.iterator + i * step + 4 * thread, cute.make_layout(4))
+            cute.autovec_copy(zeros, target)
+
+
+def _dot(a: cute.Tensor, b: cute.Tensor, row, column) -> Float32:
+    """Of the CHUNK elements of both from (row, column) on."""
+    values = []
+    for x in (a, b):
+        loaded = cute.make_rmem_tensor(CHUNK, x.element_type)
+        chunk = cute.domain_offset((row, column), x)
+        source = cute.make_tensor(chunk.iterator.align(16), cute.make_layout(CHUNK))
+        cute.autovec_copy(source, loaded)
+        values.append(loaded)
+    products = [Float32(values[0][i]) * Float32(values[1][i]) for i in range(CHUNK)]
+    while len(products) > 1:
+        products = [x + y for x, y in zip(products[::2], products[1::2], strict=True)]
+    return products[0]

@@ -1,0 +1,402 @@
+"""Backward pass for Hopper: three kernels, and the second one's shared memory and roles.
+
+    prepare    simple/bwd_prepare.py     delta = rowsum(dO * O) - dlse, lse in base 2, dQ's sums = 0
+    backward   here                      dK and dV of 64 keys per warpgroup, dQ added to its sums
+    finish     finish.py                 dQ from fp32 to 16 bits
+
+P is computed again from Q, K and lse.  A CTA has a tile of tile_n keys of one key head, and visits
+all blocks of tile_m queries that see them, of every query head that reads the key head:
+
+    producer   warp 0 of warpgroup 0     TMA: K, V of a tile; rings of Q with lse, dO with delta
+    consumers  warpgroups 1, 2           S^T = K Q^T            P^T = exp2(S^T scale - lse)
+                                         dP^T = V dO^T          dS^T = P^T (dP^T - delta)
+                                         dV += P^T dO           dK += dS^T Q         in registers
+                                         dQ = dS K              added to fp32 in global memory
+
+    tensor cores | S^T | dP^T |                     dV |        | dQ       | dK        |
+    consumers    | wait | P^T = exp2 .. | dS^T .., to shared | all | wait      | dQ to L2 |
+
+dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, with two buffers of
+dS.  dQ leaves as the accumulators hold it, 16 bytes per thread and instruction (red.v4), without
+shared memory; `finish` reads it in the same order.
+
+Per thread of a consumer, in registers: dK and dV (d + dv) / 2; S and dP tile_m; dQ
+tile_m d / 256, where S was; P and dS in 16 bits tile_m / 2.  Head dim 128: 128 + 64 + 32.
+
+Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1; FlashAttention-3 (arXiv 2407.08608),
+section 3.1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from ...barriers import WARPGROUP
+from ...blocks import Window
+from ...bwd_arguments import BwdArguments
+from ...bwd_config import BwdConfig
+from ...bwd_signature import BwdSignature
+from ...key_mask import KeyMask
+from ...query_blocks import QueryRange
+from ...scheduler import Schedule, TileOrder, WorkTile
+from ...sequence import Sequence, Sequences
+from ...simple.bwd_prepare import Prepare, PrepareTensors
+from ...tensors import TmaOperand, permute
+from ..tma import tma_load, tma_store
+from ..wgmma import ELEMENT
+from .differentiate import differentiate
+from .dq import DqSums
+from .finish import Finish
+from .load import load
+from .products import BwdFragments, BwdSmem
+from .rings import BwdRings
+from .store import store_gradients
+
+
+@dataclass(frozen=True)
+class BwdBarriers:
+    """Hardware barriers of the consumers of a CTA, by event; 0 is __syncthreads."""
+
+    num_threads: int
+
+    def ds_written(self):
+        """Their parts of dS are in shared memory."""
+        self._wait(1)
+
+    def products_done(self):
+        """They have finished the last products of a tile."""
+        self._wait(2)
+
+    def gradients_written(self):
+        """Their parts of dK and dV are in shared memory."""
+        self._wait(3)
+
+    def dq_in_order(self, warpgroup):
+        """A warpgroup is about to add its dQ, or has."""
+        cute.arch.barrier(barrier_id=4 + warpgroup, number_of_threads=WARPGROUP)
+
+    def _wait(self, number: int):
+        cute.arch.barrier(barrier_id=number, number_of_threads=self.num_threads)
+
+
+@dataclass(frozen=True)
+class BwdPlan:
+    """The compile-time numbers that the roles share."""
+
+    signature: BwdSignature
+    config: BwdConfig
+
+    @property
+    def element(self):
+        return ELEMENT[self.signature.dtype]
+
+    @property
+    def num_consumers(self) -> int:
+        """Threads."""
+        return WARPGROUP * self.config.num_mma_warpgroups
+
+    @property
+    def barriers(self) -> BwdBarriers:
+        return BwdBarriers(self.num_consumers)
+
+    @property
+    def q_tile(self):
+        return (self.config.tile_m, self.signature.head_dim)
+
+    @property
+    def do_tile(self):
+        return (self.config.tile_m, self.signature.head_dim_v)
+
+    @property
+    def k_tile(self):
+        return (self.config.tile_n, self.signature.head_dim)
+
+    @property
+    def v_tile(self):
+        return (self.config.tile_n, self.signature.head_dim_v)
+
+
+@dataclass(frozen=True)
+class BwdTensors:
+    """Global tensors with the tiled modes first; heads of k and v are fewer under GQA."""
+
+    q: TmaOperand  # (s_q, d, h_q, b)
+    k: TmaOperand  # (s_k, d, h_k, b)
+    v: TmaOperand  # (s_k, dv, h_k, b)
+    do: TmaOperand  # (s_q, dv, h_q, b)
+    dk: TmaOperand  # (s_k, d, h_k, b)
+    dv: TmaOperand  # (s_k, dv, h_k, b)
+    row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
+    dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
+    dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
+
+    @property
+    def tma_atoms(self) -> list[cute.CopyAtom]:
+        operands = self.q, self.k, self.v, self.do, self.dk, self.dv
+        return [operand.atom for operand in operands]
+
+
+@dataclass(frozen=True)
+class BwdScalars:
+    """Run-time numbers of a backward pass."""
+
+    softmax_scale: Float32
+    scale_log2: Float32  # softmax_scale * log2(e)
+    window_left: Int32
+    window_right: Int32
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """The keys of a tile, of one key head."""
+
+    n_block: Any
+    head_kv: Any
+    batch: Any
+    turn: Any
+    is_valid: Any
+
+
+@dataclass(frozen=True)
+class BwdWork:
+    """The tiles of this CTA, one after another, and what each of them is about."""
+
+    plan: cutlass.Constexpr[BwdPlan]
+    schedule: Schedule
+    sequences: Sequences
+    scalars: BwdScalars
+    heads_per_group: Any
+    num_n_blocks: Any
+    stats: cute.Tensor  # BwdTensors.row_stats
+    sums: cute.Tensor  # BwdTensors.dq_sums
+    counters: cute.Tensor | None  # BwdTensors.dq_counters
+
+    def first(self) -> KeyTile:
+        return self._of(self.schedule.first())
+
+    def next(self, tile: KeyTile) -> KeyTile:
+        return self._of(self.schedule.next(tile))
+
+    def _of(self, tile: WorkTile) -> KeyTile:
+        """Longest first: the schedule counts down, and the first keys are seen most."""
+        n_block = tile.m_block
+        if self.plan.signature.mask != "full":
+            n_block = self.num_n_blocks - 1 - n_block
+        return KeyTile(n_block, tile.head, tile.batch, tile.turn, tile.is_valid)
+
+    def sequence_of(self, tile: KeyTile) -> Sequence:
+        return self.sequences[tile.batch]
+
+    def window_of(self, tile: KeyTile) -> Window:
+        left, right = self.scalars.window_left, self.scalars.window_right
+        return self.sequence_of(tile).window(self.plan.signature.mask, left, right)
+
+    def blocks_of(self, tile: KeyTile) -> QueryRange:
+        config, window = self.plan.config, self.window_of(tile)
+        return QueryRange.of(window, tile.n_block, tile_m=config.tile_m, tile_n=config.tile_n)
+
+    def row_stats(self, tile: KeyTile, head) -> tuple[cute.Tensor, cute.Tensor]:
+        """lse and delta of a query head, (tile_m, m_blocks) each."""
+        tile_m = self.plan.config.tile_m
+        both = self.stats[None, None, head, tile.batch]  # (2 * tile_m, m_blocks)
+        layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
+        return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
+
+    def dq_sums(self, tile: KeyTile, head, thread) -> DqSums:
+        """Those of a query head."""
+        place = (None, None, head, tile.batch)
+        counters = None if self.counters is None else self.counters[place]
+        window = self.window_of(tile)
+        return DqSums(self.plan, self.sums[place], counters, window, tile.n_block, thread)
+
+
+class BackwardSm90:
+    """The backward pass of one BwdSignature, laid out by one BwdConfig."""
+
+    def __init__(self, signature: BwdSignature, config: BwdConfig):
+        config.check(signature)
+        self.plan = BwdPlan(signature, config)
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
+        signature, tile_m = self.plan.signature, self.plan.config.tile_m
+        element = self.plan.element
+        batch, s_q, s_k, heads_q, heads_k, m_blocks = (cute.sym_int32() for _ in range(6))
+        with_dlse = cute.sym_int32()
+        d, dv = (cute.sym_int32(divisibility=8) for _ in range(2))
+
+        def tensor(length, heads, width):
+            strides = (cute.sym_int64(divisibility=8) for _ in range(3))
+            shape = (batch, length, heads, width)
+            return make_fake_tensor(element, shape, (*strides, 1), assumed_align=16)
+
+        def numbers(batch):
+            strides = cute.sym_int64(), cute.sym_int64(), 1
+            return make_fake_tensor(Float32, (batch, heads_q, s_q), strides, assumed_align=4)
+
+        def blocks(width):
+            strides = (cute.sym_int64(divisibility=4) for _ in range(2))
+            shape, strides = (batch, heads_q, m_blocks, width), (*strides, width, 1)
+            return make_fake_tensor(Float32, shape, strides, assumed_align=16)
+
+        arguments = BwdArguments(
+            q=tensor(s_q, heads_q, d),
+            k=tensor(s_k, heads_k, d),
+            v=tensor(s_k, heads_k, dv),
+            out=tensor(s_q, heads_q, dv),
+            dout=tensor(s_q, heads_q, dv),
+            lse=numbers(batch),
+            dlse=numbers(with_dlse),
+            dq=tensor(s_q, heads_q, d),
+            dk=tensor(s_k, heads_k, d),
+            dv=tensor(s_k, heads_k, dv),
+            row_stats=blocks(2 * tile_m),
+            dq_sums=blocks(tile_m * signature.head_dim),
+            dq_counters=self._example_counters(batch, heads_q, m_blocks),
+            softmax_scale=Float32(1.0),
+            scale_log2=Float32(1.0),
+            window_left=Int32(0),
+            window_right=Int32(0),
+            num_ctas=Int32(1),
+        )
+        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    def _example_counters(self, *shape):
+        if not self.plan.signature.deterministic:
+            return None
+        width = self.plan.config.num_mma_warpgroups
+        strides = (cute.sym_int64(), cute.sym_int64(), width, 1)
+        return make_fake_tensor(Int32, (*shape, width), strides, assumed_align=4)
+
+    @cute.jit
+    def __call__(self, arguments: BwdArguments, stream):
+        plan, x = self.plan, arguments
+        smem = BwdSmem.of(plan.signature, plan.config)
+        q, k, v, out, dout, dq, dk, dv = (
+            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dq, x.dk, x.dv)
+        )
+        row_stats, dq_sums = (permute(t, [3, 2, 1, 0]) for t in (x.row_stats, x.dq_sums))
+        lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
+        dq_counters = None
+        if cutlass.const_expr(plan.signature.deterministic):
+            dq_counters = permute(x.dq_counters, [3, 2, 1, 0])
+        prepare = PrepareTensors(out, dout, lse, dlse, row_stats, dq_sums, dq_counters)
+        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, stream)
+        tensors = BwdTensors(
+            q=tma_load(q, smem.q, plan.q_tile),
+            k=tma_load(k, smem.k, plan.k_tile),
+            v=tma_load(v, smem.v, plan.v_tile),
+            do=tma_load(dout, smem.do, plan.do_tile),
+            dk=tma_store(dk, smem.k, plan.k_tile),
+            dv=tma_store(dv, smem.v, plan.v_tile),
+            row_stats=row_stats,
+            dq_sums=dq_sums,
+            dq_counters=dq_counters,
+        )
+        scalars = BwdScalars(x.softmax_scale, x.scale_log2, x.window_left, x.window_right)
+        order = self._order(x)
+        self.kernel(tensors, scalars, order).launch(
+            grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
+            block=(plan.config.num_threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+        Finish(plan)(dq_sums, dq, x.softmax_scale, stream)
+
+    def _order(self, arguments: BwdArguments) -> TileOrder:
+        """Tiles are blocks of keys; what they share in L2 are Q and dO."""
+        x = arguments
+        batches, s_q, heads, d = x.q.shape
+        _, s_k, heads_kv, dv = x.v.shape
+        num_n_blocks = cute.ceil_div(s_k, self.plan.config.tile_n)
+        longest_first = self.plan.signature.mask != "full"
+        heads_per_group = Int32(1)
+        if longest_first:
+            row_bytes = (d + dv) * 2 * (heads // heads_kv)
+            heads_per_group = TileOrder.group_of(
+                row_bytes, s_q, num_n_blocks, heads_kv, heads_kv, batches, x.num_ctas
+            )
+        sizes = num_n_blocks, heads_kv, heads_kv, batches
+        return TileOrder.of(longest_first, *sizes, heads_per_group)
+
+    @cute.kernel
+    def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder):
+        plan = self.plan
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for atom in tensors.tma_atoms:
+                cpasync.prefetch_descriptor(atom)
+        rings = BwdRings.of(plan, SmemAllocator())
+        work = self._work(tensors, scalars, order)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(plan.config.producer_registers)
+            if warp == 0:
+                load(plan, tensors, rings, work)
+        else:
+            cute.arch.setmaxregister_increase(plan.config.consumer_registers)
+            self._consume(tensors, scalars, rings, work)
+
+    def _work(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder) -> BwdWork:
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        s_q, _, heads, _ = tensors.q.tensor.shape
+        s_k, _, heads_kv, _ = tensors.k.tensor.shape
+        return BwdWork(
+            self.plan,
+            Schedule.of(order, cta, num_ctas),
+            Sequences(s_q, s_k),
+            scalars,
+            heads // heads_kv,
+            order.num_m_blocks,
+            tensors.row_stats,
+            tensors.dq_sums,
+            tensors.dq_counters,
+        )
+
+    def _mask(self, work: BwdWork, tile: KeyTile, warp, lane) -> KeyMask:
+        """Where this thread's scores lie in a tile."""
+        config = self.plan.config
+        row = tile.n_block * config.tile_n + lane // 4
+        column = 2 * (lane % 4)
+        if config.splits_keys:
+            row += 16 * warp
+        else:
+            row += 16 * (warp % 4)
+            column += config.score_columns * (warp // 4)
+        return KeyMask(work.window_of(tile), config.tile_m, row, column)
+
+    @cute.jit
+    def _consume(self, tensors: BwdTensors, scalars: BwdScalars, rings: BwdRings, work: BwdWork):
+        """A consumer warpgroup: all tiles of this CTA."""
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0] - WARPGROUP
+        lane = thread % 32
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        frag = BwdFragments.of(plan, rings, warp // 4)
+        k, v, q, do = (ring.consumer() for ring in (rings.k, rings.v, rings.q, rings.do))
+        tile = work.first()
+        while tile.is_valid:
+            blocks = work.blocks_of(tile)
+            mask = self._mask(work, tile, warp, lane)
+            frag.start()
+            k.wait_and_advance()
+            v.wait_and_advance()
+            for i in cutlass.range(work.heads_per_group, unroll=1):
+                sums = work.dq_sums(tile, tile.head_kv * work.heads_per_group + i, thread)
+                q, do = differentiate(
+                    frag, rings, q, do, blocks, mask, sums, thread, scalars.scale_log2
+                )
+            keys = work.sequence_of(tile).keys
+            is_storing = warp == 0
+            store_gradients(
+                frag, rings, tensors, tile, keys, thread, is_storing, scalars.softmax_scale
+            )
+            tile = work.next(tile)

@@ -1,0 +1,121 @@
+"""Shared memory of the backward kernel: K and V of a tile, rings of Q and dO with their numbers."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, pipeline
+from cutlass.cute.nvgpu import cpasync
+from cutlass.memory import SmemAllocator
+
+from ..rings import Ring, swizzled
+from .products import BwdSmem
+
+
+@dataclass(frozen=True)
+class RowsRing:
+    """A ring of row blocks; each stage has a number per row, too: lse of Q, delta of dO."""
+
+    ring: Ring  # (tile_m, columns, num_stages)
+    numbers: cute.Tensor  # (tile_m, num_stages) fp32
+
+    @staticmethod
+    def of(buffer: cute.Tensor, numbers: cute.Tensor, barriers, num_consumer_warps) -> "RowsRing":
+        stage = cute.select(buffer.layout, mode=[0, 1])
+        column = cute.select(numbers.layout, mode=[0])
+        one, warps = (
+            pipeline.CooperativeGroup(pipeline.Agent.Thread, count)
+            for count in (1, num_consumer_warps)
+        )
+        made = pipeline.PipelineTmaAsync.create(
+            barrier_storage=barriers,
+            num_stages=cute.size(buffer, mode=[2]),
+            producer_group=one,
+            consumer_group=warps,
+            tx_count=cute.size_in_bytes(buffer.element_type, stage)
+            + cute.size_in_bytes(Float32, column),
+            defer_sync=True,
+        )
+        return RowsRing(Ring(buffer, made), numbers)
+
+    @property
+    def buffer(self) -> cute.Tensor:
+        return self.ring.buffer
+
+    def producer(self) -> pipeline.PipelineProducer:
+        return self.ring.producer()
+
+    def consumer(self) -> pipeline.PipelineConsumer:
+        return self.ring.consumer()
+
+    def filler(self, operand, tile_shape, span, head, stats: cute.Tensor):
+        """fill(block, handle): the rows by TMA, their numbers of stats (tile_m, blocks) in bulk."""
+        fill_rows = self.ring.filler(operand, tile_shape, span, head, 0)
+        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+
+        @cute.jit
+        def fill(block, handle):
+            fill_rows(block, handle)
+            with cute.arch.elect_one():
+                cute.copy(
+                    atom,
+                    stats[None, block],
+                    self.numbers[None, handle.index],
+                    mbar_ptr=handle.barrier,
+                )
+
+        return fill
+
+    def of_thread(self, stage, first, count: int) -> cute.Tensor:
+        """(count / 4,) numbers of the columns that a thread has of a transposed accumulator.
+
+        first: the first of them, even; count: columns of the accumulator.
+        """
+        column = self.numbers[None, stage].iterator + first
+        pairs = cute.make_layout((2, count // 8), stride=(1, 8))
+        source = cute.make_tensor(column.align(8), pairs)
+        numbers = cute.make_rmem_tensor((2, count // 8), Float32)
+        cute.autovec_copy(source, numbers)
+        return cute.make_tensor(numbers.iterator, cute.make_layout(count // 4))
+
+
+@dataclass(frozen=True)
+class BwdRings:
+    k: Ring  # 1 stage
+    v: Ring  # 1 stage
+    q: RowsRing
+    do: RowsRing
+    ds: cute.Tensor  # (tile_m, tile_n, num_stages)
+    p: cute.Tensor | None  # the same, where the warpgroups share the keys
+
+    @staticmethod
+    def of(plan, allocator: SmemAllocator) -> "BwdRings":
+        layouts, config = BwdSmem.of(plan.signature, plan.config), plan.config
+        num_warps = 4 * config.num_mma_warpgroups
+
+        def space(layout):
+            count = cute.cosize(layout)
+            pointer = allocator.allocate_array(plan.element, count, byte_alignment=1024)
+            return swizzled(pointer, layout)
+
+        def barriers(num_stages):
+            return allocator.allocate_array(cutlass.Int64, 2 * num_stages)
+
+        def rows(buffer):
+            numbers = cute.make_layout((config.tile_m, config.num_stages))
+            pointer = allocator.allocate_array(Float32, cute.size(numbers), byte_alignment=128)
+            made = cute.make_tensor(pointer, numbers)
+            return RowsRing.of(buffer, made, barriers(config.num_stages), num_warps)
+
+        # What is aligned to 1024 bytes comes first, or gaps would be left.
+        k, v, q, do, ds = (
+            space(x) for x in (layouts.k, layouts.v, layouts.q, layouts.do, layouts.ds)
+        )
+        return BwdRings(
+            p=None if config.splits_keys else space(layouts.ds),
+            k=Ring.of(k, barriers(1), 1),
+            v=Ring.of(v, barriers(1), 1),
+            q=rows(q),
+            do=rows(do),
+            ds=ds,
+        )

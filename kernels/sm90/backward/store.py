@@ -1,0 +1,62 @@
+"""Epilogue of the backward kernel: dK and dV through the space of K and V, and TMA."""
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+from cutlass.cute.nvgpu import cpasync
+
+from ...views import convert
+from .products import BwdFragments, store
+from .rings import BwdRings
+
+
+@cute.jit
+def store_gradients(
+    frag: BwdFragments,
+    rings: BwdRings,
+    tensors: Any,
+    tile: Any,
+    keys: Any,
+    thread: Any,
+    is_storing_warp: Any,
+    softmax_scale: Float32,
+):
+    """registers -> stmatrix -> shared memory -> TMA, which drops rows beyond s_k and columns.
+
+    They wait until the last products of all have read K and V.
+    """
+    plan = frag.plan
+    sdK, sdV = rings.k.buffer[None, None, 0], rings.v.buffer[None, None, 0]
+    dv_16 = cute.make_rmem_tensor_like(frag.acc_dV, plan.element)
+    convert(frag.acc_dV, dv_16)
+    for i in cutlass.range_constexpr(cute.size(frag.acc_dK)):
+        frag.acc_dK[i] = frag.acc_dK[i] * softmax_scale
+    dk_16 = cute.make_rmem_tensor_like(frag.acc_dK, plan.element)
+    convert(frag.acc_dK, dk_16)
+    plan.barriers.products_done()
+    store(frag.mma.dv, dv_16, frag.acc_dV, sdV, thread)
+    store(frag.mma.dk, dk_16, frag.acc_dK, sdK, thread)
+    cute.arch.fence_view_async_shared()
+    plan.barriers.gradients_written()
+    if is_storing_warp:
+        _to_memory(tensors.dv, sdV, keys, tile, plan.v_tile)
+        _to_memory(tensors.dk, sdK, keys, tile, plan.k_tile)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
+        rings.k.release(0)
+        rings.v.release(0)
+
+
+def _to_memory(operand: Any, smem: cute.Tensor, keys: Any, tile: Any, shape):
+    rows = cute.local_tile(keys.tiled(operand.tensor, tile.head_kv, 0), shape, (None, 0))
+    source, target = cpasync.tma_partition(
+        operand.atom,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(smem, 0, 2),
+        cute.group_modes(rows, 0, 2),  # (rows, columns, n_blocks)
+    )
+    cute.copy(operand.atom, source, target[None, tile.n_block])

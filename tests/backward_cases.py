@@ -1,0 +1,103 @@
+"""Which gradients the accuracy tests ask for: a covering of all pairs of features."""
+
+from dataclasses import dataclass
+
+import torch
+
+import fa3
+from fa3.kernels.signature import head_dim_tile
+from fa3.launch import dispatch, tuning
+
+from . import reference
+from .accuracy import assert_accurate
+from .cases import MASKS, Bordered, Case, make_inputs, pairwise
+
+
+@dataclass(frozen=True)
+class BackwardCase(Case):
+    """One call of flash_attn_func and the gradients of its inputs."""
+
+    with_lse: bool = False  # the loss depends on lse, too
+
+
+FACTORS = {
+    "dims": (
+        *((64, 64), (40, 8), (96, 96), (128, 128), (104, 120), (72, 40), (64, 128)),
+        *((192, 128), (192, 192), (256, 256), (248, 200)),
+    ),
+    "mask": MASKS,
+    "lengths": ((1, 40), (64, 64), (127, 129), (130, 300), (200, 95)),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "layout": ("bshd", "bhsd", "packed", "expanded"),
+    "scale": (None, 0.3),
+    "num_ctas": (None, 2),
+    "with_lse": (False, True),
+}
+
+
+def covering(seed: int = 1) -> list[BackwardCase]:
+    """In the order of their kernels."""
+    cases = []
+    for row in pairwise(FACTORS, seed):
+        (head_dim, head_dim_v), (causal, window) = row["dims"], row["mask"]
+        tiles = tuning.backward_tiles(head_dim_tile(head_dim), head_dim_tile(head_dim_v))
+        cases.append(
+            BackwardCase(
+                dtype=("bf16", "fp16")[(sum(tiles) // 64 + MASKS.index(row["mask"])) % 2],
+                head_dim=head_dim,
+                head_dim_v=head_dim_v,
+                batch=2 if row["layout"] == "expanded" else 1,
+                h_q=row["heads"][0],
+                h_k=row["heads"][1],
+                s_q=row["lengths"][0],
+                s_k=row["lengths"][1],
+                causal=causal,
+                window=window,
+                layout=row["layout"],
+                softmax_scale=row["scale"],
+                num_ctas=row["num_ctas"],
+                with_lse=row["with_lse"],
+            )
+        )
+    return sorted(cases, key=lambda c: (c.head_dim, c.causal, c.window, repr(c)))
+
+
+def attention(case: Case, q, k, v, device):
+    """(out, lse) of a case."""
+    sms = dispatch.target_of(device).num_sms
+    return fa3.flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=case.softmax_scale,
+        causal=case.causal,
+        window_size=case.window,
+        sm_margin=0 if case.num_ctas is None else max(0, sms - case.num_ctas),
+        return_attn_probs=True,
+    )
+
+
+def gradients(results, inputs, dout, dlse=None):
+    """dq, dk, dv of (out, lse)."""
+    given = ((results[0], dout),) if dlse is None else zip(results, (dout, dlse), strict=True)
+    outputs, tangents = zip(*given, strict=True)
+    return torch.autograd.grad(outputs, inputs, tangents)
+
+
+def check(case: BackwardCase, device) -> None:
+    """All gradients against fp32, with NaN around the inputs."""
+    bordered = make_inputs(case, device)
+    inputs = [x.tensor.requires_grad_() for x in bordered]
+    results = attention(case, *inputs, device)
+    layout = "bshd" if case.layout == "expanded" else case.layout
+    dout = Bordered(torch.randn_like(results[0]), layout)
+    dlse = torch.randn_like(results[1]) if case.with_lse else None
+    given = gradients(results, inputs, dout.tensor, dlse)
+    values = [x.values.clone().requires_grad_() for x in bordered]
+    expected = []
+    for attend in (reference.exact, reference.baseline_with_lse):
+        expected.append(
+            gradients(attend(*values, case.softmax_scale, **case.mask), values, dout.values, dlse)
+        )
+    for name, *x in zip(("dq", "dk", "dv"), given, *expected, strict=True):
+        assert_accurate(name, *x)

@@ -1,0 +1,224 @@
+"""Gradients of flash_attn_func: accuracy, and what the kernels must never do."""
+
+import math
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+import fa3
+
+from . import reference
+from .accuracy import assert_accurate
+from .backward_cases import BackwardCase, attention, check, covering, gradients
+from .cases import make_inputs
+
+
+# One of each kind of mask first.
+@pytest.mark.parametrize(
+    "case",
+    [
+        BackwardCase(),
+        BackwardCase(causal=True, s_q=200, s_k=200, h_k=1),
+        BackwardCase(head_dim=128, head_dim_v=128, window=(30, 20), s_q=150, s_k=200),
+    ],
+    ids=str,
+)
+def test_first_light(case, device):
+    check(case, device)
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_accuracy(case, device):
+    check(case, device)
+
+
+def _inputs(case, device):
+    return [x.values.clone().requires_grad_() for x in make_inputs(case, device)]
+
+
+def _all(case, inputs, device, dout=None, dlse=None):
+    results = attention(case, *inputs, device)
+    dout = torch.ones_like(results[0]) if dout is None else dout
+    return gradients(results, inputs, dout, dlse)
+
+
+def test_rows_that_see_no_key_have_no_gradient(device):
+    """The first queries of a causal call with fewer keys, whatever comes back for them."""
+    case = BackwardCase(head_dim=128, head_dim_v=128, s_q=150, s_k=40, causal=True)
+    inputs = _inputs(case, device)
+    out, lse = results = attention(case, *inputs, device)
+    blind = case.s_q - case.s_k
+    assert (lse[:, :, :blind] == -math.inf).all()
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dlse[:, :, :blind] = math.nan
+    dq, dk, dv = gradients(results, inputs, dout, dlse)
+    assert (dq[:, :blind] == 0).all()
+    seeing = [inputs[0][:, blind:].detach().clone().requires_grad_(), *inputs[1:]]
+    alone = _all(case, seeing, device, dout[:, blind:], dlse[:, :, blind:])
+    for given, wanted in zip((dq[:, blind:], dk, dv), alone, strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_keys_that_no_query_sees_have_no_gradient(device):
+    case = BackwardCase(s_q=40, s_k=300, window=(20, 0))
+    _, dk, dv = _all(case, _inputs(case, device), device)
+    unseen = case.s_k - case.s_q - 20
+    assert (dk[:, :unseen] == 0).all() and (dv[:, :unseen] == 0).all()
+    assert (dv[:, unseen:] != 0).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 30.0], ids=["flat", "peaked"])
+def test_size_of_scores(factor, device):
+    case = BackwardCase(head_dim=128, head_dim_v=128, s_q=70, s_k=130)
+    q, k, v = _inputs(case, device)
+    inputs = [(q * factor).detach().requires_grad_(), k, v]
+    dout = torch.randn(case.batch, case.s_q, case.h_q, case.head_dim_v).to(q)
+    given = _all(case, inputs, device, dout)
+    exact = gradients(reference.exact(*inputs), inputs, dout)
+    baseline = gradients(reference.baseline_with_lse(*inputs), inputs, dout)
+    for name, *x in zip(("dq", "dk", "dv"), given, exact, baseline, strict=True):
+        assert_accurate(name, *x)
+
+
+def test_scores_far_below_zero(device):
+    """The padded keys' scores are 0, so that their P would be infinite were they not masked."""
+    case = BackwardCase(s_q=64, s_k=100)
+    q, k, v = _inputs(case, device)
+    with torch.no_grad():
+        q.fill_(8.0)
+        k.mul_(0.1).sub_(8.0)
+    given = _all(case, (q, k, v), device)
+    exact = gradients(reference.exact(q, k, v), (q, k, v), torch.ones_like(q))
+    baseline = gradients(reference.baseline_with_lse(q, k, v), (q, k, v), torch.ones_like(q))
+    for name, *x in zip(("dq", "dk", "dv"), given, exact, baseline, strict=True):
+        assert_accurate(name, *x)
+
+
+def test_only_what_is_asked_for(device):
+    """Of some inputs, of lse alone, and with dO that has no memory of its own for each element."""
+    case = BackwardCase(s_q=70, s_k=90, causal=True)
+    q, k, v = _inputs(case, device)
+    wanted = _all(case, (q, k, v), device)
+    out, _ = attention(case, q.detach(), k, v.detach(), device)
+    out.sum().backward()  # dO is an expanded scalar
+    assert torch.equal(k.grad, wanted[1]) and q.grad is None and v.grad is None
+    _, lse = attention(case, q, k, v, device)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
+    exact = reference.exact(q, k, v, causal=True)[1]
+    torch.testing.assert_close(dq, torch.autograd.grad(exact.sum(), q)[0], atol=4e-3, rtol=2e-2)
+    assert (dv == 0).all()
+
+
+def test_no_key_and_nothing_at_all(device):
+    for sizes in ({"s_k": 0}, {"s_q": 0}, {"batch": 0}):
+        case = BackwardCase(**{"s_q": 5, "s_k": 7, **sizes})
+        inputs = _inputs(case, device)
+        for x, gradient in zip(inputs, _all(case, inputs, device), strict=True):
+            assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+def test_in_place_changes_are_noticed(device):
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    for changed in (q, k, v, None):
+        out = fa3.flash_attn_func(q, k, v)
+        with torch.no_grad():
+            (out if changed is None else changed).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward(torch.ones_like(out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"softcap": 5.0}, ["softcap is 5.0"]),
+        ({"learnable_sink": torch.zeros(2)}, ["learnable_sink is a tensor"]),
+        ({"out": torch.zeros(1, 8, 2, 64).bfloat16()}, ["out is a tensor"]),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_what_has_no_backward_pass(changes, words, device):
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    with pytest.raises(NotImplementedError) as caught:
+        fa3.flash_attn_func(q, k, v, **{n: _on(x, device) for n, x in changes.items()})
+    for word in (*words, "requires_grad", "torch.no_grad"):
+        assert word in str(caught.value)
+
+
+def _on(x, device):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+def test_double_backward(device):
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    out = fa3.flash_attn_func(q, k, v)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dq.sum().backward()
+
+
+BAD = {
+    "dout": (lambda x: x[:, :-1], "dout has shape"),
+    "out": (lambda x: x.float(), "out has dtype torch.float32, expected torch.bfloat16"),
+    "lse": (lambda x: x.half(), "lse has dtype torch.float16, expected torch.float32"),
+    "dlse": (lambda x: x[..., :-1], "dlse has shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_of_the_operator(name, device):
+    case = BackwardCase(s_q=8, s_k=8)
+    q, k, v = (x.detach() for x in _inputs(case, device))
+    out, lse = attention(case, q, k, v, device)
+    given = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": lse}
+    change, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fa3.backward(**{**given, name: change(given[name])})
+
+
+def test_opcheck(device):
+    case = BackwardCase(s_q=20, s_k=30, causal=True)
+    q, k, v = _inputs(case, device)
+    torch.library.opcheck(torch.ops.fa3.forward.default, (q, k, v, None, True, -1, -1, 0))
+    out, lse = (x.detach() for x in attention(case, q, k, v, device))
+    q, k, v = (x.detach() for x in (q, k, v))
+    torch.library.opcheck(
+        torch.ops.fa3.backward.default, (out, q, k, v, out, lse, None, None, True)
+    )
+    torch.library.opcheck(torch.ops.fa3.backward.default, (out, q, k, v, out, lse, lse, 0.3))
+
+
+def test_compile_without_graph_breaks(device):
+    case = BackwardCase(s_q=40, s_k=40, causal=True)
+
+    def loss(q, k, v):
+        out, lse = fa3.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)
+        return out.float().square().sum() + lse.sum()
+
+    inputs = _inputs(case, device)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(function(*inputs), inputs) for function in (compiled, loss)]
+    for given, wanted in zip(*found, strict=True):
+        assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant, device):
+    case = BackwardCase(s_q=40, s_k=40, causal=True)
+    inputs = _inputs(case, device)
+    wanted = _all(case, inputs, device)
+    out = torch.utils.checkpoint.checkpoint(
+        lambda *x: fa3.flash_attn_func(*x, causal=True), *inputs, use_reentrant=use_reentrant
+    )
+    out.backward(torch.ones_like(out))
+    for x, gradient in zip(inputs, wanted, strict=True):
+        assert torch.equal(x.grad, gradient)
+
+
+def test_reference(plain_torch):
+    """CPU tensors without a kernel."""
+    for case in (
+        BackwardCase(s_q=30, s_k=50, h_q=4, h_k=2, causal=True, with_lse=True),
+        BackwardCase(head_dim=192, head_dim_v=40, s_q=50, s_k=30, window=(10, 4)),
+    ):
+        check(case, torch.device("cpu"))
