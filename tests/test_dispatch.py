@@ -13,6 +13,8 @@ import torch
 
 import fa3
 from fa3 import ops
+from fa3.kernels.bwd_config import BwdConfig
+from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Quantised, Signature
 from fa3.launch import dispatch, jit, tuning
@@ -150,3 +152,39 @@ def test_every_row_of_the_table_is_used(table, signatures):
     for row in table.values():
         for config in row.values():
             assert any(config is other for other in used), config
+
+
+def test_every_backward_signature_has_a_config_that_fits():
+    used = set()
+    for dtype, (d, dv, mask) in itertools.product(("bf16", "fp16"), DIMS_AND_MASKS):
+        tiles = tuning.backward_tiles(d, dv)
+        assert tiles[0] >= d and tiles[1] >= dv
+        signature = BwdSignature(dtype, *tiles, mask)
+        tuning.backward(signature).check(signature)
+        used.add(tiles)
+        kernel = dispatch.backward(signature, gpu(9, 0))
+        assert kernel.where == "fa3.kernels.sm90.backward.kernel:BackwardSm90"
+    assert used == set(tuning.BACKWARD)
+
+
+def test_backward_on_other_gpus():
+    with pytest.raises(NotImplementedError, match="backward sm90: it needs .* 9.x, .* has 8.0"):
+        dispatch.backward(BwdSignature("bf16", 64, 64, "full"), gpu(8, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile_m": 96}, "tile_m is 96, expected 64 or 128"),
+        ({"tile_n": 96}, "tile_n is 96, expected 64 or 128"),
+        ({"tile_m": 128}, "tile_m is 128, expected less: accumulators are 256 registers, of 208"),
+        ({"num_stages": 1}, "num_stages is 1, expected at least 2"),
+        ({"num_stages": 4}, "needs 265216 bytes of shared memory per CTA"),
+        ({"num_mma_warpgroups": 3}, "num_mma_warpgroups is 3, expected 1 or 2"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_backward_configs_that_cannot_be(changes, message):
+    config = BwdConfig(**{"tile_m": 64, **changes})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.check(BwdSignature("bf16", 128, 128, "full"))

@@ -399,8 +399,10 @@ def test_not_supported_yet(name, value, supported):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_requires_grad(name):
+    """Of calls without a backward pass."""
     x = tensors()[name].requires_grad_()
-    refused(NotImplementedError, [name, "requires_grad", "torch.no_grad"], **{name: x})
+    words = ["softcap", "2.5", "requires_grad", "torch.no_grad"]
+    refused(NotImplementedError, words, softcap=2.5, **{name: x})
 
 
 @pytest.mark.parametrize(

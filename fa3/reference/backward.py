@@ -20,7 +20,7 @@ def bind(signature: BwdSignature) -> Callable[[Sequence], None]:
 def _backward(signature: BwdSignature, arguments: Sequence) -> None:
     """dq, dk and dv; P is computed again from lse, and is 0 in rows that see no key.
 
-    arguments: the fields of BwdArguments, of which row_stats to dq_counters and num_ctas are not used.
+    arguments: the fields of BwdArguments, of which the workspace and num_ctas are not used.
     """
     x = BwdArguments(*arguments)
     b, s_q, h_q, d = x.q.shape

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
@@ -55,8 +54,7 @@ class Finish:
         own = dq_of_thread(sums, count, plan.num_consumers, thread)
         flat = cute.make_tensor(acc.iterator, cute.make_layout((4, count // 4)))
         cute.autovec_copy(own, flat)
-        for i in cutlass.range_constexpr(count):
-            acc[i] = acc[i] * softmax_scale
+        acc.store(acc.load() * softmax_scale)
         dq_16 = cute.make_rmem_tensor_like(acc, plan.element)
         convert(acc, dq_16)
         store(mma, dq_16, acc, sdQ, thread)

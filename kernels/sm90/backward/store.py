@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
@@ -31,8 +30,7 @@ def store_gradients(
     sdK, sdV = rings.k.buffer[None, None, 0], rings.v.buffer[None, None, 0]
     dv_16 = cute.make_rmem_tensor_like(frag.acc_dV, plan.element)
     convert(frag.acc_dV, dv_16)
-    for i in cutlass.range_constexpr(cute.size(frag.acc_dK)):
-        frag.acc_dK[i] = frag.acc_dK[i] * softmax_scale
+    frag.acc_dK.store(frag.acc_dK.load() * softmax_scale)
     dk_16 = cute.make_rmem_tensor_like(frag.acc_dK, plan.element)
     convert(frag.acc_dK, dk_16)
     plan.barriers.products_done()
