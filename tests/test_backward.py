@@ -7,6 +7,8 @@ import torch
 import torch.utils.checkpoint
 
 import fa3
+from fa3 import autograd
+from fa3.launch import dispatch
 
 from . import reference
 from .accuracy import assert_accurate
@@ -95,6 +97,63 @@ def test_scores_far_below_zero(device):
         assert_accurate(name, *x)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        BackwardCase(s_q=150, s_k=300, h_q=2, h_k=1),
+        BackwardCase(head_dim=128, head_dim_v=128, s_q=200, s_k=400, window=(100, 20), num_ctas=1),
+        BackwardCase(head_dim=256, head_dim_v=256, s_q=130, s_k=130, h_q=1, h_k=1, causal=True),
+    ],
+    ids=str,
+)
+def test_deterministic(case, device, monkeypatch):
+    """The same bits, whoever asks for it; they are those of the sums by ascending keys."""
+    inputs = _inputs(case, device)
+    out, lse = (x.detach() for x in attention(case, *inputs, device))
+    given = torch.randn_like(out), *(x.detach() for x in inputs), out, lse
+    sms = dispatch.target_of(device).num_sms
+    options = {
+        "causal": case.causal,
+        "window_left": case.window[0],
+        "window_right": case.window[1],
+        "sm_margin": 0 if case.num_ctas is None else sms - case.num_ctas,
+    }
+    wanted = torch.ops.fa3.backward(*given, **options, deterministic=True)
+    asked = []
+    plan_of = autograd.plan_of
+    monkeypatch.setattr(autograd, "plan_of", lambda *x: (asked.append(x[6]), plan_of(*x))[1])
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = torch.ops.fa3.backward(*given, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    other = torch.ops.fa3.backward(*given, **options)
+    assert asked == [True, False]
+    for first, second, third in zip(wanted, again, other, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, third)
+
+
+def test_deterministic_reaches_the_kernels(device, monkeypatch):
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    asked = []
+    run = autograd.run
+    monkeypatch.setattr(autograd, "run", lambda *x: (asked.append(x[7]), run(*x))[1])
+    for deterministic in (False, True):
+        fa3.flash_attn_func(q, k, v, deterministic=deterministic).sum().backward()
+    assert asked == [False, True]
+
+
+def test_packed_qkv(device):
+    """Its gradient is one tensor, too."""
+    qkv = torch.randn(1, 40, 4, 64, device=device).bfloat16().requires_grad_()
+    out = fa3.flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=2)
+    (given,) = torch.autograd.grad(out.sum(), qkv)
+    parts = [x.detach().requires_grad_() for x in qkv.split([2, 1, 1], dim=2)]
+    out = fa3.flash_attn_func(*parts, causal=True)
+    assert torch.equal(given, torch.cat(torch.autograd.grad(out.sum(), parts), dim=2))
+
+
 def test_only_what_is_asked_for(device):
     """Of some inputs, of lse alone, and with dO that has no memory of its own for each element."""
     case = BackwardCase(s_q=70, s_k=90, causal=True)
@@ -143,6 +202,13 @@ def test_what_has_no_backward_pass(changes, words, device):
         fa3.flash_attn_func(q, k, v, **{n: _on(x, device) for n, x in changes.items()})
     for word in (*words, "requires_grad", "torch.no_grad"):
         assert word in str(caught.value)
+
+
+def test_ragged_calls_have_no_backward_pass(device):
+    q, k, v = (x[0] for x in _inputs(BackwardCase(s_q=8, s_k=8), device))
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    with pytest.raises(NotImplementedError, match="requires_grad.*cu_seqlens_q is a tensor"):
+        fa3.flash_attn_varlen_func(q, k, v, cu, cu, 5, 5)
 
 
 def _on(x, device):

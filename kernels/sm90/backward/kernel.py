@@ -1,7 +1,7 @@
 """Backward pass for Hopper: three kernels, and the second one's shared memory and roles.
 
     prepare    simple/bwd_prepare.py     delta = rowsum(dO * O) - dlse, lse in base 2, dQ's sums = 0
-    backward   here                      dK and dV of 64 keys per warpgroup, dQ added to its sums
+    backward   here                      dK and dV of a tile of keys, dQ added to its sums
     finish     finish.py                 dQ from fp32 to 16 bits
 
 P is computed again from Q, K and lse.  A CTA has a tile of tile_n keys of one key head, and visits
@@ -13,22 +13,19 @@ all blocks of tile_m queries that see them, of every query head that reads the k
                                          dV += P^T dO           dK += dS^T Q         in registers
                                          dQ = dS K              added to fp32 in global memory
 
-    tensor cores | S^T | dP^T |                     dV |        | dQ       | dK        |
-    consumers    | wait | P^T = exp2 .. | dS^T .., to shared | all | wait      | dQ to L2 |
+    tensor cores | S^T  | dP^T        |                     | dV     | dK     | dQ     |
+    a consumer   | wait | P^T = exp2 ..    | dS^T, to shared | all    | wait            | dQ to L2 |
 
-dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, with two buffers of
-dS.  dQ leaves as the accumulators hold it, 16 bytes per thread and instruction (red.v4), without
-shared memory; `finish` reads it in the same order.
+dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, and as many buffers
+of dS as Q has stages.  dQ leaves as the accumulators hold it, 16 bytes per thread and instruction
+(red.v4), without shared memory; `finish` reads it in the same order.
 
-Per thread of a consumer, in registers: dK and dV (d + dv) / 2; S and dP tile_m; dQ
-tile_m d / 256, where S was; P and dS in 16 bits tile_m / 2.  Head dim 128: 128 + 64 + 32.
+Registers of a consumer thread at head dim 128: dK and dV 128, S and dP 64 or P and dS in 16 bits
+and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on see BwdConfig.splits_keys.
 
 Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1; FlashAttention-3 (arXiv 2407.08608),
 section 3.1.
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -38,182 +35,23 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ...barriers import WARPGROUP
-from ...blocks import Window
 from ...bwd_arguments import BwdArguments
 from ...bwd_config import BwdConfig
 from ...bwd_signature import BwdSignature
 from ...key_mask import KeyMask
-from ...query_blocks import QueryRange
-from ...scheduler import Schedule, TileOrder, WorkTile
-from ...sequence import Sequence, Sequences
+from ...scheduler import Schedule, TileOrder
+from ...sequence import Sequences
 from ...simple.bwd_prepare import Prepare, PrepareTensors
-from ...tensors import TmaOperand, permute
+from ...tensors import permute
 from ..tma import tma_load, tma_store
-from ..wgmma import ELEMENT
 from .differentiate import differentiate
-from .dq import DqSums
 from .finish import Finish
 from .load import load
+from .plan import BwdPlan
 from .products import BwdFragments, BwdSmem
 from .rings import BwdRings
 from .store import store_gradients
-
-
-@dataclass(frozen=True)
-class BwdBarriers:
-    """Hardware barriers of the consumers of a CTA, by event; 0 is __syncthreads."""
-
-    num_threads: int
-
-    def ds_written(self):
-        """Their parts of dS are in shared memory."""
-        self._wait(1)
-
-    def products_done(self):
-        """They have finished the last products of a tile."""
-        self._wait(2)
-
-    def gradients_written(self):
-        """Their parts of dK and dV are in shared memory."""
-        self._wait(3)
-
-    def dq_in_order(self, warpgroup):
-        """A warpgroup is about to add its dQ, or has."""
-        cute.arch.barrier(barrier_id=4 + warpgroup, number_of_threads=WARPGROUP)
-
-    def _wait(self, number: int):
-        cute.arch.barrier(barrier_id=number, number_of_threads=self.num_threads)
-
-
-@dataclass(frozen=True)
-class BwdPlan:
-    """The compile-time numbers that the roles share."""
-
-    signature: BwdSignature
-    config: BwdConfig
-
-    @property
-    def element(self):
-        return ELEMENT[self.signature.dtype]
-
-    @property
-    def num_consumers(self) -> int:
-        """Threads."""
-        return WARPGROUP * self.config.num_mma_warpgroups
-
-    @property
-    def barriers(self) -> BwdBarriers:
-        return BwdBarriers(self.num_consumers)
-
-    @property
-    def q_tile(self):
-        return (self.config.tile_m, self.signature.head_dim)
-
-    @property
-    def do_tile(self):
-        return (self.config.tile_m, self.signature.head_dim_v)
-
-    @property
-    def k_tile(self):
-        return (self.config.tile_n, self.signature.head_dim)
-
-    @property
-    def v_tile(self):
-        return (self.config.tile_n, self.signature.head_dim_v)
-
-
-@dataclass(frozen=True)
-class BwdTensors:
-    """Global tensors with the tiled modes first; heads of k and v are fewer under GQA."""
-
-    q: TmaOperand  # (s_q, d, h_q, b)
-    k: TmaOperand  # (s_k, d, h_k, b)
-    v: TmaOperand  # (s_k, dv, h_k, b)
-    do: TmaOperand  # (s_q, dv, h_q, b)
-    dk: TmaOperand  # (s_k, d, h_k, b)
-    dv: TmaOperand  # (s_k, dv, h_k, b)
-    row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
-    dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
-    dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
-
-    @property
-    def tma_atoms(self) -> list[cute.CopyAtom]:
-        operands = self.q, self.k, self.v, self.do, self.dk, self.dv
-        return [operand.atom for operand in operands]
-
-
-@dataclass(frozen=True)
-class BwdScalars:
-    """Run-time numbers of a backward pass."""
-
-    softmax_scale: Float32
-    scale_log2: Float32  # softmax_scale * log2(e)
-    window_left: Int32
-    window_right: Int32
-
-
-@dataclass(frozen=True)
-class KeyTile:
-    """The keys of a tile, of one key head."""
-
-    n_block: Any
-    head_kv: Any
-    batch: Any
-    turn: Any
-    is_valid: Any
-
-
-@dataclass(frozen=True)
-class BwdWork:
-    """The tiles of this CTA, one after another, and what each of them is about."""
-
-    plan: cutlass.Constexpr[BwdPlan]
-    schedule: Schedule
-    sequences: Sequences
-    scalars: BwdScalars
-    heads_per_group: Any
-    num_n_blocks: Any
-    stats: cute.Tensor  # BwdTensors.row_stats
-    sums: cute.Tensor  # BwdTensors.dq_sums
-    counters: cute.Tensor | None  # BwdTensors.dq_counters
-
-    def first(self) -> KeyTile:
-        return self._of(self.schedule.first())
-
-    def next(self, tile: KeyTile) -> KeyTile:
-        return self._of(self.schedule.next(tile))
-
-    def _of(self, tile: WorkTile) -> KeyTile:
-        """Longest first: the schedule counts down, and the first keys are seen most."""
-        n_block = tile.m_block
-        if self.plan.signature.mask != "full":
-            n_block = self.num_n_blocks - 1 - n_block
-        return KeyTile(n_block, tile.head, tile.batch, tile.turn, tile.is_valid)
-
-    def sequence_of(self, tile: KeyTile) -> Sequence:
-        return self.sequences[tile.batch]
-
-    def window_of(self, tile: KeyTile) -> Window:
-        left, right = self.scalars.window_left, self.scalars.window_right
-        return self.sequence_of(tile).window(self.plan.signature.mask, left, right)
-
-    def blocks_of(self, tile: KeyTile) -> QueryRange:
-        config, window = self.plan.config, self.window_of(tile)
-        return QueryRange.of(window, tile.n_block, tile_m=config.tile_m, tile_n=config.tile_n)
-
-    def row_stats(self, tile: KeyTile, head) -> tuple[cute.Tensor, cute.Tensor]:
-        """lse and delta of a query head, (tile_m, m_blocks) each."""
-        tile_m = self.plan.config.tile_m
-        both = self.stats[None, None, head, tile.batch]  # (2 * tile_m, m_blocks)
-        layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
-        return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
-
-    def dq_sums(self, tile: KeyTile, head, thread) -> DqSums:
-        """Those of a query head."""
-        place = (None, None, head, tile.batch)
-        counters = None if self.counters is None else self.counters[place]
-        window = self.window_of(tile)
-        return DqSums(self.plan, self.sums[place], counters, window, tile.n_block, thread)
+from .work import BwdScalars, BwdTensors, BwdWork, KeyTile
 
 
 class BackwardSm90:
