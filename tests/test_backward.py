@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fa3
-from fa3 import autograd
+from fa3 import autograd, emulator, ops
 from fa3.launch import dispatch
 
 from . import reference
 from .accuracy import assert_accurate
 from .backward_cases import BackwardCase, attention, check, covering, gradients
 from .cases import make_inputs
+from .conftest import HOPPER
 
 
 # One of each kind of mask first.
@@ -142,6 +144,57 @@ def test_deterministic_reaches_the_kernels(device, monkeypatch):
     for deterministic in (False, True):
         fa3.flash_attn_func(q, k, v, deterministic=deterministic).sum().backward()
     assert asked == [False, True]
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+@pytest.mark.parametrize(
+    "case",
+    [
+        BackwardCase(s_q=70, s_k=200, h_q=2, h_k=2, causal=True),  # several tiles of one CTA
+        BackwardCase(head_dim=192, head_dim_v=128, s_q=70, s_k=100, h_q=2, h_k=1, window=(60, 20)),
+    ],
+    ids=str,
+)
+def test_order_of_warps_and_copies_does_not_change_the_bits(case, device):
+    q, k, v = (x.values for x in make_inputs(case, device))
+    out, lse = attention(case, q, k, v, device)
+    dout = torch.randn_like(out)
+    options = {"causal": case.causal, "window_left": case.window[0], "window_right": case.window[1]}
+    margin = dispatch.target_of(device).num_sms - 1
+
+    def backward():
+        given = dout, q, k, v, out, lse
+        return torch.ops.fa3.backward(*given, **options, sm_margin=margin, deterministic=True)
+
+    emulator.compare_schedules(backward, seeds=range(2))
+
+
+def test_memory_is_linear_in_the_length(device):
+    """Of the workspace; all else that is allocated is as large as q, k and v."""
+
+    def numbers(length):
+        x = torch.empty(1, length, 2, 128, dtype=torch.bfloat16, device=device)
+        lse = torch.empty(1, 2, length, device=device)
+        fields = [ops.fields(t) for t in (x, x, x, x, x, lse)]
+        plan = autograd.plan_of(*fields, True, None, True, -1, -1, 0, 0.0)
+        return [math.prod(shape) for shape, _ in plan.workspace]
+
+    assert numbers(4096) == [2 * n for n in numbers(2048)]
+    assert sum(numbers(2048)) == 2048 * 2 * (128 + 2) + 2048 // 64 * 2 * 2
+
+
+def test_operations_are_counted():
+    """As five products to the forward pass's two."""
+    q, k, v = (
+        torch.empty(2, s, h, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for s, h in ((30, 4), (50, 2), (50, 2))
+    )
+    with FlopCounterMode(display=False) as forward:
+        out = fa3.flash_attn_func(q, k, v)
+    with FlopCounterMode(display=False) as backward:
+        out.backward(torch.empty_like(out))
+    assert forward.get_total_flops() == 4 * 2 * 4 * 30 * 50 * 64
+    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
 
 
 def test_packed_qkv(device):
