@@ -22,6 +22,7 @@ class BwdConfig:
     tile_m: int  # queries per step
     tile_n: int = 128  # keys per CTA
     num_mma_warpgroups: int = 2
+    dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
     num_stages: int = 2  # of the rings of Q and dO; buffers of dS, and of P where it has some
 
     @property
@@ -82,6 +83,7 @@ class BwdConfig:
             count = sums + step
             expected = f"less: accumulators are {count} registers, of {ACCUMULATORS}"
             yield "tile_m", count <= ACCUMULATORS, expected
+        yield "dv_early", self.splits_keys or not self.dv_early, "False where tile_n is 64"
         yield "num_stages", self.num_stages >= 2, "at least 2, as one barrier guards a step"
 
     def smem_bytes(self, signature: BwdSignature) -> int:

@@ -46,7 +46,12 @@ def differentiate(
                 mask.apply(frag.acc_S, m_block)
             frag.exponentiate(scale_log2, lse)
             p = frag.hand_over_p(query.index, thread)
-            warpgroup.wait_group(0)
+            if cutlass.const_expr(plan.config.dv_early):
+                warpgroup.fence()
+                frag.issue_dv(p, dout.index)
+                warpgroup.wait_group(1)
+            else:
+                warpgroup.wait_group(0)
             delta = rings.do.of_thread(dout.index, mask.column, plan.config.score_columns)
             frag.differentiate(delta)
             ds = frag.hand_over_ds(query.index, thread)
@@ -54,7 +59,8 @@ def differentiate(
             if cutlass.const_expr(not plan.config.splits_keys):
                 plan.barriers.ds_written()
             warpgroup.fence()
-            frag.issue_dv(p, dout.index)
+            if cutlass.const_expr(not plan.config.dv_early):
+                frag.issue_dv(p, dout.index)
             frag.issue_dk(ds, query.index)
             if cutlass.const_expr(plan.config.splits_keys):
                 plan.barriers.ds_written()
