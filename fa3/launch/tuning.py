@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ..kernels.config import FwdConfig
 from ..kernels.signature import Signature
+from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
 #
@@ -45,8 +46,23 @@ FORWARD_FP8 = {
 }
 
 
-def forward(signature: Signature) -> FwdConfig:
+# Of Ampere and Ada, by the larger head dim.  What fits on every 8.x, and what needs the 164 KiB of
+# 8.0 and 8.7.
+FORWARD_SM80 = {
+    64: (Sm80Config(tile_n=64),),
+    96: (Sm80Config(tile_n=64),),
+    128: (Sm80Config(tile_n=64),),
+    192: (Sm80Config(tile_n=64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),),
+    256: (Sm80Config(tile_n=32, num_warps=8, rows_per_warp=16, ctas_per_sm=1),),
+}
+
+
+def forward(
+    signature: Signature, capability: tuple[int, int] = (9, 0)
+) -> FwdConfig | Sm80Config:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
+    if capability[0] == 8:
+        return _forward_sm80(signature, capability)
     table = FORWARD if signature.quantised is None else FORWARD_FP8
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
@@ -55,3 +71,10 @@ def forward(signature: Signature) -> FwdConfig:
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)
     return config if v_block % config.tile_n == 0 else replace(config, tile_n=v_block)
+
+
+def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:
+    """The first of the row that fits."""
+    row = FORWARD_SM80[max(signature.head_dim, signature.head_dim_v)]
+    smem = SMEM_OF_SM.get(capability, min(SMEM_OF_SM.values()))
+    return next((config for config in row if config.fits(signature, smem)), row[-1])

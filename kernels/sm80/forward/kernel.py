@@ -1,0 +1,273 @@
+"""FlashAttention-2 forward for Ampere and Ada: host side, shared memory, the tiles of a CTA.
+
+All warps of a CTA do the same, each for 16 or 32 query rows of its own; only K and V are shared,
+and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), per step:
+
+    all         | barrier |           | barrier |                            | barrier
+    copies      |         | V_n       |         | K_(n-1)                    |
+    warp        |         | S = Q K_n |         | y, exp2 .. P | O += P V_n  |
+    other warps |         | the same, at their own pace: the scheduler gives tensor cores and
+                            exponentials to whoever is ready; a second CTA fills the barriers
+
+Registers of a thread, rows_per_warp = 32: O dv, S tile_n, P tile_n / 2 (its S is free by then),
+a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows.
+
+Shared memory over tensor cycles on sm_80 is 16 / rows_per_warp, plus Q where it does not stay in
+registers, plus the copies.
+
+Sources: FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from dataclasses import dataclass, replace
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from ...arguments import FwdArguments
+from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
+from ...lengths import EqualLengths, RaggedLengths
+from ...mask import Mask
+from ...scheduler import Schedule, TileList, TileOrder, WorkTile
+from ...scores import Scores, SoftmaxScale
+from ...signature import Signature
+from ...softmax import OnlineSoftmax, Totals
+from ...tensors import FwdScalars, FwdTensors, permute
+from ...work import Work
+from ..config import Sm80Config
+from ..copies import RowCopy, TileLayout
+from ..mma import ELEMENT, ROWS
+from .attend import Rows, attend
+from .load import Loads
+from .products import Products
+from .store import Place, store_lse, store_output
+
+
+@dataclass(frozen=True)
+class FwdPlan:
+    """The compile-time numbers of a kernel."""
+
+    signature: Signature
+    config: Sm80Config
+
+    @property
+    def element(self) -> type:
+        return ELEMENT[self.signature.dtype]
+
+    @property
+    def tile_m(self) -> int:
+        return self.config.tile_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.config.tile_n
+
+    @property
+    def head_dim(self) -> int:
+        return self.signature.head_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.signature.head_dim_v
+
+    @property
+    def row_groups(self) -> int:
+        """Of a warp."""
+        return self.config.rows_per_warp // ROWS
+
+    @property
+    def lengths(self) -> EqualLengths | RaggedLengths:
+        return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
+
+    @property
+    def q(self) -> TileLayout:
+        return TileLayout(self.tile_m, self.head_dim)
+
+    @property
+    def k(self) -> TileLayout:
+        return TileLayout(self.tile_n, self.head_dim)
+
+    @property
+    def v(self) -> TileLayout:
+        return TileLayout(self.tile_n, self.head_dim_v)
+
+    @property
+    def o(self) -> TileLayout:
+        return TileLayout(self.tile_m, self.head_dim_v)
+
+    def softmax(self) -> OnlineSoftmax:
+        dtype = self.signature.dtype
+        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], 0)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Shared memory of a CTA."""
+
+    q: cute.Pointer  # and O
+    k: cute.Pointer
+    v: cute.Pointer
+
+    @staticmethod
+    def of(plan: FwdPlan) -> "Space":
+        def space(num_elements):
+            return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
+
+        allocator, stages = SmemAllocator(), plan.config.num_stages
+        q = space(max(plan.q.elements, plan.o.elements))
+        return Space(q, space(stages * plan.k.elements), space(stages * plan.v.elements))
+
+
+class ForwardSm80:
+    """The forward kernel of one Signature, laid out by one Sm80Config."""
+
+    def __init__(self, signature: Signature, config: Sm80Config):
+        config.check(signature)
+        self.plan = FwdPlan(signature, config)
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
+        plan = self.plan
+        heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
+        batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
+        d, dv = (cute.sym_int32(divisibility=8) for _ in range(2))
+
+        def tensor(batch, length, heads, width):
+            strides = (cute.sym_int64(divisibility=8) for _ in range(3))
+            shape = (batch, length, heads, width)
+            return make_fake_tensor(plan.element, shape, (*strides, 1), assumed_align=16)
+
+        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
+        sink_strides = (cute.sym_int64(), cute.sym_int64())
+        sinks = make_fake_tensor(
+            Float32, (cute.sym_int32(), heads_q), sink_strides, assumed_align=4
+        )
+        arguments = FwdArguments(
+            tensor(batch, s_q, heads_q, d),
+            tensor(batch_k, s_k, heads_k, d),
+            tensor(batch_k, s_k, heads_k, dv),
+            tensor(batch, s_q, heads_q, dv),
+            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+            None,
+            None,
+            None,
+            None,
+            sinks if plan.signature.sinks else None,
+            *plan.lengths.example(),
+            scale_log2=Float32(1.0),
+            softcap_log2=Float32(0.0),
+            window_left=Int32(0),
+            window_right=Int32(0),
+            num_ctas=Int32(1),
+        )
+        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.jit
+    def __call__(self, arguments: FwdArguments, stream):
+        plan = self.plan
+        num_ctas = arguments.num_ctas * plan.config.ctas_per_sm
+        x = replace(arguments, num_ctas=num_ctas)
+        q, k, v, o = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out))
+        tensors = FwdTensors(
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            lse=permute(x.lse, [2, 1, 0]),
+            sinks=permute(x.sinks, [1, 0]) if plan.signature.sinks else None,
+            lengths=plan.lengths.given(x),
+        )
+        scalars = FwdScalars(x.scale_log2, x.softcap_log2, x.window_left, x.window_right)
+        order = plan.lengths.order(x, stream)
+        self.kernel(tensors, scalars, order).launch(
+            grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
+            block=(plan.config.num_threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=plan.config.ctas_per_sm,
+            preferred_smem_carveout=100,  # percent; else the DSL asks the driver for the sizes
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder | TileList):
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0]
+        space = Space.of(plan)
+        stages = plan.config.num_stages
+        products = Products.of(
+            plan,
+            thread,
+            plan.q.tensor(space.q),
+            plan.k.tensor(space.k, stages),
+            plan.v.tensor(space.v, stages),
+        )
+        softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
+        totals = Totals.empty()
+        work = self._work(tensors, scalars, order)
+        tile = work.first()
+        while tile.is_valid:
+            self._tile(tensors, scalars, work, tile, space, products, softmaxes, totals)
+            tile = work.next(tile)
+
+    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        q_rows, k_rows = tensors.q.shape[0], tensors.k.shape[0]
+        sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
+        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
+
+    @cute.jit
+    def _tile(
+        self,
+        tensors: FwdTensors,
+        scalars: FwdScalars,
+        work: Work,
+        tile: WorkTile,
+        space: Space,
+        products: Products,
+        softmaxes: tuple,
+        totals: Totals,
+    ):
+        """One query tile, all of it."""
+        plan = self.plan
+        thread = cute.arch.thread_idx()[0]
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
+        places, rows = [], []
+        for m in cutlass.range_constexpr(plan.row_groups):
+            offset = ROWS * (warp + plan.config.num_warps * m)
+            place = Place(tile, sequence, lane, tile.m_block * plan.tile_m, offset)
+            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (lane % 4))
+            factors = SoftmaxScale(scalars.scale_log2)
+            scores = Scores.of(plan, scalars, factors, mask, softmaxes[m])
+            places.append(place)
+            rows.append(Rows(scores, softmaxes[m]))
+        loads = self._loads(tensors, tile, sequence, blocks, space, thread)
+        loads.start(tile.m_block)
+        attend(products, tuple(rows), loads, blocks)
+        sink = tensors.sink_of(tile)
+        cute.arch.sync_threads()  # no warp reads Q, K or V any more
+        for m in cutlass.range_constexpr(plan.row_groups):
+            acc_O = products.groups[m].acc_O
+            softmaxes[m].finish(acc_O, totals, sink)
+            store_lse(tensors.lse, totals.lse, places[m])
+            store_output(tensors.o, acc_O, plan.o, space.q, places[m])
+        cute.arch.sync_threads()  # nor O, whose place the next Q takes
+
+    def _loads(self, tensors: FwdTensors, tile: WorkTile, sequence, blocks, space: Space, thread):
+        plan, queries, keys = self.plan, sequence.queries, sequence.keys
+        threads = plan.config.num_threads
+        q = queries.matrix(tensors.q, tile.head)
+        k, v = (keys.matrix(t, tile.head_kv) for t in (tensors.k, tensors.v))
+        return Loads(
+            plan.config.num_stages,
+            RowCopy.of(plan.q, threads, thread, q, queries.length, space.q),
+            RowCopy.of(plan.k, threads, thread, k, keys.length, space.k),
+            RowCopy.of(plan.v, threads, thread, v, keys.length, space.v),
+            blocks,
+        )
+
+
+def forward(signature: Signature, config: Sm80Config) -> ForwardSm80:
+    """The forward kernel for fp16 and bf16."""
+    return ForwardSm80(signature, config)
