@@ -13,9 +13,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
-
-from ..arithmetic import clamp
+from cutlass import Int32, Int64, Uint32
 
 CHUNK = 8  # 16-bit elements, 16 bytes
 
@@ -44,18 +42,6 @@ class TileLayout:
     @property
     def elements(self) -> int:
         return self.rows * self.width
-
-    def staged(self, stages: int = 1) -> cute.ComposedLayout:
-        """(rows, width, stages)"""
-        swizzle = cute.make_swizzle(3 if self.columns == 64 else 2, 4, 3)
-        atom = cute.make_layout((8, self.columns), stride=(self.columns, 1))
-        atom = cute.make_composed_layout(swizzle, 0, atom)
-        return cute.tile_to_shape(atom, (self.rows, self.width, stages), (0, 1, 2))
-
-    def tensor(self, pointer: cute.Pointer, stages: int = 1) -> cute.Tensor:
-        layout = self.staged(stages)
-        dtype = pointer.value_type
-        return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype), layout.outer)
 
     def offset(self, row, chunk, block=0):
         """Of a chunk of a column block, in elements."""
@@ -91,7 +77,8 @@ class RowCopy:
             sizes.append(Int32(16) if is_inside else Int32(0))
         stride = Int64(matrix.stride[0]) * element
         source = matrix.iterator.toint() + Int64(row) * stride + chunk * CHUNK * element
-        target = Int32(pointer.toint()) + layout.offset(row, chunk) * element
+        source = kept_address(source)
+        target = kept(Int32(pointer.toint()) + layout.offset(row, chunk) * element)
         step = num_threads // chunks
         return RowCopy(layout, step, source, stride, row, length, tuple(sizes), target)
 
@@ -104,19 +91,18 @@ class RowCopy:
         layout = self.layout
         first = tile * layout.rows
         target = self.target + stage * (layout.elements * 2)
+        source = self.source + Int64(first) * self.stride
         for i in cutlass.range_constexpr(layout.rows // self.step):
-            row = first + i * self.step
             is_inside = True
             if cutlass.const_expr(is_partial):
-                is_inside = row + self.row < self.length
-                row = clamp(row, -self.row, self.length - 1 - self.row)
-            source = self.source + Int64(row) * self.stride
+                is_inside = first + i * self.step + self.row < self.length
             for block in cutlass.range_constexpr(layout.blocks):
                 size = self.sizes[block]
                 if cutlass.const_expr(is_partial):
                     size = size if is_inside else Int32(0)
                 to = target + (block * layout.rows + i * self.step) * layout.columns * 2
                 _copy_chunk(to, source + block * layout.columns * 2, size)
+            source += self.step * self.stride
 
 
 def _copy_chunk(target: Int32, source: Int64, size: Int32):
@@ -125,6 +111,16 @@ def _copy_chunk(target: Int32, source: Int64, size: Int32):
         "cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};",
         read_only_args=[target, source, size],
     )
+
+
+def kept(x: Int32) -> Int32:
+    """x, in a register: ptxas computes it again at each step of a loop if it sees how."""
+    return cute.arch.shuffle_sync_bfly(x, 0)
+
+
+def kept_address(x: Int64) -> Int64:
+    low, high = kept(Int32(x)), kept(Int32(x >> 32))
+    return Int64(high) << 32 | Int64(Uint32(low))
 
 
 def commit():

@@ -26,7 +26,7 @@ def attend(products: Products, rows: tuple, loads: Loads, blocks: BlockRange):
     """A step whose rows move their maximum corrects y and O at once; nearly none does."""
     for group in rows:
         group.softmax.start()
-    products.start(loads)
+    products.start()
     for phase, is_first in _phases(blocks):
         n_block = phase.n_end - 1
         while n_block >= phase.n_begin:

@@ -77,6 +77,10 @@ class FwdPlan:
         """Of a warp."""
         return self.config.rows_per_warp // ROWS
 
+    def first_rows(self, warp) -> tuple:
+        """Of the warp's row groups, in the tile."""
+        return tuple(ROWS * (warp + self.config.num_warps * m) for m in range(self.row_groups))
+
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
         return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
@@ -194,14 +198,8 @@ class ForwardSm80:
         plan = self.plan
         thread = cute.arch.thread_idx()[0]
         space = Space.of(plan)
-        stages = plan.config.num_stages
-        products = Products.of(
-            plan,
-            thread,
-            plan.q.tensor(space.q),
-            plan.k.tensor(space.k, stages),
-            plan.v.tensor(space.v, stages),
-        )
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        products = Products.of(plan, lane, plan.first_rows(warp), space)
         softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
         totals = Totals.empty()
         work = self._work(tensors, scalars, order)
@@ -235,7 +233,7 @@ class ForwardSm80:
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
         places, rows = [], []
         for m in cutlass.range_constexpr(plan.row_groups):
-            offset = ROWS * (warp + plan.config.num_warps * m)
+            offset = plan.first_rows(warp)[m]
             place = Place(tile, sequence, lane, tile.m_block * plan.tile_m, offset)
             mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (lane % 4))
             factors = SoftmaxScale(scalars.scale_log2)

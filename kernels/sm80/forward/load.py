@@ -43,10 +43,6 @@ class Loads:
             self.v.issue(first, self.stage(first), is_partial=True)
         commit()
 
-    def wait(self):
-        """All that was issued is there."""
-        wait_for_all()
-
     @cute.jit
     def before_scores(self, n_block, is_first: cutlass.Constexpr[bool]):
         """K_n is there; is_first: n_block may be the first block, which may be a partial one."""

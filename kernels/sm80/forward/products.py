@@ -3,12 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 
 from ...views import convert
-from ..mma import SharedOperand, accumulator, multiply, operand, tiled_mma
-from .load import Loads
+from ..mma import (
+    SharedOperand,
+    accumulator,
+    fragment_a,
+    fragment_b,
+    multiply,
+    operand,
+    warp_mma,
+)
 
 
 @dataclass(frozen=True)
@@ -30,52 +36,48 @@ class Products:
     """Both products.  A fragment of K or V is read once for all row groups."""
 
     plan: Any
-    mma: cute.TiledMma
-    q: SharedOperand
+    mma: cute.MmaAtom
+    q: tuple[SharedOperand, ...]  # by row group
     k: SharedOperand
     v: SharedOperand
     groups: tuple[RowGroup, ...]
 
     @staticmethod
-    def of(plan, thread, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor) -> "Products":
-        """sQ: (tile_m, d, 1), sK: (tile_n, d, stages), sV: (tile_n, dv, stages)"""
-        mma = tiled_mma(plan.element, plan.config.num_warps)
-        transposed = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+    def of(plan, lane, first_rows: tuple, space) -> "Products":
+        """first_rows: of the warp's row groups, in the tile."""
         return Products(
             plan,
-            mma,
-            SharedOperand.a(mma, thread, sQ),
-            SharedOperand.b(mma, thread, sK, transpose=False),
-            SharedOperand.b(mma, thread, transposed, transpose=True),
-            tuple(RowGroup.of(plan) for _ in range(plan.row_groups)),
+            warp_mma(plan.element),
+            tuple(SharedOperand.of(plan.q, space.q, lane, row) for row in first_rows),
+            SharedOperand.of(plan.k, space.k, lane, is_k=True),
+            SharedOperand.of(plan.v, space.v, lane),
+            tuple(RowGroup.of(plan) for _ in first_rows),
         )
 
-    def start(self, loads: Loads):
+    def start(self):
         """Before the first block of a tile."""
         for group in self.groups:
             group.acc_O.fill(0.0)
-        if self.plan.config.q_in_registers:
-            loads.wait()
-            for k in range(self.plan.head_dim // 16):
-                self.q.load(k, 0)
 
     def scores(self, stage):
         """S = Q K^T"""
+        element, keys = self.plan.element, self.k.at(stage)
         for group in self.groups:
             group.acc_S.fill(0.0)
-        for k in range(self.plan.head_dim // 16):
-            self.k.load(k, stage)
-            if not self.plan.config.q_in_registers:
-                self.q.load(k, 0)
-            for m, group in enumerate(self.groups):
-                multiply(self.mma, group.acc_S, self.q.rows(k, m), self.k[k])
+        for k in range(0, self.plan.head_dim, 16):
+            words = [w for n in range(0, self.plan.tile_n, 16) for w in keys.load(n, k)]
+            b = fragment_b(words, element)
+            for group, q in zip(self.groups, self.q, strict=True):
+                multiply(self.mma, group.acc_S, fragment_a(q.load(0, k), element), b)
 
     def output(self, stage):
         """O += P V"""
-        for k in range(self.plan.tile_n // 16):
-            self.v.load(k, stage)
+        values, width = self.v.at(stage), self.plan.head_dim_v
+        for k in range(0, self.plan.tile_n, 16):
+            words = [w for n in range(0, width, 16) for w in values.load(k, n, transpose=True)]
+            b = fragment_b(words, self.plan.element)
             for group in self.groups:
-                multiply(self.mma, group.acc_O, group.p[None, None, k], self.v[k])
+                multiply(self.mma, group.acc_O, group.p[None, None, k // 16], b)
 
     def convert(self):
         """P -> operand"""

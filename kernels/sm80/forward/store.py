@@ -10,7 +10,7 @@ from cutlass import Int32
 from ...scheduler import WorkTile
 from ...sequence import Sequence
 from ...views import convert
-from ..copies import CHUNK, TileLayout
+from ..copies import CHUNK, TileLayout, kept
 from ..mma import ROWS
 
 
@@ -48,7 +48,8 @@ def store_output(
 
     mO: (s_q, dv, h_q, b); acc_O: ((2, 2, dv / 8), 1, 1), normalised.
     """
-    queries, lane = place.sequence.queries, place.lane
+    queries = place.sequence.queries
+    lane = kept(place.lane)  # its addresses would be computed ahead of all tiles, and spill
     matrix = queries.matrix(mO, place.tile.head)  # (s_q, dv)
     acc_16 = cute.make_rmem_tensor_like(acc_O, space.value_type)
     convert(acc_O, acc_16)
