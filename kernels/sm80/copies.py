@@ -66,9 +66,17 @@ class RowCopy:
     target: Int32  # address of the thread's first chunk in shared memory
 
     @staticmethod
+    def thread_offset(layout: TileLayout, thread) -> Int32:
+        """Of the thread's first chunk in shared memory, in bytes from the tile."""
+        return kept(2 * layout.offset(thread // layout.chunks, thread % layout.chunks))
+
+    @staticmethod
     @cute.jit
-    def of(layout: TileLayout, num_threads: int, thread, matrix, length, pointer) -> "RowCopy":
-        """matrix: (rows, width) in global memory; pointer: to the tile, or to its first stage."""
+    def of(layout: TileLayout, num_threads: int, thread, matrix, length, pointer, offset):
+        """matrix: (rows, width) in global memory; pointer: to the tile, or to its first stage.
+
+        offset: `thread_offset(layout, thread)`, which tiles of the same columns share.
+        """
         chunks, element = layout.chunks, 2
         row, chunk = thread // chunks, thread % chunks
         sizes = []
@@ -78,7 +86,7 @@ class RowCopy:
         stride = Int64(matrix.stride[0]) * element
         source = matrix.iterator.toint() + Int64(row) * stride + chunk * CHUNK * element
         source = kept_address(source)
-        target = kept(Int32(pointer.toint()) + layout.offset(row, chunk) * element)
+        target = Int32(pointer.toint()) + offset
         step = num_threads // chunks
         return RowCopy(layout, step, source, stride, row, length, tuple(sizes), target)
 

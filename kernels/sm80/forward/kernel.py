@@ -199,7 +199,7 @@ class ForwardSm80:
         thread = cute.arch.thread_idx()[0]
         space = Space.of(plan)
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        products = Products.of(plan, lane, plan.first_rows(warp), space)
+        products = Products.of(plan, lane, warp, space)
         softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
         totals = Totals.empty()
         work = self._work(tensors, scalars, order)
@@ -257,11 +257,15 @@ class ForwardSm80:
         threads = plan.config.num_threads
         q = queries.matrix(tensors.q, tile.head)
         k, v = (keys.matrix(t, tile.head_kv) for t in (tensors.k, tensors.v))
+        of_qk = RowCopy.thread_offset(plan.k, thread)
+        of_v = of_qk
+        if plan.v.columns != plan.k.columns:
+            of_v = RowCopy.thread_offset(plan.v, thread)
         return Loads(
             plan.config.num_stages,
-            RowCopy.of(plan.q, threads, thread, q, queries.length, space.q),
-            RowCopy.of(plan.k, threads, thread, k, keys.length, space.k),
-            RowCopy.of(plan.v, threads, thread, v, keys.length, space.v),
+            RowCopy.of(plan.q, threads, thread, q, queries.length, space.q, of_qk),
+            RowCopy.of(plan.k, threads, thread, k, keys.length, space.k, of_qk),
+            RowCopy.of(plan.v, threads, thread, v, keys.length, space.v, of_v),
             blocks,
         )
 

@@ -37,21 +37,20 @@ class Products:
 
     plan: Any
     mma: cute.MmaAtom
-    q: tuple[SharedOperand, ...]  # by row group
+    q: SharedOperand  # of the warp's rows
     k: SharedOperand
     v: SharedOperand
     groups: tuple[RowGroup, ...]
 
     @staticmethod
-    def of(plan, lane, first_rows: tuple, space) -> "Products":
-        """first_rows: of the warp's row groups, in the tile."""
+    def of(plan, lane, warp, space) -> "Products":
         return Products(
             plan,
             warp_mma(plan.element),
-            tuple(SharedOperand.of(plan.q, space.q, lane, row) for row in first_rows),
+            SharedOperand.of(plan.q, space.q, lane, plan.first_rows(warp)[0]),
             SharedOperand.of(plan.k, space.k, lane, is_k=True),
             SharedOperand.of(plan.v, space.v, lane),
-            tuple(RowGroup.of(plan) for _ in first_rows),
+            tuple(RowGroup.of(plan) for _ in range(plan.row_groups)),
         )
 
     def start(self):
@@ -67,8 +66,8 @@ class Products:
         for k in range(0, self.plan.head_dim, 16):
             words = [w for n in range(0, self.plan.tile_n, 16) for w in keys.load(n, k)]
             b = fragment_b(words, element)
-            for group, q in zip(self.groups, self.q, strict=True):
-                multiply(self.mma, group.acc_S, fragment_a(q.load(0, k), element), b)
+            for group, row in zip(self.groups, self.plan.first_rows(0), strict=True):
+                multiply(self.mma, group.acc_S, fragment_a(self.q.load(row, k), element), b)
 
     def output(self, stage):
         """O += P V"""
