@@ -14,6 +14,7 @@ from .. import emulator
 from ..emulator.profiling import LaunchProfile
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
+from ..kernels.sm80.config import Sm80Config
 from ..launch import dispatch, jit, tuning
 from ..launch.jit import Artifacts
 from . import run
@@ -32,7 +33,7 @@ class Inspection:
     """A kernel with all that led to it."""
 
     signature: Signature
-    config: FwdConfig
+    config: FwdConfig | Sm80Config
     kernel: dispatch.Kernel
     artifacts: Artifacts
     report: Report
@@ -109,11 +110,15 @@ def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
     return config
 
 
-def inspect(signature: Signature, config: FwdConfig | None = None) -> Inspection:
+def inspect(
+    signature: Signature,
+    config: FwdConfig | Sm80Config | None = None,
+    target: dispatch.Target = HOPPER,
+) -> Inspection:
     """Compile, or take from the cache, and read; the tuning table's config unless told."""
-    kernel = dispatch.forward(signature, HOPPER)
-    config = config or tuning.forward(signature)
-    artifacts = jit.artifacts(kernel.where, signature, config)
+    kernel = dispatch.forward(signature, target)
+    config = config or tuning.forward(signature, target.capability)
+    artifacts = jit.artifacts(kernel.where, signature, config, target.arch)
     return Inspection(signature, config, kernel, artifacts, analyse(artifacts.cubin))
 
 

@@ -48,8 +48,8 @@ def _why_not_sm80(signature: Signature, target: Target) -> str | None:
         return _needs("8.x", target)
     if signature.quantised:
         return (
-            f"{target.name} has no FP8 matrix products, it takes 16-bit inputs: give q, k and v in "
-            "bf16 or fp16, multiplied by their scales"
+            f"{target.name} has no kernel for FP8: give q, k and v in bf16 or fp16, multiplied by "
+            "their scales"
         )
     return None
 

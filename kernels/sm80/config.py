@@ -21,7 +21,6 @@ class Sm80Config:
     num_warps: int = 4
     rows_per_warp: int = 32  # query rows; K and V are read from shared memory once for all of them
     num_stages: int = 1  # of K and of V
-    q_in_registers: bool = False  # read once per tile, or at every step
     ctas_per_sm: int = 2
 
     @property
