@@ -1,6 +1,6 @@
 """Work: the tiles of one CTA, one after another, and what each of them is about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -23,6 +23,10 @@ class Work:
 
     def next(self, tile: WorkTile) -> WorkTile:
         return self.schedule.next(tile)
+
+    def again(self, tile: WorkTile) -> WorkTile:
+        """The same, looked up anew: that of a ragged batch has needed no registers meanwhile."""
+        return self.schedule.next(replace(tile, turn=tile.turn - 1))
 
     def sequence_of(self, tile: WorkTile) -> Sequence:
         return self.sequences[tile.batch]

@@ -66,6 +66,7 @@ FORWARD_SM80 = {
     256: (
         Sm80Config(64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 18.7; 128 KiB
         Sm80Config(32, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 20.3
+        Sm80Config(32, rows_per_warp=16, ctas_per_sm=1),  # beside a head dim of 96
     ),
 }
 

@@ -39,14 +39,19 @@ class Sm80Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
         limit = smem_of_sm // self.ctas_per_sm - RESERVED
         needed = self.smem_bytes(signature)
-        if not self.fits(signature, smem_of_sm):
+        if needed > limit:
             raise ValueError(
                 f"{self} needs {needed} bytes of shared memory per CTA, the limit is {limit}: "
                 "choose a smaller tile_n, num_stages, num_warps or ctas_per_sm"
             )
 
     def fits(self, signature: Signature, smem_of_sm: int) -> bool:
-        return self.smem_bytes(signature) <= smem_of_sm // self.ctas_per_sm - RESERVED
+        """Whether check() has nothing to say."""
+        try:
+            self.check(signature, smem_of_sm)
+        except ValueError:
+            return False
+        return True
 
     def _rules(self, signature: Signature) -> Iterator[tuple[str, bool, str]]:
         """Name of a field, whether it is right, and what is."""

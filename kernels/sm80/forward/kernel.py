@@ -32,6 +32,7 @@ from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
 from ...scheduler import Schedule, TileList, TileOrder, WorkTile
 from ...scores import Scores, SoftmaxScale
+from ...sequence import Sequence
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, permute
@@ -196,17 +197,20 @@ class ForwardSm80:
     @cute.kernel
     def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder | TileList):
         plan = self.plan
-        thread = cute.arch.thread_idx()[0]
         space = Space.of(plan)
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        products = Products.of(plan, lane, warp, space)
+        products = Products.of(plan, *_lane_and_warp(), space)
         softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
-        totals = Totals.empty()
-        work = self._work(tensors, scalars, order)
-        tile = work.first()
+        tile = self._work(tensors, scalars, order).first()
         while tile.is_valid:
-            self._tile(tensors, scalars, work, tile, space, products, softmaxes, totals)
-            tile = work.next(tile)
+            # What a ragged batch's tiles are is read again and again, or it took registers.
+            work = self._work(tensors, scalars, order)
+            self._attend(tensors, scalars, work, tile, space, products, softmaxes)
+            cute.arch.sync_threads()  # no warp reads Q, K or V any more
+            work = self._work(tensors, scalars, order)
+            tile = work.again(tile)
+            self._store(tensors, work.sequence_of(tile), tile, space, products, softmaxes)
+            cute.arch.sync_threads()  # nor O, whose place the next Q takes
+            tile = self._work(tensors, scalars, order).next(tile)
 
     def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
@@ -215,7 +219,7 @@ class ForwardSm80:
         return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
 
     @cute.jit
-    def _tile(
+    def _attend(
         self,
         tensors: FwdTensors,
         scalars: FwdScalars,
@@ -224,33 +228,43 @@ class ForwardSm80:
         space: Space,
         products: Products,
         softmaxes: tuple,
-        totals: Totals,
     ):
-        """One query tile, all of it."""
-        plan = self.plan
-        thread = cute.arch.thread_idx()[0]
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        """One query tile: O and the softmaxes."""
+        plan, thread = self.plan, cute.arch.thread_idx()[0]
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
-        places, rows = [], []
+        rows = []
         for m in cutlass.range_constexpr(plan.row_groups):
-            offset = plan.first_rows(warp)[m]
-            place = Place(tile, sequence, lane, tile.m_block * plan.tile_m, offset)
-            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (lane % 4))
+            place = self._place(tile, sequence, m)
+            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (place.lane % 4))
             factors = SoftmaxScale(scalars.scale_log2)
             scores = Scores.of(plan, scalars, factors, mask, softmaxes[m])
-            places.append(place)
             rows.append(Rows(scores, softmaxes[m]))
         loads = self._loads(tensors, tile, sequence, blocks, space, thread)
         loads.start(tile.m_block)
         attend(products, tuple(rows), loads, blocks)
-        sink = tensors.sink_of(tile)
-        cute.arch.sync_threads()  # no warp reads Q, K or V any more
+
+    @cute.jit
+    def _store(
+        self,
+        tensors: FwdTensors,
+        sequence: Sequence,
+        tile: WorkTile,
+        space: Space,
+        products: Products,
+        softmaxes: tuple,
+    ):
+        plan, totals, sink = self.plan, Totals.empty(), tensors.sink_of(tile)
         for m in cutlass.range_constexpr(plan.row_groups):
-            acc_O = products.groups[m].acc_O
+            acc_O, place = products.groups[m].acc_O, self._place(tile, sequence, m)
             softmaxes[m].finish(acc_O, totals, sink)
-            store_lse(tensors.lse, totals.lse, places[m])
-            store_output(tensors.o, acc_O, plan.o, space.q, places[m])
-        cute.arch.sync_threads()  # nor O, whose place the next Q takes
+            store_lse(tensors.lse, totals.lse, place)
+            store_output(tensors.o, acc_O, plan.o, space.q, place)
+
+    def _place(self, tile: WorkTile, sequence: Sequence, m: int) -> Place:
+        """Of the m-th row group."""
+        lane, warp = _lane_and_warp()
+        first = self.plan.first_rows(warp)[m]
+        return Place(tile, sequence, lane, tile.m_block * self.plan.tile_m, first)
 
     def _loads(self, tensors: FwdTensors, tile: WorkTile, sequence, blocks, space: Space, thread):
         plan, queries, keys = self.plan, sequence.queries, sequence.keys
@@ -268,6 +282,11 @@ class ForwardSm80:
             RowCopy.of(plan.v, threads, thread, v, keys.length, space.v, of_v),
             blocks,
         )
+
+
+def _lane_and_warp() -> tuple:
+    thread = cute.arch.thread_idx()[0]
+    return thread % 32, cute.arch.make_warp_uniform(thread // 32)
 
 
 def forward(signature: Signature, config: Sm80Config) -> ForwardSm80:
