@@ -55,7 +55,7 @@ def _finish(loop: dict) -> None:
 def analyse(cubin: bytes, kernel: str | None = None) -> Report:
     """The report on `kernel`, or on the only one with matrix products, or on the only one there is.
 
-    Raises ValueError for an image that is no cubin for sm_80 to sm_90 or leaves the choice open, and
+    Raises ValueError for an image that is no cubin for one of SMS or leaves the choice open, and
     sass.DisassemblerMissing where nvdisasm is not installed.
     """
     image = Cubin.parse(cubin)

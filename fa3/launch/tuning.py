@@ -46,9 +46,9 @@ FORWARD_FP8 = {
 }
 
 
-# Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots per
-# exponential of the steady loop, by SASS; FlashAttention-2's C++ has 8.6, 10.4, 13.0, 17.3 and 21.3.
-# 32 rows per warp halve what is read of K and V; from 192 on O alone would take all registers then.
+# Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots
+# per exponential of the steady loop, by SASS; FlashAttention-2's C++ has 8.6, 10.4, 13.0, 17.3 and
+# 21.3.  32 rows per warp halve what is read of K and V; from 192 on O would take all registers.
 FORWARD_SM80 = {
     64: (Sm80Config(tile_n=64, num_stages=2),),  # 7.7
     96: (
@@ -71,9 +71,7 @@ FORWARD_SM80 = {
 }
 
 
-def forward(
-    signature: Signature, capability: tuple[int, int] = (9, 0)
-) -> FwdConfig | Sm80Config:
+def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdConfig | Sm80Config:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
     if capability[0] == 8:
         return _forward_sm80(signature, capability)

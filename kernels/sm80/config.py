@@ -1,4 +1,4 @@
-"""Sm80Config: how a forward kernel for Ampere and Ada is laid out, the part that tuning may change."""
+"""Sm80Config: how a kernel for Ampere and Ada is laid out, the part that tuning may change."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,13 +37,17 @@ class Sm80Config:
         for name, is_right, expected in self._rules(signature):
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        limit = smem_of_sm // self.ctas_per_sm - RESERVED
+        limit = self.smem_limit(smem_of_sm)
         needed = self.smem_bytes(signature)
         if needed > limit:
             raise ValueError(
                 f"{self} needs {needed} bytes of shared memory per CTA, the limit is {limit}: "
                 "choose a smaller tile_n, num_stages, num_warps or ctas_per_sm"
             )
+
+    def smem_limit(self, smem_of_sm: int) -> int:
+        """Bytes of dynamic shared memory that a CTA may have."""
+        return smem_of_sm // self.ctas_per_sm - RESERVED
 
     def fits(self, signature: Signature, smem_of_sm: int) -> bool:
         """Whether check() has nothing to say."""

@@ -9,7 +9,6 @@ one chunk, which ldmatrix reads at once, lie in different banks:
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute

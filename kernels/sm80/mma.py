@@ -1,7 +1,8 @@
 """Matrix products of warps: mma.sync m16n8k16 with operands that ldmatrix reads.
 
-A warp's accumulator of 16 rows is kept as wgmma's is for one of its four warps, ((2, 2, N/8), 1, 1):
-the instructions' fragments agree, so that softmax, mask and scores see the same rows and columns.
+A warp's accumulator of 16 rows is kept as wgmma's is for one of its four warps, as
+((2, 2, N/8), 1, 1): the instructions' fragments agree, so that softmax, mask and scores see the
+same rows and columns.
 """
 
 from dataclasses import dataclass, replace
@@ -86,7 +87,9 @@ def _fragment(words: list, shape, element: type) -> cute.Tensor:
     registers = cute.make_rmem_tensor(len(words), Int32)
     for i, word in enumerate(words):
         registers[i] = word
-    return cute.make_tensor(cute.recast_ptr(registers.iterator, dtype=element), cute.make_layout(shape))
+    return cute.make_tensor(
+        cute.recast_ptr(registers.iterator, dtype=element), cute.make_layout(shape)
+    )
 
 
 def fragment_a(words: list, element: type) -> cute.Tensor:

@@ -1,7 +1,6 @@
 """One query tile: S = Q K^T, softmax, O += P V, block after block, for the rows of a warp."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute

@@ -11,7 +11,6 @@ arrived: one barrier says both.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
