@@ -100,6 +100,27 @@ def test_every_schedule_gives_the_same(capability, head_dim, device, ampere):
     emulator.compare_schedules(attention, range(3), checks=emulator.ALL_CHECKS)
 
 
+@pytest.mark.skipif(HOPPER, reason="mutants run on the emulator")
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "head_dim_v"),
+    [(LARGE, 96, 128), (SMALL, 96, 96)],
+    ids=["two stages", "one stage"],
+)
+def test_no_synchronisation_can_be_left_out(capability, head_dim, head_dim_v, device, ampere):
+    """But a warp barrier between reads by ldmatrix, which is a warp's instruction, and writes."""
+    from fa3.emulator.mutation import Judge
+
+    ampere(capability)
+    q, k, v = (
+        torch.randn(1, n, 1, d).bfloat16()
+        for n, d in ((260, head_dim), (150, head_dim), (150, head_dim_v))
+    )
+    judge = Judge(lambda: [fa3.flash_attn_func(q, k, v, sm_margin=dispatch.EMULATED_SMS - 1)])
+    assert len(judge.mutants) > 10
+    survivors = [m for m in judge.mutants if judge.verdict(m) is None]
+    assert all("sync_warp" in m.source for m in survivors), list(map(str, survivors))
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)], ids=str)
 def test_one_byte_inputs_are_refused_with_a_remedy(capability):
     target = dispatch.Target("gpu", "NVIDIA L4", capability, 58)

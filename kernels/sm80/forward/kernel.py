@@ -205,11 +205,11 @@ class ForwardSm80:
             # What a ragged batch's tiles are is read again and again, or it took registers.
             work = self._work(tensors, scalars, order)
             self._attend(tensors, scalars, work, tile, space, products, softmaxes)
-            cute.arch.sync_threads()  # no warp reads Q, K or V any more
+            self._wait_for_space_of_o()
             work = self._work(tensors, scalars, order)
             tile = work.again(tile)
             self._store(tensors, work.sequence_of(tile), tile, space, products, softmaxes)
-            cute.arch.sync_threads()  # nor O, whose place the next Q takes
+            cute.arch.sync_threads()  # no warp reads Q, K, V or O any more
             tile = self._work(tensors, scalars, order).next(tile)
 
     def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
@@ -259,6 +259,18 @@ class ForwardSm80:
             softmaxes[m].finish(acc_O, totals, sink)
             store_lse(tensors.lse, totals.lse, place)
             store_output(tensors.o, acc_O, plan.o, space.q, place)
+
+    @cute.jit
+    def _wait_for_space_of_o(self):
+        """A warp's rows of O lie where its rows of Q were, unless their chunks lie differently.
+
+        With one stage all warps have met since their last S = Q K^T.
+        """
+        plan = self.plan
+        if cutlass.const_expr(plan.q.columns == plan.o.columns or plan.config.num_stages == 1):
+            cute.arch.sync_warp()
+        else:
+            cute.arch.sync_threads()
 
     def _place(self, tile: WorkTile, sequence: Sequence, m: int) -> Place:
         """Of the m-th row group."""

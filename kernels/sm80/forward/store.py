@@ -44,7 +44,7 @@ def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, place: Place):
 def store_output(
     mO: cute.Tensor, acc_O: cute.Tensor, layout: TileLayout, space: cute.Pointer, place: Place
 ):
-    """16 rows of O.  No warp reads Q any more; the rows that a warp writes it alone reads.
+    """16 rows of O; the caller sees to it that no other warp has something where they go.
 
     mO: (s_q, dv, h_q, b); acc_O: ((2, 2, dv / 8), 1, 1), normalised.
     """
@@ -73,7 +73,6 @@ def store_output(
                     source = _chunk(space + layout.offset(local, chunk, block))
                     target = cute.local_tile(matrix, (1, CHUNK), (query, column // CHUNK))
                     cute.autovec_copy(source, _chunk(target.iterator))
-    cute.arch.sync_warp()  # before the rows of Q come
 
 
 def _word(pointer: cute.Pointer) -> cute.Tensor:
