@@ -165,12 +165,12 @@ VARIANTS = [
         (LARGE, 96, 96, "full"),
         (SMALL, 96, 96, "local"),
         (LARGE, 128, 128, "causal"),
-        (SMALL, 128, 128, "full"),
+        (SMALL, 128, 128, "local"),
         (LARGE, 192, 128, "full"),
         (SMALL, 192, 192, "causal"),
-        (LARGE, 256, 256, "causal"),
+        (LARGE, 256, 256, "full", None, False, "softcap", True),
         (SMALL, 256, 256, "full"),
-        (LARGE, 128, 128, "local", None, True),
+        (LARGE, 128, 128, "local", None, True, "softcap", True),
     )
 ]
 # Issue slots per exponential of FlashAttention-2's C++ kernels.

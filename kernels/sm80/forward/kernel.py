@@ -38,7 +38,7 @@ from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, permute
 from ...work import Work
 from ..config import Sm80Config
-from ..copies import RowCopy, TileLayout
+from ..copies import RowCopy, TileLayout, kept
 from ..mma import ELEMENT, ROWS
 from .attend import Rows, attend
 from .load import Loads
@@ -202,7 +202,7 @@ class ForwardSm80:
         softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
         tile = self._work(tensors, scalars, order).first()
         while tile.is_valid:
-            # What a ragged batch's tiles are is read again and again, or it took registers.
+            # Which tile it is is looked up again and again: kept meanwhile, it would spill.
             work = self._work(tensors, scalars, order)
             self._attend(tensors, scalars, work, tile, space, products, softmaxes)
             self._wait_for_space_of_o()
@@ -213,7 +213,7 @@ class ForwardSm80:
             tile = self._work(tensors, scalars, order).next(tile)
 
     def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
-        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        cta, num_ctas = kept(cute.arch.block_idx()[0]), cute.arch.grid_dim()[0]
         q_rows, k_rows = tensors.q.shape[0], tensors.k.shape[0]
         sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
         return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
