@@ -113,8 +113,8 @@ def _kernel_of(problem: Problem) -> tuple[Callable, int, int]:
     if target.kind == "reference":
         return reference.bind(signature), 0, 0
     kernel = dispatch.forward(signature, target)
-    config = tuning.forward(signature)
-    run = jit.compile(kernel.where, signature, config, target.kind)
+    config = tuning.forward(signature, target.capability)
+    run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
     return run, target.num_sms - problem.sm_margin, _scratch_of(problem, config)
 
 

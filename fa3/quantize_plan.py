@@ -153,7 +153,8 @@ def _kernel(signature: QuantizeSignature, target: dispatch.Target | None) -> Cal
     if target.capability[0] != 9:
         major, minor = target.capability
         raise NotImplementedError(
-            f"quantize_fp8 needs compute capability 9.x, {target.name} has {major}.{minor}"
+            f"quantize_fp8 needs compute capability 9.x, {target.name} has {major}.{minor}: "
+            "give the 16-bit tensors to flash_attn_func"
         )
     return jit.compile(KERNEL, signature, QuantizeConfig(), target.kind)
 

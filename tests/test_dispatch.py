@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,8 +35,14 @@ def test_hopper_gets_a_kernel():
         assert where == f"fa3.kernels.sm90.forward.{operands}:forward"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9)])
+def test_ampere_and_ada_get_the_fallback(capability):
+    where = dispatch.forward(SIGNATURE, gpu(*capability)).where
+    assert where == "fa3.kernels.sm80.forward.kernel:forward"
+
+
 @pytest.mark.parametrize("signature", [SIGNATURE, FP8_SIGNATURE], ids=["bf16", "e4m3"])
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
 def test_other_gpus_get_every_reason(capability, signature):
     with pytest.raises(NotImplementedError) as caught:
         dispatch.forward(signature, gpu(*capability, name="NVIDIA Example"))
@@ -43,17 +50,17 @@ def test_other_gpus_get_every_reason(capability, signature):
     for kernel in dispatch.FORWARD:
         assert kernel.name in message
     assert "NVIDIA Example has {}.{}".format(*capability) in message
-    assert "9.x" in message
+    assert "9.x" in message and "8.x" in message
     assert str(signature) in message
 
 
 def test_a_call_on_another_gpu(monkeypatch):
     """The public function ends in that error, before anything is compiled."""
-    monkeypatch.setattr(dispatch, "target_of", lambda device: gpu(8, 0, "NVIDIA A100"))
+    monkeypatch.setattr(dispatch, "target_of", lambda device: gpu(7, 5, "NVIDIA T4"))
     monkeypatch.setattr(jit, "compile", lambda *_: pytest.fail("it compiled a kernel"))
     x = torch.ones(1, 2, 1, 72).half()
     ops.plan_of.cache_clear()
-    with pytest.raises(NotImplementedError, match="NVIDIA A100 has 8.0"):
+    with pytest.raises(NotImplementedError, match="NVIDIA T4 has 7.5"):
         fa3.flash_attn_func(x, x, x)
 
 
@@ -107,6 +114,31 @@ def test_unknown_fa3_cpu():
     done = _first_call("magic")
     assert done.returncode != 0
     assert "FA3_CPU is 'magic', expected 'reference' or 'emulate'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fa3_arch", "capability", "given", "compiled"),
+    [
+        (None, (9, 0), (9, 0), "sm_90a"),
+        ("sm_80", (9, 0), (8, 0), "sm_90a"),  # the fallback, in the GPU's own code
+        ("sm_89", (9, 0), (8, 9), "sm_90a"),
+        (None, (8, 6), (8, 6), "sm_86"),
+        ("sm_90a", (8, 0), (8, 0), "sm_80"),  # a GPU does not become another
+    ],
+)
+def test_target_of_a_gpu(fa3_arch, capability, given, compiled):
+    properties = SimpleNamespace(
+        name="GPU", multi_processor_count=108, major=capability[0], minor=capability[1]
+    )
+    target = dispatch._gpu(properties, fa3_arch)
+    assert (target.capability, target.arch, target.num_sms) == (given, compiled, 108)
+    assert target.name == ("GPU" if given == capability else f"GPU as {fa3_arch}")
+
+
+def test_unknown_fa3_arch(monkeypatch):
+    monkeypatch.setenv("FA3_ARCH", "sm_75")
+    with pytest.raises(ValueError, match="FA3_ARCH is 'sm_75', expected one of sm_80, .*sm_90a"):
+        dispatch.target_of.__wrapped__(torch.device("cpu"))
 
 
 def test_target_of_a_cpu_tensor(device):

@@ -86,7 +86,7 @@ def test_code_that_is_not_imported_does_not_count(package):
 def test_16_bit_and_fp8_kernels_share_what_they_share():
     sixteen, fp8 = (
         {name.rpartition(".")[2] for name in fingerprint.modules_of(kernel.where.partition(":")[0])}
-        for kernel in dispatch.FORWARD
+        for kernel in dispatch.FORWARD[:2]
     )
     assert {"kernel", "attend", "load", "softmax", "mask", "blocks", "scheduler"} <= sixteen & fp8
     assert sixteen - fp8 == {"operands_16bit"}

@@ -146,6 +146,12 @@ def test_entries_of_both_targets_differ():
     assert len(names) == 2
 
 
+def test_architectures_have_entries_of_their_own(builds, folder):
+    for arch in ("sm_80", "sm_89"):
+        assert f".target {arch}" in jit.artifacts(KERNEL, SIGNATURE, CONFIG, arch).ptx
+    assert len(builds) == len(entries(folder)) == 2
+
+
 PROCESS = """
 import sys, time
 import torch

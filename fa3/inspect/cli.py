@@ -14,6 +14,7 @@ from .. import emulator
 from ..emulator.profiling import LaunchProfile
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
+from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
 from ..launch import dispatch, jit, tuning
 from ..launch.jit import Artifacts
 from . import run
@@ -24,7 +25,11 @@ from .model.report import as_dict, summary
 from .report import Report, analyse
 from .sass import DisassemblerMissing
 
-HOPPER = dispatch.Target("gpu", "an sm_90a GPU", (9, 0), 132)
+TARGETS = {
+    arch: dispatch.Target("gpu", f"an {arch} GPU", capability, 132, arch)
+    for arch, capability in dispatch.ARCHITECTURES.items()
+}
+HOPPER = TARGETS["sm_90a"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,11 @@ class Inspection:
     """A kernel with all that led to it."""
 
     signature: Signature
-    config: FwdConfig
+    config: FwdConfig | Sm80Config
     kernel: dispatch.Kernel
     artifacts: Artifacts
     report: Report
+    target: dispatch.Target = HOPPER
 
     @property
     def smem_bytes(self) -> int:
@@ -43,8 +49,10 @@ class Inspection:
         return self.config.smem_bytes(self.signature)
 
     @cached_property
-    def prediction(self) -> Prediction:
-        """Of the timing model, for a long sequence on an H100."""
+    def prediction(self) -> Prediction | None:
+        """Of the timing model, for a long sequence on an H100; it knows no other GPU."""
+        if isinstance(self.config, Sm80Config):
+            return None
         settings = Settings(consumers=self.config.num_mma_warpgroups)
         return predict_report(self.report, settings)
 
@@ -54,7 +62,9 @@ class Inspection:
         s = self.signature
         scales = "" if s.quantised is None else f"_{s.quantised.out}_v{s.quantised.v_block}"
         more = f"_{s.score}" * (s.score is not None) + "_sinks" * s.sinks
-        return f"forward_sm90_{s.dtype}_d{s.head_dim}_dv{s.head_dim_v}_{s.mask}{scales}{more}"
+        arch = self.target.arch.removesuffix("a")
+        dims = f"d{s.head_dim}_dv{s.head_dim_v}"
+        return f"forward_{arch.replace('_', '')}_{s.dtype}_{dims}_{s.mask}{scales}{more}"
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -64,7 +74,7 @@ class Inspection:
             "config": asdict(self.config) | {"tile_m": self.config.tile_m},
             "smem_bytes": self.smem_bytes,
             "report": self.report.as_dict(),
-            "prediction": as_dict(self.prediction),
+            "prediction": self.prediction and as_dict(self.prediction),
         }
 
     def __str__(self) -> str:
@@ -77,13 +87,25 @@ class Inspection:
             f"config            {c}",
             f"tiles             {c.tile_m} query rows x {c.tile_n} key rows",
             f"stages            {c.num_stages} of K and of V",
-            f"warpgroups        1 producer, {c.num_mma_warpgroups} consumers",
+            self._roles(),
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
-            f"the limit is {SMEM_LIMIT}",
+            f"the limit is {self._smem_limit()}",
             str(self.report),
-            *summary(self.prediction),
+            *(summary(self.prediction) if self.prediction else ()),
         ]
         return "\n".join(lines)
+
+    def _roles(self) -> str:
+        c = self.config
+        if isinstance(c, Sm80Config):
+            rows, ctas = c.rows_per_warp, c.ctas_per_sm
+            return f"warps             {c.num_warps}, each of {rows} query rows; {ctas} CTAs per SM"
+        return f"warpgroups        1 producer, {c.num_mma_warpgroups} consumers"
+
+    def _smem_limit(self) -> int:
+        if isinstance(self.config, Sm80Config):
+            return self.config.smem_limit(SMEM_OF_SM[self.target.capability])
+        return SMEM_LIMIT
 
 
 def signature_of(args: argparse.Namespace) -> Signature:
@@ -91,9 +113,11 @@ def signature_of(args: argparse.Namespace) -> Signature:
     return Call.of(args).problem(Lengths()).signature
 
 
-def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
+def config_of(
+    signature: Signature, changes: list[str], target: dispatch.Target = HOPPER
+) -> FwdConfig | Sm80Config:
     """The tuning table's, with NAME=NUMBER changes; ValueError for what a config does not have."""
-    shipped = tuning.forward(signature)
+    shipped = tuning.forward(signature, target.capability)
     known = {name for name, value in asdict(shipped).items() if isinstance(value, int)}
     values = {}
     for change in changes:
@@ -109,12 +133,17 @@ def config_of(signature: Signature, changes: list[str]) -> FwdConfig:
     return config
 
 
-def inspect(signature: Signature, config: FwdConfig | None = None) -> Inspection:
+def inspect(
+    signature: Signature,
+    config: FwdConfig | Sm80Config | None = None,
+    target: dispatch.Target = HOPPER,
+) -> Inspection:
     """Compile, or take from the cache, and read; the tuning table's config unless told."""
-    kernel = dispatch.forward(signature, HOPPER)
-    config = config or tuning.forward(signature)
-    artifacts = jit.artifacts(kernel.where, signature, config)
-    return Inspection(signature, config, kernel, artifacts, analyse(artifacts.cubin))
+    kernel = dispatch.forward(signature, target)
+    config = config or tuning.forward(signature, target.capability)
+    artifacts = jit.artifacts(kernel.where, signature, config, target.arch)
+    report = analyse(artifacts.cubin)
+    return Inspection(signature, config, kernel, artifacts, report, target)
 
 
 def dump(inspection: Inspection, folder: Path) -> list[Path]:
@@ -157,6 +186,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     p.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
     p.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
+    p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
     )
@@ -185,13 +215,14 @@ def main(argv: list[str]) -> int:
     try:
         lengths = run.lengths_of(args)
         if args.run or args.timeline:
-            emulator.install()  # before anything is compiled
-        signature = signature_of(args)
-        config = config_of(signature, args.config)
+            emulator.install(args.arch)  # before anything is compiled
+        signature, target = signature_of(args), TARGETS[args.arch]
+        dispatch.forward(signature, target)
+        config = config_of(signature, args.config, target)
         runs = args.run or args.timeline
         if runs:
             print("compiling, unless the cache has the kernel", file=sys.stderr, flush=True)
-        inspection = inspect(signature, config)
+        inspection = inspect(signature, config, target)
         launch = run.run(inspection, Call.of(args), lengths) if runs else None
         print(_json(inspection, launch) if args.json else _text(inspection, launch))
         if args.timeline:

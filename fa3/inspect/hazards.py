@@ -86,7 +86,7 @@ def serialised(code: tuple[Instruction, ...]) -> tuple[int, ...]:
     """Addresses of the matrix products that run alone, in code of one straight run."""
     alone, since_wait = [], []
     for x in code:
-        if x.is_mma:
+        if x.is_wgmma:
             since_wait.append(x)
         elif is_full_wait(x):
             if len(since_wait) == 1:
@@ -121,7 +121,7 @@ def warnings(
             f"{inside} of them in the steady loop "
             f"(spills {local.spill_store_bytes} bytes out, {local.spill_load_bytes} bytes in)"
         )
-    if any(x.is_mma for x in program.code):
+    if any(x.is_wgmma for x in program.code):
         found += _register_warnings(flow, changes)
     return tuple(found)
 

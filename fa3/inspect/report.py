@@ -10,7 +10,7 @@ from .loops import MainLoop, main_loops
 from .resources import Resources
 from .sass import Program
 
-SM = 90
+SMS = (80, 86, 87, 89, 90)  # what cubins are read of
 SMALL = 6  # slots of a block that gets no line of its own
 
 
@@ -53,14 +53,15 @@ def _finish(loop: dict) -> None:
 
 
 def analyse(cubin: bytes, kernel: str | None = None) -> Report:
-    """The report on `kernel`, or on the only one with warpgroup MMAs, or on the only one there is.
+    """The report on `kernel`, or on the only one with matrix products, or on the only one there is.
 
-    Raises ValueError for an image that is no sm_90 cubin or leaves the choice open, and
+    Raises ValueError for an image that is no cubin for one of SMS or leaves the choice open, and
     sass.DisassemblerMissing where nvdisasm is not installed.
     """
     image = Cubin.parse(cubin)
-    if image.sm != SM:
-        raise ValueError(f"the cubin is for sm_{image.sm}, this reads sm_{SM}")
+    if image.sm not in SMS:
+        known = ", ".join(f"sm_{sm}" for sm in SMS)
+        raise ValueError(f"the cubin is for sm_{image.sm}, this reads {known}")
     programs = sass.load(cubin)
     if kernel is not None:
         chosen = [p for p in programs if p.name == kernel]

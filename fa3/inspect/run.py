@@ -50,9 +50,8 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device="cpu")
     views = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
     sinks = lse.new_zeros(problem.lse_shape[:2]) if problem.has_sink else None
-    kernel = jit.compile(
-        inspection.kernel.where, inspection.signature, inspection.config, "emulator"
-    )
+    what = inspection.kernel.where, inspection.signature, inspection.config
+    kernel = jit.compile(*what, "emulator", inspection.target.arch)
     with profile() as found, options(progress=_show):
         kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS))
     return found.launches[-1]

@@ -67,6 +67,11 @@ class Instruction:
 
     @property
     def is_mma(self) -> bool:
+        """A matrix product, of a warpgroup or of a warp."""
+        return self.is_wgmma or self.base in ("HMMA", "QMMA", "IMMA")
+
+    @property
+    def is_wgmma(self) -> bool:
         """A warpgroup matrix product: 16-bit, 8-bit float or 8-bit integer."""
         return self.base in ("HGMMA", "QGMMA", "IGMMA")
 
@@ -76,8 +81,11 @@ class Instruction:
 
     @property
     def mma_shape(self) -> tuple[int, int, int]:
-        """(m, n, k) of a warpgroup matrix product."""
-        m, n, k = re.search(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups()
+        """(m, n, k) of a matrix product."""
+        if self.is_wgmma:
+            m, n, k = re.search(r"\.(\d+)x(\d+)x(\d+)", self.opcode).groups()
+        else:  # HMMA.16816: one digit of n
+            m, n, k = re.search(r"\.(\d\d)(\d)(\d+)", self.opcode).groups()
         return int(m), int(n), int(k)
 
     @property

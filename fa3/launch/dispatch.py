@@ -13,6 +13,8 @@ from ..kernels.signature import Signature
 
 # An emulated launch runs as on an H100 or H200, whose CTAs it works off one after another.
 EMULATED_SMS = 132
+# FA3_ARCH -> compute capability
+ARCHITECTURES = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)}
 
 
 class Target(NamedTuple):
@@ -22,6 +24,7 @@ class Target(NamedTuple):
     name: str
     capability: tuple[int, int]
     num_sms: int
+    arch: str = "sm_90a"  # what its kernels are compiled for
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,31 @@ def _why_not_backward_sm90(signature: BwdSignature, target: Target) -> str | Non
     return _why_not_hopper(target)
 
 
-def _why_not_hopper(target: Target) -> str | None:
-    if target.capability[0] != 9:
-        major, minor = target.capability
-        return f"it needs compute capability 9.x, {target.name} has {major}.{minor}"
+def _why_not_sm80(signature: Signature, target: Target) -> str | None:
+    if target.capability[0] != 8:
+        return _needs("8.x", target)
+    if signature.quantised:
+        return (
+            f"{target.name} has no kernel for FP8: give q, k and v in bf16 or fp16, multiplied by "
+            "their scales"
+        )
     return None
+
+
+def _why_not_hopper(target: Target) -> str | None:
+    return None if target.capability[0] == 9 else _needs("9.x", target)
+
+
+def _needs(capability: str, target: Target) -> str:
+    major, minor = target.capability
+    return f"it needs compute capability {capability}, {target.name} has {major}.{minor}"
 
 
 _SM90 = "fa3.kernels.sm90.forward"
 FORWARD = (
     Kernel("forward sm90", f"{_SM90}.operands_16bit:forward", _why_not_sm90),
     Kernel("FP8 forward sm90", f"{_SM90}.operands_fp8:forward", _why_not_fp8_sm90),
+    Kernel("forward sm80", "fa3.kernels.sm80.forward.kernel:forward", _why_not_sm80),
 )
 BACKWARD = (
     Kernel(
@@ -90,11 +107,16 @@ def _first(table, signature, target: Target) -> Kernel:
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """What runs a tensor on `device`; `FA3_CPU` is read when the first CPU tensor comes."""
+    """What runs a tensor on `device`.
+
+    `FA3_CPU` and `FA3_ARCH` are read when the first tensor comes. FA3_ARCH says what the emulator
+    is, and a Hopper GPU runs the kernels for 8.x where it names one.
+    """
+    arch = os.environ.get("FA3_ARCH")
+    if arch is not None and arch not in ARCHITECTURES:
+        raise ValueError(f"FA3_ARCH is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability = properties.major, properties.minor
-        return Target("gpu", properties.name, capability, properties.multi_processor_count)
+        return _gpu(torch.cuda.get_device_properties(device), arch)
     kind = os.environ.get("FA3_CPU", "reference")
     if kind == "reference":
         return Target("reference", "CPU", (0, 0), 1)
@@ -102,5 +124,18 @@ def target_of(device: torch.device) -> Target:
         raise ValueError(f"FA3_CPU is {kind!r}, expected 'reference' or 'emulate'")
     from .. import emulator
 
-    emulator.install()  # before anything imports cutlass
-    return Target("emulator", "emulated sm_90a", (9, 0), EMULATED_SMS)
+    arch = arch or "sm_90a"
+    emulator.install(arch)  # before anything imports cutlass
+    return Target("emulator", f"emulated {arch}", ARCHITECTURES[arch], EMULATED_SMS, arch)
+
+
+def _gpu(properties, arch: str | None) -> Target:
+    """arch: FA3_ARCH."""
+    name, num_sms = properties.name, properties.multi_processor_count
+    major, minor = properties.major, properties.minor
+    if major != 9:
+        return Target("gpu", name, (major, minor), num_sms, f"sm_{major}{minor}")
+    capability = ARCHITECTURES[arch] if arch else (major, minor)
+    if capability[0] != 9:
+        name = f"{name} as {arch}"
+    return Target("gpu", name, capability, num_sms)

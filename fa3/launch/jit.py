@@ -25,7 +25,7 @@ from typing import NamedTuple
 from . import cache, fingerprint
 from .locks import Lock
 
-ARCH = "sm_90a"
+ARCH = "sm_90a"  # unless told
 ENTRY_POINT = "fa3_entry"
 # Line numbers in the PTX let the emulator name the line of the kernel that an error comes from.
 OPTIONS = {"gpu": "", "emulator": "--generate-line-info"}
@@ -50,35 +50,37 @@ _streams: tuple = ()  # stdout and stderr, while the DSL compiles
 _compiling = Lock(_restore_streams)  # the DSL keeps its state in globals
 
 
-def compile(kernel: str, signature, config, target: str) -> Callable:
+def compile(kernel: str, signature, config, target: str, arch: str = ARCH) -> Callable:
     """The function that runs `kernel`, taking the arguments of its `__call__` without the stream.
 
-    target: "gpu", or "emulator" for CPU tensors.
+    target: "gpu", or "emulator" for CPU tensors. arch: whose code it is, as `sm_80`.
     """
-    key = kernel, signature, config, target
+    key = kernel, signature, config, target, arch
     run = _runs.get(key)
     if run is None:
         with _compiling:
             run = _runs.get(key)
             if run is None:
                 _check_process(target)
-                run = _runs[key] = _load(_obtain(kernel, signature, config, target), target)
+                run = _runs[key] = _load(_obtain(*key), target)
     return run
 
 
-def artifacts(kernel: str, signature, config) -> Artifacts:
+def artifacts(kernel: str, signature, config, arch: str = ARCH) -> Artifacts:
     """What `compile` would load, for reading; needs neither a GPU nor the emulator."""
     with _compiling:
-        return _obtain(kernel, signature, config, "emulator" if _emulating() else "gpu")
+        target = "emulator" if _emulating() else "gpu"
+        return _obtain(kernel, signature, config, target, arch)
 
 
-def entry_name(kernel: str, signature, config, target: str) -> str:
+def entry_name(kernel: str, signature, config, target: str, arch: str = ARCH) -> str:
     """The name of the entry, which covers all that the compiled code depends on."""
     facts = {
         "kernel": kernel,
         "signature": repr(signature),
         "config": repr(config),
         "target": target,
+        "arch": arch,
         "options": OPTIONS[target],
         "source": source_fingerprint(kernel, target),
         "dsl": version("nvidia-cutlass-dsl-libs-base"),  # the name of it that is always installed
@@ -113,21 +115,21 @@ def _check_process(target: str) -> None:
         )
 
 
-def _obtain(kernel: str, signature, config, target: str) -> Artifacts:
+def _obtain(kernel: str, signature, config, target: str, arch: str) -> Artifacts:
     """From the disk if possible, else compiled and put there."""
-    what = kernel, signature, config, target
+    what = kernel, signature, config, target, arch
     return _unpacked(cache.obtain(entry_name(*what), lambda: _packed(_build(*what))))
 
 
-def _build(kernel: str, signature, config, target: str) -> Artifacts:
+def _build(kernel: str, signature, config, target: str, arch: str) -> Artifacts:
     global _streams
-    os.environ.setdefault("CUTE_DSL_ARCH", ARCH)  # or the DSL asks the driver, which may be absent
+    os.environ.setdefault("CUTE_DSL_ARCH", arch)  # or the DSL asks the driver, which may be absent
     import cutlass.cute as cute
 
     module, _, name = kernel.partition(":")
     instance = getattr(importlib.import_module(module), name)(signature, config)
     with tempfile.TemporaryDirectory(prefix="fa3-") as folder:
-        options = f"--enable-tvm-ffi --gpu-arch {ARCH} --keep-ptx --keep-cubin --dump-dir {folder}"
+        options = f"--enable-tvm-ffi --gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {folder}"
         _streams = sys.stdout, sys.stderr
         try:
             compiled = cute.compile(

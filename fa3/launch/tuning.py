@@ -6,6 +6,7 @@ from ..kernels.bwd_config import BwdConfig
 from ..kernels.bwd_signature import BwdSignature
 from ..kernels.config import FwdConfig
 from ..kernels.signature import Signature
+from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
 #
@@ -58,8 +59,35 @@ BACKWARD = {
 }
 
 
-def forward(signature: Signature) -> FwdConfig:
+# Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots
+# per exponential of the steady loop, by SASS; FlashAttention-2's C++ has 8.6, 10.4, 13.0, 17.3 and
+# 21.3.  32 rows per warp halve what is read of K and V; from 192 on O would take all registers.
+FORWARD_SM80 = {
+    64: (Sm80Config(tile_n=64, num_stages=2),),  # 7.7
+    96: (
+        Sm80Config(tile_n=64, num_stages=2),  # 9.0; 72 KiB
+        Sm80Config(tile_n=64),  # 8.9
+    ),
+    128: (  # 48 keys spill
+        Sm80Config(tile_n=32, num_stages=2),  # 11.4; 64 KiB
+        Sm80Config(tile_n=32),  # 11.0
+    ),
+    192: (
+        Sm80Config(64, num_warps=8, rows_per_warp=16, num_stages=2, ctas_per_sm=1),  # 15.3; 144 KiB
+        Sm80Config(64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 14.9
+    ),
+    256: (
+        Sm80Config(64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 18.7; 128 KiB
+        Sm80Config(32, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 20.3
+        Sm80Config(32, rows_per_warp=16, ctas_per_sm=1),  # beside a head dim of 96
+    ),
+}
+
+
+def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdConfig | Sm80Config:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
+    if capability[0] == 8:
+        return _forward_sm80(signature, capability)
     table = FORWARD if signature.quantised is None else FORWARD_FP8
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
@@ -77,3 +105,10 @@ def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
 
 def backward(signature: BwdSignature) -> BwdConfig:
     return BACKWARD[signature.head_dim, signature.head_dim_v]
+
+
+def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:
+    """The first of the row that fits."""
+    row = FORWARD_SM80[max(signature.head_dim, signature.head_dim_v)]
+    smem = SMEM_OF_SM.get(capability, min(SMEM_OF_SM.values()))
+    return next((config for config in row if config.fits(signature, smem)), row[-1])

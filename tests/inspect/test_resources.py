@@ -75,6 +75,6 @@ def test_a_cut_off_cubin_is_refused(scale):
 
 def test_a_cubin_for_another_architecture_is_refused(scale):
     flags = 48  # offset of e_flags, whose second byte is the SM version
-    other = scale[: flags + 1] + bytes([80]) + scale[flags + 2 :]
-    with pytest.raises(ValueError, match="for sm_80, this reads sm_90"):
+    other = scale[: flags + 1] + bytes([75]) + scale[flags + 2 :]
+    with pytest.raises(ValueError, match="for sm_75, this reads sm_80, .*, sm_90"):
         inspect.analyse(other)

@@ -1,0 +1,80 @@
+"""Sm80Config: how a kernel for Ampere and Ada is laid out, the part that tuning may change."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..signature import Signature
+
+# Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
+# 1 KiB of each CTA's.
+RESERVED = 1024
+SMEM_OF_SM = {(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10}
+REGISTERS_OF_SM = 65_536
+MAX_REGISTERS = 255  # of a thread
+
+
+@dataclass(frozen=True)
+class Sm80Config:
+    """Tiles and pipeline depth; all warps of a CTA do the same, each for query rows of its own."""
+
+    tile_n: int  # key rows per step
+    num_warps: int = 4
+    rows_per_warp: int = 32  # query rows; K and V are read from shared memory once for all of them
+    num_stages: int = 1  # of K and of V
+    ctas_per_sm: int = 2
+
+    @property
+    def tile_m(self) -> int:
+        """Query rows per CTA."""
+        return self.num_warps * self.rows_per_warp
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    def check(self, signature: Signature, smem_of_sm: int = max(SMEM_OF_SM.values())) -> None:
+        """Raises ValueError, which names the field and its limits, if no kernel can be so."""
+        for name, is_right, expected in self._rules(signature):
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        limit = self.smem_limit(smem_of_sm)
+        needed = self.smem_bytes(signature)
+        if needed > limit:
+            raise ValueError(
+                f"{self} needs {needed} bytes of shared memory per CTA, the limit is {limit}: "
+                "choose a smaller tile_n, num_stages, num_warps or ctas_per_sm"
+            )
+
+    def smem_limit(self, smem_of_sm: int) -> int:
+        """Bytes of dynamic shared memory that a CTA may have."""
+        return smem_of_sm // self.ctas_per_sm - RESERVED
+
+    def fits(self, signature: Signature, smem_of_sm: int) -> bool:
+        """Whether check() has nothing to say."""
+        try:
+            self.check(signature, smem_of_sm)
+        except ValueError:
+            return False
+        return True
+
+    def _rules(self, signature: Signature) -> Iterator[tuple[str, bool, str]]:
+        """Name of a field, whether it is right, and what is."""
+        yield "num_warps", self.num_warps in (4, 8), "4 or 8"
+        yield "rows_per_warp", self.rows_per_warp in (16, 32), "16 or 32"
+        unit = self._rows_per_copy(signature)
+        keys = range(unit, 257, unit)
+        yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
+        yield "num_stages", self.num_stages in (1, 2), "1 or 2"
+        threads = self.num_threads * self.ctas_per_sm
+        yield "ctas_per_sm", 1 <= self.ctas_per_sm and threads <= 1024, "1 to 1024 / threads"
+
+    def _rows_per_copy(self, signature: Signature) -> int:
+        """Rows that all threads copy at once (copies.RowCopy)."""
+        is_narrow = any(width % 64 for width in (signature.head_dim, signature.head_dim_v))
+        return self.num_threads // (4 if is_narrow else 8)
+
+    def smem_bytes(self, signature: Signature) -> int:
+        """Dynamic shared memory of a CTA.  O takes the place of Q."""
+        d, dv = signature.head_dim, signature.head_dim_v
+        stages = self.num_stages * self.tile_n * (d + dv)
+        return 2 * (self.tile_m * max(d, dv) + stages)

@@ -1,0 +1,306 @@
+"""FlashAttention-2 forward for Ampere and Ada: host side, shared memory, the tiles of a CTA.
+
+All warps of a CTA do the same, each for 16 or 32 query rows of its own; only K and V are shared,
+and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), per step:
+
+    all         | barrier |           | barrier |                            | barrier
+    copies      |         | V_n       |         | K_(n-1)                    |
+    warp        |         | S = Q K_n |         | y, exp2 .. P | O += P V_n  |
+    other warps |         | the same, at their own pace: the scheduler gives tensor cores and
+                            exponentials to whoever is ready; a second CTA fills the barriers
+
+Registers of a thread, rows_per_warp = 32: O dv, S tile_n, P tile_n / 2 (its S is free by then),
+a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows.
+
+Shared memory over tensor cycles on sm_80 is 16 / rows_per_warp, plus Q where it does not stay in
+registers, plus the copies.
+
+Sources: FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from dataclasses import dataclass, replace
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from ...arguments import FwdArguments
+from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
+from ...lengths import EqualLengths, RaggedLengths
+from ...mask import Mask
+from ...scheduler import Schedule, TileList, TileOrder, WorkTile
+from ...scores import Scores, SoftmaxScale
+from ...sequence import Sequence
+from ...signature import Signature
+from ...softmax import OnlineSoftmax, Totals
+from ...tensors import FwdScalars, FwdTensors, permute
+from ...work import Work
+from ..config import Sm80Config
+from ..copies import RowCopy, TileLayout, kept
+from ..mma import ELEMENT, ROWS
+from .attend import Rows, attend
+from .load import Loads
+from .products import Products
+from .store import Place, store_lse, store_output
+
+
+@dataclass(frozen=True)
+class FwdPlan:
+    """The compile-time numbers of a kernel."""
+
+    signature: Signature
+    config: Sm80Config
+
+    @property
+    def element(self) -> type:
+        return ELEMENT[self.signature.dtype]
+
+    @property
+    def tile_m(self) -> int:
+        return self.config.tile_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.config.tile_n
+
+    @property
+    def head_dim(self) -> int:
+        return self.signature.head_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.signature.head_dim_v
+
+    @property
+    def row_groups(self) -> int:
+        """Of a warp."""
+        return self.config.rows_per_warp // ROWS
+
+    def first_rows(self, warp) -> tuple:
+        """Of the warp's row groups, in the tile."""
+        return tuple(ROWS * (warp + self.config.num_warps * m) for m in range(self.row_groups))
+
+    @property
+    def lengths(self) -> EqualLengths | RaggedLengths:
+        return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
+
+    @property
+    def q(self) -> TileLayout:
+        return TileLayout(self.tile_m, self.head_dim)
+
+    @property
+    def k(self) -> TileLayout:
+        return TileLayout(self.tile_n, self.head_dim)
+
+    @property
+    def v(self) -> TileLayout:
+        return TileLayout(self.tile_n, self.head_dim_v)
+
+    @property
+    def o(self) -> TileLayout:
+        return TileLayout(self.tile_m, self.head_dim_v)
+
+    def softmax(self) -> OnlineSoftmax:
+        dtype = self.signature.dtype
+        return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], 0)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Shared memory of a CTA."""
+
+    q: cute.Pointer  # and O
+    k: cute.Pointer
+    v: cute.Pointer
+
+    @staticmethod
+    def of(plan: FwdPlan) -> "Space":
+        def space(num_elements):
+            return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
+
+        allocator, stages = SmemAllocator(), plan.config.num_stages
+        q = space(max(plan.q.elements, plan.o.elements))
+        return Space(q, space(stages * plan.k.elements), space(stages * plan.v.elements))
+
+
+class ForwardSm80:
+    """The forward kernel of one Signature, laid out by one Sm80Config."""
+
+    def __init__(self, signature: Signature, config: Sm80Config):
+        config.check(signature)
+        self.plan = FwdPlan(signature, config)
+
+    def example_args(self) -> tuple:
+        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
+        plan = self.plan
+        heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
+        batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
+        d, dv = (cute.sym_int32(divisibility=8) for _ in range(2))
+
+        def tensor(batch, length, heads, width):
+            strides = (cute.sym_int64(divisibility=8) for _ in range(3))
+            shape = (batch, length, heads, width)
+            return make_fake_tensor(plan.element, shape, (*strides, 1), assumed_align=16)
+
+        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
+        sink_strides = (cute.sym_int64(), cute.sym_int64())
+        sinks = make_fake_tensor(
+            Float32, (cute.sym_int32(), heads_q), sink_strides, assumed_align=4
+        )
+        arguments = FwdArguments(
+            tensor(batch, s_q, heads_q, d),
+            tensor(batch_k, s_k, heads_k, d),
+            tensor(batch_k, s_k, heads_k, dv),
+            tensor(batch, s_q, heads_q, dv),
+            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+            None,
+            None,
+            None,
+            None,
+            sinks if plan.signature.sinks else None,
+            *plan.lengths.example(),
+            scale_log2=Float32(1.0),
+            softcap_log2=Float32(0.0),
+            window_left=Int32(0),
+            window_right=Int32(0),
+            num_ctas=Int32(1),
+        )
+        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.jit
+    def __call__(self, arguments: FwdArguments, stream):
+        plan = self.plan
+        num_ctas = arguments.num_ctas * plan.config.ctas_per_sm
+        x = replace(arguments, num_ctas=num_ctas)
+        q, k, v, o = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out))
+        tensors = FwdTensors(
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            lse=permute(x.lse, [2, 1, 0]),
+            sinks=permute(x.sinks, [1, 0]) if plan.signature.sinks else None,
+            lengths=plan.lengths.given(x),
+        )
+        scalars = FwdScalars(x.scale_log2, x.softcap_log2, x.window_left, x.window_right)
+        order = plan.lengths.order(x, stream)
+        self.kernel(tensors, scalars, order).launch(
+            grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
+            block=(plan.config.num_threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=plan.config.ctas_per_sm,
+            preferred_smem_carveout=100,  # percent; else the DSL asks the driver for the sizes
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder | TileList):
+        plan = self.plan
+        space = Space.of(plan)
+        products = Products.of(plan, *_lane_and_warp(), space)
+        softmaxes = tuple(plan.softmax() for _ in range(plan.row_groups))
+        tile = self._work(tensors, scalars, order).first()
+        while tile.is_valid:
+            # Which tile it is is looked up again and again: kept meanwhile, it would spill.
+            work = self._work(tensors, scalars, order)
+            self._attend(tensors, scalars, work, tile, space, products, softmaxes)
+            self._wait_for_space_of_o()
+            work = self._work(tensors, scalars, order)
+            tile = work.again(tile)
+            self._store(tensors, work.sequence_of(tile), tile, space, products, softmaxes)
+            cute.arch.sync_threads()  # no warp reads Q, K, V or O any more
+            tile = self._work(tensors, scalars, order).next(tile)
+
+    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
+        cta, num_ctas = kept(cute.arch.block_idx()[0]), cute.arch.grid_dim()[0]
+        q_rows, k_rows = tensors.q.shape[0], tensors.k.shape[0]
+        sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
+        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
+
+    @cute.jit
+    def _attend(
+        self,
+        tensors: FwdTensors,
+        scalars: FwdScalars,
+        work: Work,
+        tile: WorkTile,
+        space: Space,
+        products: Products,
+        softmaxes: tuple,
+    ):
+        """One query tile: O and the softmaxes."""
+        plan, thread = self.plan, cute.arch.thread_idx()[0]
+        sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
+        rows = []
+        for m in cutlass.range_constexpr(plan.row_groups):
+            place = self._place(tile, sequence, m)
+            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (place.lane % 4))
+            factors = SoftmaxScale(scalars.scale_log2)
+            scores = Scores.of(plan, scalars, factors, mask, softmaxes[m])
+            rows.append(Rows(scores, softmaxes[m]))
+        loads = self._loads(tensors, tile, sequence, blocks, space, thread)
+        loads.start(tile.m_block)
+        attend(products, tuple(rows), loads, blocks)
+
+    @cute.jit
+    def _store(
+        self,
+        tensors: FwdTensors,
+        sequence: Sequence,
+        tile: WorkTile,
+        space: Space,
+        products: Products,
+        softmaxes: tuple,
+    ):
+        plan, totals, sink = self.plan, Totals.empty(), tensors.sink_of(tile)
+        for m in cutlass.range_constexpr(plan.row_groups):
+            acc_O, place = products.groups[m].acc_O, self._place(tile, sequence, m)
+            softmaxes[m].finish(acc_O, totals, sink)
+            store_lse(tensors.lse, totals.lse, place)
+            store_output(tensors.o, acc_O, plan.o, space.q, place)
+
+    @cute.jit
+    def _wait_for_space_of_o(self):
+        """A warp's rows of O lie where its rows of Q were, unless their chunks lie differently.
+
+        With one stage all warps have met since their last S = Q K^T.
+        """
+        plan = self.plan
+        if cutlass.const_expr(plan.q.columns == plan.o.columns or plan.config.num_stages == 1):
+            cute.arch.sync_warp()
+        else:
+            cute.arch.sync_threads()
+
+    def _place(self, tile: WorkTile, sequence: Sequence, m: int) -> Place:
+        """Of the m-th row group."""
+        lane, warp = _lane_and_warp()
+        first = self.plan.first_rows(warp)[m]
+        return Place(tile, sequence, lane, tile.m_block * self.plan.tile_m, first)
+
+    def _loads(self, tensors: FwdTensors, tile: WorkTile, sequence, blocks, space: Space, thread):
+        plan, queries, keys = self.plan, sequence.queries, sequence.keys
+        threads = plan.config.num_threads
+        q = queries.matrix(tensors.q, tile.head)
+        k, v = (keys.matrix(t, tile.head_kv) for t in (tensors.k, tensors.v))
+        of_qk = RowCopy.thread_offset(plan.k, thread)
+        of_v = of_qk
+        if plan.v.columns != plan.k.columns:
+            of_v = RowCopy.thread_offset(plan.v, thread)
+        return Loads(
+            plan.config.num_stages,
+            RowCopy.of(plan.q, threads, thread, q, queries.length, space.q, of_qk),
+            RowCopy.of(plan.k, threads, thread, k, keys.length, space.k, of_qk),
+            RowCopy.of(plan.v, threads, thread, v, keys.length, space.v, of_v),
+            blocks,
+        )
+
+
+def _lane_and_warp() -> tuple:
+    thread = cute.arch.thread_idx()[0]
+    return thread % 32, cute.arch.make_warp_uniform(thread // 32)
+
+
+def forward(signature: Signature, config: Sm80Config) -> ForwardSm80:
+    """The forward kernel for fp16 and bf16."""
+    return ForwardSm80(signature, config)

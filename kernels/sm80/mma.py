@@ -1,0 +1,108 @@
+"""Matrix products of warps: mma.sync m16n8k16 with operands that ldmatrix reads.
+
+A warp's accumulator of 16 rows is kept as wgmma's is for one of its four warps, as
+((2, 2, N/8), 1, 1): the instructions' fragments agree, so that softmax, mask and scores see the
+same rows and columns.
+"""
+
+from dataclasses import dataclass, replace
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import warp
+
+from .copies import CHUNK, TileLayout, kept
+
+ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+ROWS = 16  # of a fragment
+
+
+def warp_mma(element: type) -> cute.MmaAtom:
+    return cute.make_mma_atom(warp.MmaF16BF16Op(element, Float32, (16, 8, 16)))
+
+
+def accumulator(columns: int) -> cute.Tensor:
+    """((2, 2, columns / 8), 1, 1) fp32 registers: 16 rows of a warp."""
+    return cute.make_rmem_tensor(((2, 2, columns // 8), 1, 1), Float32)
+
+
+def operand(keys: int, element: type) -> cute.Tensor:
+    """((2, 2, 2), 1, keys / 16): an accumulator's elements in their order, as an operand A."""
+    return cute.make_rmem_tensor(((2, 2, 2), 1, keys // 16), element)
+
+
+def as_fragment(acc: cute.Tensor) -> cute.Tensor:
+    """((2, 2, N/8), 1, 1) -> ((2, 2), 1, N/8), as mma.sync sees it."""
+    columns = cute.size(acc) // 4
+    layout = cute.make_layout(((2, 2), 1, columns), stride=((1, 2), 0, 4))
+    return cute.make_tensor(acc.iterator, layout)
+
+
+@dataclass(frozen=True)
+class SharedOperand:
+    """An operand in shared memory, as ldmatrix reads 16 x 16 elements of it: four 8 x 8 matrices.
+
+    Lane l holds the address of row l % 8 of matrix l / 8.  A column block's chunks are permuted by
+    exclusive or (copies.py), so the address 2 k chunks further is `base ^ 32 k`; all else that
+    tells one load from another is a constant, and no instruction.
+    """
+
+    layout: TileLayout
+    base: Int32  # the lane's address for the first 16 x 16 elements
+
+    @staticmethod
+    def of(
+        layout: TileLayout, pointer: cute.Pointer, lane, first_row=0, is_k: bool = False
+    ) -> "SharedOperand":
+        """is_k: the matrices' order is (k, k + 8) for 8 rows, then for the next 8; else the other.
+
+        That is what makes a fragment of K; Q and V, which is transposed, take the other.
+        """
+        row, chunk = (lane // 16 * 8 + lane % 8, lane // 8 % 2) if is_k else (lane % 16, lane // 16)
+        base = kept(Int32(pointer.toint()) + 2 * layout.offset(first_row + row, chunk))
+        return SharedOperand(layout, base)
+
+    def at(self, stage) -> "SharedOperand":
+        return replace(self, base=self.base + stage * (2 * self.layout.elements))
+
+    def load(self, row: int, column: int, transpose: bool = False) -> list[Int32]:
+        """The 16 x 16 elements from (row, column) on: 4 registers."""
+        layout = self.layout
+        block, chunk = column // layout.columns, column % layout.columns // CHUNK
+        kind = ".trans" if transpose else ""
+        offset = 2 * layout.columns * (block * layout.rows + row)
+        # The exclusive or stays in the loop: hoisted, the addresses took 20 registers.
+        return cute.arch.inline_ptx(
+            f"{{ .reg .b32 a; xor.b32 a, {{$r0}}, {16 * chunk};"
+            f" ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"
+            f" {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [a + {offset}]; }}",
+            write_only_types=4 * [Int32],
+            read_only_args=[self.base],
+        )
+
+
+def _fragment(words: list, shape, element: type) -> cute.Tensor:
+    """Registers of 16-bit elements."""
+    registers = cute.make_rmem_tensor(len(words), Int32)
+    for i, word in enumerate(words):
+        registers[i] = word
+    return cute.make_tensor(
+        cute.recast_ptr(registers.iterator, dtype=element), cute.make_layout(shape)
+    )
+
+
+def fragment_a(words: list, element: type) -> cute.Tensor:
+    """(MMA, 1) of 16 rows and 16 of K."""
+    return _fragment(words, ((2, 2, 2), 1), element)
+
+
+def fragment_b(words: list, element: type) -> cute.Tensor:
+    """(MMA, N/8) of 16 of K."""
+    return _fragment(words, ((2, 2), len(words) // 2), element)
+
+
+def multiply(mma: cute.MmaAtom, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor):
+    """acc ((2, 2, N/8), 1, 1) += a (MMA, 1) b (MMA, N/8)^T, 16 of K."""
+    fragment = as_fragment(acc)
+    cute.gemm(mma, fragment, a, b, fragment)
