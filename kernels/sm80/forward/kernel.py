@@ -213,7 +213,7 @@ class ForwardSm80:
             tile = self._work(tensors, scalars, order).next(tile)
 
     def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
-        cta, num_ctas = kept(cute.arch.block_idx()[0]), cute.arch.grid_dim()[0]
+        cta, num_ctas = kept(cute.arch.block_idx()[0]), kept(cute.arch.grid_dim()[0])
         q_rows, k_rows = tensors.q.shape[0], tensors.k.shape[0]
         sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
         return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
