@@ -87,7 +87,7 @@ def attend(  # noqa: PLR0913
     if descales is not NO_DESCALES or sink is not None:
         plain = _check_others(descales, sink) and plain
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        others = {"out": out, **named(descales), **lengths.named(given), "learnable_sink": sink}
+        others = {**lengths.named(given), **named(descales), "learnable_sink": sink, "out": out}
         autograd.check(q, k, v, options, others, plain)
         plain = False
     if check_scales is not False:

@@ -466,3 +466,27 @@ def test_other_models_are_left_alone():
     config = transformers.BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=50)
     model = transformers.BloomModel._from_config(config, attn_implementation="eager").eval()
     assert hidden(model, tokens_of(1, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training(checkpointing):
+    """All gradients of a step are those of eager attention, as far as bf16 goes."""
+    tokens = torch.randint(0, 50, (2, 24))
+    gradients = []
+    for model in pair("Llama", LLAMA, torch.bfloat16, "ForCausalLM"):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append(torch.cat([x.grad.flatten().float() for x in model.parameters()]))
+    wanted, given = gradients
+    assert (given - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_padded_batches_do_not_train_yet():
+    _, model = pair("Llama", LLAMA, torch.bfloat16, "ForCausalLM")
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    words = "seqused_q is a tensor, .* no backward pass"
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match=words):
+        model(input_ids=torch.ones(2, 4, dtype=torch.int64), attention_mask=mask)
