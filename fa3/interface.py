@@ -91,7 +91,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         TypeError, ValueError: the message names the argument; nothing was launched or written
             (but for the comparisons of check_scales).
         NotImplementedError: an argument that is not supported yet, a tensor that requires grad
-            where there is no backward pass, or has a tangent of forward-mode AD, or a GPU without a kernel for the case.
+            where there is no backward pass, or has a tangent of forward-mode AD, or a GPU without a
+            kernel for the case.
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
