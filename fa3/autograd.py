@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.types import Number
 
 from . import ops, transforms
-from .call.layout import Layout, check_last_stride, odd_dimension, tma_strides
+from .call.layout import Layout, check_last_stride, check_like, odd_dimension, tma_strides
 from .call.problem import DTYPES, LOG2_E, Options, Problem
+from .kernels.bwd_arguments import BwdArguments
 from .kernels.bwd_signature import BwdSignature
 from .launch import dispatch, jit, tuning
 from .reference import backward as reference_backward
@@ -48,8 +49,8 @@ def plan_of(q, k, v, out, dout, lse, deterministic, *options) -> Plan:  # noqa: 
     layouts = {name: Layout(*fields) for name, fields in named}
     problem = Problem.of(layouts["q"], layouts["k"], layouts["v"], Options(*options))
     for name in ("out", "dout"):
-        _check_like(name, layouts[name], problem.out_shape, problem.out_dtype, problem.device)
-    _check_like("lse", Layout(*lse), problem.lse_shape, torch.float32, problem.device)
+        check_like(name, layouts[name], problem.out_shape, problem.out_dtype, problem.device)
+    check_like("lse", Layout(*lse), problem.lse_shape, torch.float32, problem.device)
     copies = tuple(
         odd_dimension(x) is not None or x.stride[-1] != 1 or 0 in x.stride[:-1]
         for x in layouts.values()
@@ -133,18 +134,9 @@ _NO_WORKSPACE = (None,) * 3
 
 def _set_to_zero(arguments: Sequence) -> None:
     """Without a query or a key no gradient has a summand."""
-    for gradient in arguments[7:10]:
+    x = BwdArguments(*arguments)
+    for gradient in (x.dq, x.dk, x.dv):
         gradient.zero_()
-
-
-def _check_like(name: str, layout: Layout, shape, dtype, device) -> None:
-    for what, given, wanted in (
-        ("shape", tuple(layout.shape), tuple(shape)),
-        ("dtype", layout.dtype, dtype),
-        ("device", layout.device, device),
-    ):
-        if given != wanted:
-            raise ValueError(f"{name} has {what} {given}, expected {wanted}")
 
 
 def run(dout, q, k, v, out, lse, dlse, deterministic, options) -> tuple[Tensor, Tensor, Tensor]:  # noqa: PLR0913
@@ -153,7 +145,7 @@ def run(dout, q, k, v, out, lse, dlse, deterministic, options) -> tuple[Tensor, 
     fields = (ops.fields(x) for x in (*given, lse))
     plan = plan_of(*fields, deterministic, *options)
     if dlse is not None:
-        _check_like("dlse", Layout.of(dlse), lse.shape, torch.float32, q.device)
+        check_like("dlse", Layout.of(dlse), lse.shape, torch.float32, q.device)
     given = [
         x.contiguous() if copy else x if strides is None else x.as_strided(x.shape, strides)
         for x, copy, strides in zip(given, plan.copies, plan.strides, strict=True)

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .bwd_signature import BwdSignature
+from .config import BARRIER_BYTES, SMEM_LIMIT, check_fields, check_memory
 
-SMEM_LIMIT = 232_448  # bytes of dynamic shared memory per CTA on sm_90 (227 KiB)
-BARRIER_BYTES = 1024  # mbarriers and alignment
 ACCUMULATORS = 208  # registers of a consumer thread for accumulators and operands
 
 
@@ -62,15 +61,9 @@ class BwdConfig:
 
     def check(self, signature: BwdSignature) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
-        for name, is_right, expected in self._rules(signature):
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        needed = self.smem_bytes(signature)
-        if needed > SMEM_LIMIT:
-            raise ValueError(
-                f"{self} needs {needed} bytes of shared memory per CTA, the limit is {SMEM_LIMIT}: "
-                "choose a smaller tile_m, tile_n or num_stages"
-            )
+        check_fields(self, self._rules(signature))
+        smaller = "tile_m, tile_n or num_stages"
+        check_memory(self, self.smem_bytes(signature), SMEM_LIMIT, smaller)
 
     def _rules(self, signature: BwdSignature) -> Iterator[tuple[str, bool, str]]:
         """Name of a field, whether it is right, and what is."""

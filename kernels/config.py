@@ -1,6 +1,6 @@
 """FwdConfig: how the forward kernel is laid out, the part of a kernel that tuning may change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,22 @@ BARRIER_BYTES = 1024  # mbarriers and alignment
 # q:   the space of Q: the next Q waits until O has left.
 # registers: nowhere. O of FP8 inputs is stored from registers, without TMA.
 OSpace = Literal["own", "k", "kv", "q", "registers"]
+
+
+def check_fields(config, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """rules: name of a field, whether it is right, and what is."""
+    for name, is_right, expected in rules:
+        if not is_right:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected {expected}")
+
+
+def check_memory(config, needed: int, limit: int, smaller: str) -> None:
+    """smaller: the fields that need less shared memory where they are."""
+    if needed > limit:
+        raise ValueError(
+            f"{config} needs {needed} bytes of shared memory per CTA, the limit is {limit}: "
+            f"choose a smaller {smaller}"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,15 +67,9 @@ class FwdConfig:
 
     def check(self, signature: Signature) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
-        for name, is_right, expected in self._rules(signature):
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        needed = self.smem_bytes(signature)
-        if needed > SMEM_LIMIT:
-            raise ValueError(
-                f"{self} needs {needed} bytes of shared memory per CTA, the limit is {SMEM_LIMIT}: "
-                "choose a smaller tile_n, num_stages or num_mma_warpgroups"
-            )
+        check_fields(self, self._rules(signature))
+        smaller = "tile_n, num_stages or num_mma_warpgroups"
+        check_memory(self, self.smem_bytes(signature), SMEM_LIMIT, smaller)
 
     def _rules(self, signature: Signature) -> Iterator[tuple[str, bool, str]]:
         """Name of a field, whether it is right, and what is."""

@@ -5,11 +5,12 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Int32
 
 from .blocks import Window
+from .mask import keep
 from .query_blocks import end_query, first_query
-from .views import column_of, rows_and_columns
+from .views import rows_and_columns
 
 NEVER = 1 << 30  # columns: a key that no query sees
 
@@ -29,7 +30,7 @@ class KeyMask:
         first = m_block * self.tile_m + self.column
         for r in range(2):
             begin, end = self._bounds(self.row + 8 * r, first)
-            _keep(scores[r, None], begin, end)
+            keep(scores[r, None], begin, end)
 
     def _bounds(self, key, first):
         """Visible columns [begin, end) relative to the query `first`; end None: no bound."""
@@ -39,13 +40,3 @@ class KeyMask:
         if window.kind == "local":
             end = end_query(window, key) - first
         return cutlass.select_(key < window.s_k, begin, Int32(NEVER)), end
-
-
-@cute.jit
-def _keep(scores: cute.Tensor, begin, end):
-    for i in cutlass.range_constexpr(cute.size(scores)):
-        column = column_of(i)
-        is_visible = column >= begin
-        if cutlass.const_expr(end is not None):
-            is_visible = is_visible and column < end
-        scores[i] = scores[i] if is_visible else -Float32.inf

@@ -28,7 +28,7 @@ class Mask:
         for r in range(2):
             row = self.row + 8 * r
             begin, end = self._bounds(row, first_column)
-            _keep(scores[r, None], begin, end)
+            keep(scores[r, None], begin, end)
 
     def _bounds(self, row, first_column):
         """Visible columns [begin, end) relative to first_column; begin None: no left bound."""
@@ -43,10 +43,14 @@ class Mask:
 
 
 @cute.jit
-def _keep(scores: cute.Tensor, begin, end):
+def keep(scores: cute.Tensor, begin, end):
+    """Set the scores of a row outside of columns [begin, end) to -inf; one of them may be None."""
     for i in cutlass.range_constexpr(cute.size(scores)):
         column = column_of(i)
-        is_visible = column < end
-        if cutlass.const_expr(begin is not None):
-            is_visible = is_visible and column >= begin
+        if cutlass.const_expr(end is None):
+            is_visible = column >= begin
+        else:
+            is_visible = column < end
+            if cutlass.const_expr(begin is not None):
+                is_visible = is_visible and column >= begin
         scores[i] = scores[i] if is_visible else -Float32.inf

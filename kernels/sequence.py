@@ -111,10 +111,6 @@ class Sequence:
     def s_k(self):
         return self.keys.length
 
-    @property
-    def k_start(self):
-        return self.keys.start
-
     def vector(self, tensor: cute.Tensor, head) -> cute.Tensor:
         """(n, heads, b) -> (n,) of a head, where all rows have the same."""
         return tensor[None, head, self.batch]

@@ -9,6 +9,7 @@ from cutlass import Boolean, Float32, Int32
 
 from .exp2 import exp2 as exp2_polynomial
 from .headroom import MAX_SHIFT_LOG2
+from .sequence import RaggedSpan, Span
 from .views import rows_and_columns
 
 LN2 = math.log(2.0)
@@ -26,6 +27,14 @@ class Totals:
     @staticmethod
     def empty() -> "Totals":
         return Totals(*(cute.make_rmem_tensor(2, Float32) for _ in range(2)))
+
+    @cute.jit
+    def store_lse(self, mLSE: cute.Tensor, queries: Span | RaggedSpan, head, row, thread):  # noqa: PLR0913
+        """lse of row and row + 8, which the four threads that share them all hold."""
+        rows = queries.vector(mLSE, head)  # (s_q,)
+        for r in cutlass.range_constexpr(2):
+            if thread % 4 == 0 and row + 8 * r < queries.length:
+                rows[row + 8 * r] = self.lse[r]
 
 
 @dataclass(frozen=True)

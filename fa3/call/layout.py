@@ -32,6 +32,16 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is {kind}, expected a dense tensor, of torch.strided")
 
 
+def check_like(name: str, layout: Layout, shape, dtype, device) -> None:
+    for what, given, wanted in (
+        ("shape", tuple(layout.shape), tuple(shape)),
+        ("dtype", layout.dtype, dtype),
+        ("device", layout.device, device),
+    ):
+        if given != wanted:
+            raise ValueError(f"{name} has {what} {given}, expected {wanted}")
+
+
 def check_last_stride(name: str, layout: Layout) -> None:
     if 0 not in layout.shape and layout.stride[-1] != 1:
         raise ValueError(f"{name} has stride {layout.stride[-1]} in its last dimension, expected 1")

@@ -11,7 +11,14 @@ import torch
 
 from ..kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
 from .hints import ORDER, PACKED
-from .layout import ALIGNMENT, MAX_STRIDE, Layout, check_last_stride, odd_dimension
+from .layout import (
+    ALIGNMENT,
+    MAX_STRIDE,
+    Layout,
+    check_last_stride,
+    check_like,
+    odd_dimension,
+)
 from .lengths import EQUAL, Lengths, Sequences
 from .mask import MaskSpec
 from .options import Options
@@ -174,13 +181,7 @@ class Problem:
 
 def check_out(out: Layout, problem: Problem) -> None:
     """The result must fit the tensor that the caller brought, element by element."""
-    for what, given, wanted in (
-        ("shape", tuple(out.shape), problem.out_shape),
-        ("dtype", out.dtype, problem.out_dtype),
-        ("device", out.device, problem.device),
-    ):
-        if given != wanted:
-            raise ValueError(f"out has {what} {given}, expected {wanted}")
+    check_like("out", out, problem.out_shape, problem.out_dtype, problem.device)
     check_last_stride("out", out)
     if 0 not in out.shape and (dim := odd_dimension(out)) is not None:
         size = out.dtype.itemsize

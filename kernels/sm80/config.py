@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config import check_fields, check_memory
 from ..signature import Signature
 
 # Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
@@ -34,16 +35,9 @@ class Sm80Config:
 
     def check(self, signature: Signature, smem_of_sm: int = max(SMEM_OF_SM.values())) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
-        for name, is_right, expected in self._rules(signature):
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        limit = self.smem_limit(smem_of_sm)
-        needed = self.smem_bytes(signature)
-        if needed > limit:
-            raise ValueError(
-                f"{self} needs {needed} bytes of shared memory per CTA, the limit is {limit}: "
-                "choose a smaller tile_n, num_stages, num_warps or ctas_per_sm"
-            )
+        check_fields(self, self._rules(signature))
+        smaller = "tile_n, num_stages, num_warps or ctas_per_sm"
+        check_memory(self, self.smem_bytes(signature), self.smem_limit(smem_of_sm), smaller)
 
     def smem_limit(self, smem_of_sm: int) -> int:
         """Bytes of dynamic shared memory that a CTA may have."""

@@ -7,14 +7,12 @@ same rows and columns.
 
 from dataclasses import dataclass, replace
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warp
 
 from .copies import CHUNK, TileLayout, kept
 
-ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 ROWS = 16  # of a fragment
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import Float32
@@ -10,40 +9,10 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from ..config import FwdConfig
+from ..elements import ELEMENT, Elements
 from ..signature import Signature
 
-ELEMENT = {
-    "bf16": cutlass.BFloat16,
-    "fp16": cutlass.Float16,
-    "fp32": cutlass.Float32,
-    "e4m3": cutlass.Float8E4M3FN,
-    "e5m2": cutlass.Float8E5M2,
-    "int8": cutlass.Int8,
-}
-
-
 ONES = 8  # rows of ones in transposed V
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Element types of the operands and of the output."""
-
-    q: type
-    k: type
-    p: type
-    v: type
-    out: type
-    scores: type  # of the accumulator of Q K^T
-
-    @staticmethod
-    def of(signature: Signature) -> "Elements":
-        q, quantised = ELEMENT[signature.dtype], signature.quantised
-        if quantised is None:
-            return Elements(q, q, q, q, q, Float32)
-        k, v = ELEMENT[quantised.k], ELEMENT[quantised.v]
-        scores = cutlass.Int32 if q is cutlass.Int8 else Float32
-        return Elements(q, k, cutlass.Float8E4M3FN, v, ELEMENT[quantised.out], scores)
 
 
 @dataclass(frozen=True)

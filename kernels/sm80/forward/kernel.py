@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
+from ...elements import ELEMENT, Elements
+from ...example import forward_example, no_scales
 from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
@@ -39,11 +39,11 @@ from ...tensors import FwdScalars, FwdTensors, permute
 from ...work import Work
 from ..config import Sm80Config
 from ..copies import RowCopy, TileLayout, kept
-from ..mma import ELEMENT, ROWS
+from ..mma import ROWS
 from .attend import Rows, attend
 from .load import Loads
 from .products import Products
-from .store import Place, store_lse, store_output
+from .store import Place, store_output
 
 
 @dataclass(frozen=True)
@@ -133,41 +133,8 @@ class ForwardSm80:
         self.plan = FwdPlan(signature, config)
 
     def example_args(self) -> tuple:
-        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
-        plan = self.plan
-        heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
-        batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
-        d, dv = (cute.sym_int32(divisibility=8) for _ in range(2))
-
-        def tensor(batch, length, heads, width):
-            strides = (cute.sym_int64(divisibility=8) for _ in range(3))
-            shape = (batch, length, heads, width)
-            return make_fake_tensor(plan.element, shape, (*strides, 1), assumed_align=16)
-
-        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
-        sink_strides = (cute.sym_int64(), cute.sym_int64())
-        sinks = make_fake_tensor(
-            Float32, (cute.sym_int32(), heads_q), sink_strides, assumed_align=4
-        )
-        arguments = FwdArguments(
-            tensor(batch, s_q, heads_q, d),
-            tensor(batch_k, s_k, heads_k, d),
-            tensor(batch_k, s_k, heads_k, dv),
-            tensor(batch, s_q, heads_q, dv),
-            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
-            None,
-            None,
-            None,
-            None,
-            sinks if plan.signature.sinks else None,
-            *plan.lengths.example(),
-            scale_log2=Float32(1.0),
-            softcap_log2=Float32(0.0),
-            window_left=Int32(0),
-            window_right=Int32(0),
-            num_ctas=Int32(1),
-        )
-        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+        """Symbolic arguments of __call__ for cute.compile."""
+        return forward_example(self.plan, Elements.of(self.plan.signature), no_scales)
 
     @cute.jit
     def __call__(self, arguments: FwdArguments, stream):
@@ -257,7 +224,8 @@ class ForwardSm80:
         for m in cutlass.range_constexpr(plan.row_groups):
             acc_O, place = products.groups[m].acc_O, self._place(tile, sequence, m)
             softmaxes[m].finish(acc_O, totals, sink)
-            store_lse(tensors.lse, totals.lse, place)
+            queries = sequence.queries
+            totals.store_lse(tensors.lse, queries, tile.head, place.row, place.lane)
             store_output(tensors.o, acc_O, plan.o, space.q, place)
 
     @cute.jit

@@ -31,16 +31,6 @@ class Place:
 
 
 @cute.jit
-def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, place: Place):
-    """Two rows per thread; the four threads that share a row hold the same value."""
-    queries = place.sequence.queries
-    rows = queries.vector(mLSE, place.tile.head)  # (s_q,)
-    for r in cutlass.range_constexpr(2):
-        if place.lane % 4 == 0 and place.row + 8 * r < queries.length:
-            rows[place.row + 8 * r] = lse[r]
-
-
-@cute.jit
 def store_output(
     mO: cute.Tensor, acc_O: cute.Tensor, layout: TileLayout, space: cute.Pointer, place: Place
 ):

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from ...barriers import WARPGROUP
 from ...bwd_config import BwdConfig
 from ...bwd_signature import BwdSignature
-from ..wgmma import ELEMENT
+from ...elements import ELEMENT
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from ...barriers import WARPGROUP
+from ...elements import ELEMENT
 from ...views import convert, rows_and_columns
-from ..wgmma import ELEMENT, issue_gemm
+from ..wgmma import issue_gemm
 
 
 @dataclass(frozen=True)

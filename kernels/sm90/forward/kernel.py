@@ -20,30 +20,30 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
 from ...barriers import WARPGROUP, WarpgroupTurn
-from ...blocks import BlockRange, Window
 from ...config import FwdConfig, OSpace
+from ...elements import ELEMENT, Elements
+from ...example import forward_example
 from ...headroom import HEADROOM_LOG2, LIMIT_LOG2
 from ...lengths import EqualLengths, RaggedLengths
 from ...mask import Mask
-from ...scheduler import Schedule, TileList, TileOrder, WorkTile
+from ...scheduler import Schedule, TileList, TileOrder
 from ...scores import Scores
-from ...sequence import RaggedSequences, Sequence, Sequences
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, permute
+from ...work import Work
 from ..rings import FwdRings
 from ..tma import tma_load
-from ..wgmma import ELEMENT, Elements, FwdMma, FwdSmem
+from ..wgmma import FwdMma, FwdSmem
 from .attend import accumulate_last, attend
 from .load import load
-from .store import LastSlots, Place, store_lse
+from .store import LastSlots, Place
 
 
 @dataclass(frozen=True)
@@ -127,33 +127,6 @@ class FwdPlan:
         return OnlineSoftmax.of(HEADROOM_LOG2[dtype], LIMIT_LOG2[dtype], polynomial)
 
 
-@dataclass(frozen=True)
-class Work:
-    """The tiles of this CTA, one after another, and what each of them is about."""
-
-    plan: cutlass.Constexpr[FwdPlan]
-    schedule: Schedule
-    sequences: Sequences | RaggedSequences
-    scalars: FwdScalars
-
-    def first(self) -> WorkTile:
-        return self.schedule.first()
-
-    def next(self, tile: WorkTile) -> WorkTile:
-        return self.schedule.next(tile)
-
-    def sequence_of(self, tile: WorkTile) -> Sequence:
-        return self.sequences[tile.batch]
-
-    def window_of(self, tile: WorkTile) -> Window:
-        left, right = self.scalars.window_left, self.scalars.window_right
-        return self.sequence_of(tile).window(self.plan.signature.mask, left, right)
-
-    def blocks_of(self, tile: WorkTile) -> BlockRange:
-        plan, window = self.plan, self.window_of(tile)
-        return BlockRange.of(window, tile.m_block, tile_m=plan.tile_m, tile_n=plan.tile_n)
-
-
 class ForwardSm90:
     """The forward kernel of one Signature, laid out by one FwdConfig.
 
@@ -167,41 +140,9 @@ class ForwardSm90:
         self.operands = operands(self.plan)
 
     def example_args(self) -> tuple:
-        """Symbolic arguments of __call__ for cute.compile: any lengths, any 16-byte strides."""
-        plan = self.plan
-        element = Elements.of(plan.signature)
-        heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
-        batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
-        d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
-
-        def tensor(dtype, batch, length, heads, width):
-            strides = (cute.sym_int64(divisibility=_in_16_bytes(dtype)) for _ in range(3))
-            shape = (batch, length, heads, width)
-            return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
-
-        lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
-        arguments = FwdArguments(
-            tensor(element.q, batch, s_q, heads_q, d),
-            tensor(element.k, batch_k, s_k, heads_k, d),
-            tensor(element.v, batch_k, s_k, heads_k, dv),
-            tensor(element.out, batch, s_q, heads_q, dv),
-            make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
-            *self.operands.example_scales(batch, heads_k, dv),
-            self._example_sinks(heads_q),
-            *plan.lengths.example(),
-            scale_log2=Float32(1.0),
-            softcap_log2=Float32(0.0),
-            window_left=Int32(0),
-            window_right=Int32(0),
-            num_ctas=Int32(1),
-        )
-        return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
-
-    def _example_sinks(self, heads_q):
-        if not self.plan.signature.sinks:
-            return None
-        shape, strides = (cute.sym_int32(), heads_q), (cute.sym_int64(), cute.sym_int64())
-        return make_fake_tensor(Float32, shape, strides, assumed_align=4)
+        """Symbolic arguments of __call__ for cute.compile."""
+        element = Elements.of(self.plan.signature)
+        return forward_example(self.plan, element, self.operands.example_scales)
 
     @cute.jit
     def __call__(self, arguments: FwdArguments, stream):
@@ -313,13 +254,9 @@ class ForwardSm90:
             last = LastSlots(rings.k.slot_before(k), rings.v.slot_before(v))
             frag.take_sum(softmax)
             softmax.finish(frag.acc_O, totals, sink)
-            store_lse(tensors.lse, totals.lse, place)
+            queries = place.sequence.queries
+            totals.store_lse(tensors.lse, queries, tile.head, row, thread)
             space.store(tensors, frag, totals, place, last)
             space.stored(query)
             tile = next_tile
         space.drain()
-
-
-def _in_16_bytes(dtype) -> int:
-    """Elements that TMA takes at once: head dims and strides are multiples of them."""
-    return 128 // dtype.width

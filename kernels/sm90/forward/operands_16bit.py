@@ -11,6 +11,7 @@ from cutlass.memory import SmemAllocator
 from ...arguments import FwdArguments
 from ...barriers import WARPGROUP
 from ...config import FwdConfig
+from ...example import no_scales
 from ...scores import SoftmaxScale
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
@@ -84,8 +85,7 @@ class Operands16Bit:
 
     plan: Any
 
-    def example_scales(self, batch, heads_k, dv) -> tuple:
-        return None, None, None, None
+    example_scales = staticmethod(no_scales)
 
     def scales(self, arguments: FwdArguments) -> None:
         return None

@@ -29,13 +29,14 @@ from cutlass.memory import SmemAllocator
 from ...arguments import FwdArguments
 from ...barriers import WARPGROUP
 from ...config import FwdConfig
+from ...elements import Elements
 from ...scales import Scales, TileScales
 from ...signature import Signature
 from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, permute
 from ...views import four_bytes
 from ..rings import FwdRings, Ring, swizzled
-from ..wgmma import Elements, FwdMma, FwdSmem, issue_gemm, v_slice, vt_layout, vt_rows
+from ..wgmma import FwdMma, FwdSmem, issue_gemm, v_slice, vt_layout, vt_rows
 from .kernel import ForwardSm90
 from .store import Place
 from .store_fp8 import RegistersToGlobal

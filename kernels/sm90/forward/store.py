@@ -170,13 +170,3 @@ class OutputSpace:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             if cutlass.const_expr(before_release):
                 cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
-
-
-@cute.jit
-def store_lse(mLSE: cute.Tensor, lse: cute.Tensor, place: Place):
-    """Two rows per thread; the four threads that share a row hold the same value."""
-    queries = place.sequence.queries
-    rows = queries.vector(mLSE, place.tile.head)  # (s_q,)
-    for r in cutlass.range_constexpr(2):
-        if place.thread % 4 == 0 and place.row + 8 * r < queries.length:
-            rows[place.row + 8 * r] = lse[r]

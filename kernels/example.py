@@ -1,0 +1,58 @@
+"""Symbolic arguments of the forward kernels for cute.compile: any lengths, any 16-byte strides."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from .arguments import FwdArguments
+
+
+def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
+    """FwdArguments and the stream.
+
+    element: the dtypes q, k, v and out; scales(batch, heads_k, dv): the four fields for scales.
+    """
+    heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
+    batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
+    d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
+
+    def tensor(dtype, batch, length, heads, width):
+        strides = (cute.sym_int64(divisibility=_in_16_bytes(dtype)) for _ in range(3))
+        shape = (batch, length, heads, width)
+        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+    lse_strides = (cute.sym_int64(), cute.sym_int64(), 1)
+    arguments = FwdArguments(
+        tensor(element.q, batch, s_q, heads_q, d),
+        tensor(element.k, batch_k, s_k, heads_k, d),
+        tensor(element.v, batch_k, s_k, heads_k, dv),
+        tensor(element.out, batch, s_q, heads_q, dv),
+        make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+        *scales(batch, heads_k, dv),
+        _sinks(heads_q) if plan.signature.sinks else None,
+        *plan.lengths.example(),
+        scale_log2=Float32(1.0),
+        softcap_log2=Float32(0.0),
+        window_left=Int32(0),
+        window_right=Int32(0),
+        num_ctas=Int32(1),
+    )
+    return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+
+def no_scales(batch, heads_k, dv) -> tuple:
+    """Those of 16-bit inputs."""
+    return None, None, None, None
+
+
+def _sinks(heads_q):
+    shape, strides = (cute.sym_int32(), heads_q), (cute.sym_int64(), cute.sym_int64())
+    return make_fake_tensor(Float32, shape, strides, assumed_align=4)
+
+
+def _in_16_bytes(dtype) -> int:
+    """Elements that TMA takes at once: head dims and strides are multiples of them."""
+    return 128 // dtype.width
