@@ -225,11 +225,16 @@ SCORE_FACTORS = {
 }
 
 
-def _dtype_of(dims: tuple[int, int], mask: tuple) -> str:
+def kind_of(mask: tuple) -> str:
+    """The kind of mask that a kernel is compiled for."""
+    causal, (left, right) = mask
+    right = 0 if causal else right
+    return "local" if left >= 0 or right > 0 else "causal" if right == 0 else "full"
+
+
+def dtype_of(dims: tuple[int, int], mask: tuple) -> str:
     """Alternates over tiles and kinds of masks: each meets both dtypes, a pair of them one."""
-    causal, window = mask
-    right = 0 if causal else window[1]
-    kind = 0 if window[0] < 0 and right < 0 else 1 if window[0] < 0 and right == 0 else 2
+    kind = ("full", "causal", "local").index(kind_of(mask))
     tiles = head_dim_tile(dims[0]) // 32 + head_dim_tile(dims[1]) // 64
     return ("bf16", "fp16")[(tiles + kind) % 2]
 
@@ -241,7 +246,7 @@ def covering(factors: dict[str, Sequence] = FACTORS, seed: int = 1) -> list[Case
         (head_dim, head_dim_v), (causal, window) = row["dims"], row["mask"]
         cases.append(
             Case(
-                dtype=_dtype_of(row["dims"], row["mask"]),
+                dtype=dtype_of(row["dims"], row["mask"]),
                 head_dim=head_dim,
                 head_dim_v=head_dim_v,
                 batch=2 if row["layout"] == "expanded" else row.get("batch", 2),
