@@ -8,6 +8,7 @@ from cutlass import Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
+from ..barriers import WARPGROUP
 from ..config import FwdConfig
 from ..elements import ELEMENT, Elements
 from ..signature import Signature
@@ -47,6 +48,21 @@ class FwdMma:
             warpgroup.OperandSource.RMEM,
         )
         return FwdMma(qk, pv)
+
+    def operands(self, plan, rings, warpgroup_index) -> dict[str, cute.Tensor]:
+        """What a thread of a warpgroup multiplies: descriptors of q, k and v, registers of p.
+
+        q (MMA, 1, k-steps), k and v (MMA, slices, k-steps, num_stages), p (MMA, 1, k-steps).
+        """
+        first_thread = warpgroup_index * WARPGROUP
+        qk, pv = self.qk.get_slice(first_thread), self.pv.get_slice(first_thread)
+        p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
+        return {
+            "q": qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
+            "k": qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
+            "v": pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
+            "p": pv.make_fragment_A(p_shape),
+        }
 
 
 @dataclass(frozen=True)
@@ -116,3 +132,8 @@ def issue_gemm(
         atom.set(warpgroup.Field.ACCUMULATE, accumulate or k > 0)
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
     warpgroup.commit_group()
+
+
+def accumulator(columns: int) -> cute.Tensor:
+    """((2, 2, columns / 8), 1, 1) fp32 registers: a warpgroup's 64 rows."""
+    return cute.make_rmem_tensor(((2, 2, columns // 8), 1, 1), Float32)

@@ -5,11 +5,9 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
-from ...barriers import WARPGROUP
 from ...config import FwdConfig
 from ...example import no_scales
 from ...scores import SoftmaxScale
@@ -19,7 +17,7 @@ from ...tensors import FwdScalars, FwdTensors, TmaOperand
 from ...views import convert
 from ..rings import FwdRings, Ring, swizzled
 from ..tma import tma_store
-from ..wgmma import FwdMma, FwdSmem, issue_gemm, o_layout
+from ..wgmma import FwdMma, FwdSmem, accumulator, issue_gemm, o_layout
 from .kernel import ForwardSm90
 from .store import OutputSpace, Place
 
@@ -38,19 +36,11 @@ class FwdFragments:
 
     @staticmethod
     def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "FwdFragments":
-        first_thread = warpgroup_index * WARPGROUP
-        qk, pv = mma.qk.get_slice(first_thread), mma.pv.get_slice(first_thread)
-        s_shape = qk.partition_shape_C((plan.tile_m, plan.tile_n))
-        o_shape = pv.partition_shape_C((plan.tile_m, plan.head_dim_v))
-        p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
         return FwdFragments(
             mma=mma,
-            q=qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
-            k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
-            v=pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
-            p=pv.make_fragment_A(p_shape),
-            acc_S=cute.make_rmem_tensor(s_shape, Float32),
-            acc_O=cute.make_rmem_tensor(o_shape, Float32),
+            **mma.operands(plan, rings, warpgroup_index),
+            acc_S=accumulator(plan.tile_n),
+            acc_O=accumulator(plan.head_dim_v),
         )
 
     def issue_scores(self, stage):

@@ -27,7 +27,6 @@ from cutlass.cute.runtime import make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
-from ...barriers import WARPGROUP
 from ...config import FwdConfig
 from ...elements import Elements
 from ...scales import Scales, TileScales
@@ -36,7 +35,7 @@ from ...softmax import OnlineSoftmax
 from ...tensors import FwdScalars, FwdTensors, permute
 from ...views import four_bytes
 from ..rings import FwdRings, Ring, swizzled
-from ..wgmma import FwdMma, FwdSmem, issue_gemm, v_slice, vt_layout, vt_rows
+from ..wgmma import FwdMma, FwdSmem, accumulator, issue_gemm, v_slice, vt_layout, vt_rows
 from .kernel import ForwardSm90
 from .store import Place
 from .store_fp8 import RegistersToGlobal
@@ -66,18 +65,12 @@ class Fp8Fragments:
 
     @staticmethod
     def of(plan, mma: FwdMma, rings: FwdRings, warpgroup_index) -> "Fp8Fragments":
-        first_thread = warpgroup_index * WARPGROUP
-        qk, pv = mma.qk.get_slice(first_thread), mma.pv.get_slice(first_thread)
-        p_shape = pv.partition_shape_A((plan.tile_m, plan.tile_n))
         return Fp8Fragments(
             mma=mma,
-            q=qk.make_fragment_A(qk.partition_A(rings.q.buffer[None, None, 0])),
-            k=qk.make_fragment_B(qk.partition_B(rings.k.buffer)),
-            v=pv.make_fragment_B(pv.partition_B(rings.v.buffer)),
-            p=pv.make_fragment_A(p_shape),
-            acc_S=_accumulator(plan.tile_n),
-            acc_O=_accumulator(vt_rows(plan.signature, plan.config)),
-            block_O=_accumulator(v_slice(plan.signature, plan.config)),
+            **mma.operands(plan, rings, warpgroup_index),
+            acc_S=accumulator(plan.tile_n),
+            acc_O=accumulator(vt_rows(plan.signature, plan.config)),
+            block_O=accumulator(v_slice(plan.signature, plan.config)),
             v_scale=cute.make_rmem_tensor(1, Float32),
             scales=None,
             head_dim_v=plan.head_dim_v,
@@ -228,10 +221,6 @@ class OperandsFp8:
 def forward(signature: Signature, config: FwdConfig) -> ForwardSm90:
     """The forward kernel for one-byte inputs."""
     return ForwardSm90(signature, config, OperandsFp8)
-
-
-def _accumulator(columns: int) -> cute.Tensor:
-    return cute.make_rmem_tensor(((2, 2, columns // 8), 1, 1), Float32)
 
 
 def pack(acc_S: cute.Tensor, p: cute.Tensor):
