@@ -24,7 +24,7 @@ _NAMES = [x.name for x in ops.forward._opoverload._schema.arguments]
 # Arguments of fa3::forward whose presence changes what is computed, and that have no backward yet.
 _WITHOUT = (
     *("q_descale", "k_descale", "v_descale", "v_shift"),
-    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "learnable_sink"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "learnable_sink"),
 )
 
 

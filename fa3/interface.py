@@ -139,6 +139,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     check_scales=False,
     check_lengths=False,
     learnable_sink=None,
+    page_table=None,
     **unknown,
 ):
     """flash_attn_func of sequences with lengths of their own, packed without padding.
@@ -153,10 +154,15 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     seqused_q, seqused_k: (batch,) int32; only so many first rows of each sequence count. The rows
         of out and lse beyond are left as they are, which in new tensors is uninitialised, and so
         are rows of out that belong to no sequence.
+    page_table: (batch, pages) int32 instead of cu_seqlens_k; then k and v are pages, (num_pages,
+        page_size, h_k, d), and key j of sequence i is row j % page_size of the page
+        page_table[i, j // page_size]. page_size is a multiple of 8. Entries beyond the last key,
+        which seqused_k tells, may be anything.
     check_lengths: wait for the device and refuse lengths that do not fit the tensors: cu_seqlens
-        has to begin with 0, never to fall and to end with the number of rows. On CPU tensors all is
-        checked anyway, but packed tensors may have more rows. Elsewhere lengths that reach beyond
-        the tensors are cut, so that nothing else is read or written.
+        has to begin with 0, never to fall and to end with the number of rows, and pages have to
+        exist. On CPU tensors all is checked anyway, but packed tensors may have more rows.
+        Elsewhere lengths that reach beyond the tensors are cut and pages that do not exist hold
+        zeros, so that nothing else is read or written.
 
     Lengths stay on the device: no call waits for them, none recompiles for others, and a CUDA graph
     may be replayed with other lengths in the same tensors. A sequence may be without queries or
@@ -186,7 +192,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = descales_of(q_descale, k_descale, v_descale, v_shift)
-    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     more = given, *bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths), learnable_sink
     out, lse = attend(q, k, v, out, options, descales, None, check_scales, *more)
     return (out, lse) if return_attn_probs else out

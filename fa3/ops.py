@@ -204,7 +204,7 @@ def run(  # noqa: PLR0913
     return out, lse
 
 
-NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to tiles
+NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
@@ -253,7 +253,7 @@ def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None
 def _check_lengths(q, k, lengths, longest, on_request: bool) -> None:
     lengths_.check_longest(longest)
     if on_request or (lengths is not EQUAL and q.device.type == "cpu"):
-        lengths_.check_values(lengths, q.shape[-3], k.shape[-3], longest, totals=on_request)
+        lengths_.check_values(lengths, q.shape[-3], k.shape, longest, totals=on_request)
 
 
 def _for_tma(plan: Plan, q, k, v, out) -> tuple[Tensor, ...]:
@@ -293,11 +293,12 @@ def forward(  # noqa: PLR0913
     softcap: Number = 0.0,
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
+    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
     return run(q, k, v, None, options, descales, *checks, learnable_sink)
@@ -328,11 +329,12 @@ def forward_out(  # noqa: PLR0913
     check_lengths: bool = False,
     softcap: Number = 0.0,
     learnable_sink: Tensor | None = None,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
     return run(q, k, v, out, options, descales, *checks, learnable_sink)[1]
@@ -344,10 +346,10 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    deterministic=False,
+    deterministic=False, page_table=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
     problem = _fake(q, k, v, descales, out_dtype, lengths, learnable_sink)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
@@ -359,9 +361,10 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
+    page_table=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
     problem = _fake(q, k, v, descales, out.dtype, lengths, learnable_sink)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)

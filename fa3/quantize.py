@@ -145,7 +145,7 @@ def _run(q, k, v, options: QuantizeOptions, given: Lengths):
     target = None if q.is_meta else dispatch.target_of(q.device)
     plans = plans_of(*layouts, of_lengths, options, target)
     if given is not EQUAL and q.device.type == "cpu":
-        lengths.check_values(given, q.shape[-3], k.shape[-3], (None, None), totals=False)
+        lengths.check_values(given, q.shape[-3], k.shape, (None, None), totals=False)
     queries = Segments.of(q, given.cu_seqlens_q, given.seqused_q)
     keys = Segments.of(k, given.cu_seqlens_k, given.seqused_k)
     q, k, v = (plan.readable(x) for plan, x in zip(plans, (q, k, v), strict=True))

@@ -66,7 +66,8 @@ def _lengths_of(x: Tensor, side: str, others: dict) -> list[int]:
     """Of the sequences of a packed tensor, or a single one of a dense one."""
     cu_seqlens, longest = (others.get(f"{name}_{side}") for name in ("cu_seqlens", "max_seqlen"))
     if cu_seqlens is None:
-        return [x.shape[1]]
+        pages = others.get("page_table") if side == "k" else None
+        return [x.shape[1] if pages is None else x.shape[1] * pages.shape[1]]
     if cu_seqlens.is_meta or type(cu_seqlens) is not Tensor:
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().tolist()
@@ -94,9 +95,9 @@ class _BatchRule:
 
     def __call__(self, info, dims, *arguments):
         for name, x in zip(self.names, arguments, strict=False):
-            if name.startswith("cu_seqlens") and x is not None:
+            if x is not None and (name.startswith("cu_seqlens") or name == "page_table"):
                 raise NotImplementedError(
-                    f"{name} is a tensor, but vmap has no rule for packed sequences: "
+                    f"{name} is a tensor, but vmap has no rule for packed sequences or pages: "
                     "expected dense tensors, with seqused_q and seqused_k for their lengths"
                 )
         n = info.batch_size

@@ -9,7 +9,8 @@ class FwdArguments:
     """All but the stream; a tuple in this order will do.
 
     Scales are None but for FP8, sinks where there are none, and what tells lengths but for ragged
-    sequences.  The batch of a packed tensor is 1, and its rows are those of all sequences.
+    sequences.  The batch of a packed tensor is 1, and its rows are those of all sequences; that of
+    pages is how many there are, and their rows are those of one page.
     """
 
     q: Any  # (b, s_q, h_q, d)
@@ -26,6 +27,7 @@ class FwdArguments:
     cu_seqlens_k: Any  # the same of k and v
     seqused_q: Any  # (b,) int32: how many rows of a sequence count; (0,): all
     seqused_k: Any
+    page_table: Any  # (b, pages) int32: which entries of k and v a sequence's keys are in; or None
     tiles: Any  # int32: room for the list of a ragged call's tiles (scheduler.TileList)
     num_sequences: Any  # Int32
     scale_log2: Any  # Float32: softmax_scale * log2(e), with softcap times 2 / softcap

@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_fake_tensor
 from .arguments import FwdArguments
 from .arithmetic import minimum
 from .scheduler import L2_BUDGET, TileList, TileOrder
-from .sequence import RaggedSequences, RaggedSpans, Sequences, ragged_view
+from .sequence import PagedSpans, RaggedSequences, RaggedSpans, Sequences, ragged_view
 from .simple.list_arguments import ListArguments
 from .simple.rounds import Slots
 from .simple.schedule import ListTiles
@@ -24,7 +24,7 @@ class EqualLengths:
 
     def example(self) -> tuple:
         """Of FwdArguments.cu_seqlens_q to num_sequences."""
-        return (None,) * 6
+        return (None,) * 7
 
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         """A tensor as TMA is to see it, which Span.tiled cuts."""
@@ -59,11 +59,12 @@ class GivenLengths:
     cu_seqlens_k: cute.Tensor
     seqused_q: cute.Tensor
     seqused_k: cute.Tensor
+    page_table: cute.Tensor | None
 
 
 @dataclass(frozen=True)
 class RaggedLengths:
-    """Lengths on the device: of packed tensors, or of the first rows of dense ones."""
+    """Lengths on the device: of packed tensors, of the first rows of dense ones, or of pages."""
 
     plan: Any
 
@@ -71,7 +72,11 @@ class RaggedLengths:
         def numbers(alignment: int):
             return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=alignment)
 
-        return *(numbers(4) for _ in range(4)), numbers(16), Int32(1)
+        pages = None
+        if self.plan.signature.page_rows:
+            shape, strides = (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1)
+            pages = make_fake_tensor(Int32, shape, strides, assumed_align=4)
+        return *(numbers(4) for _ in range(4)), pages, numbers(16), Int32(1)
 
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         return ragged_view(tensor, row_mode)
@@ -83,11 +88,16 @@ class RaggedLengths:
             arguments.cu_seqlens_k,
             arguments.seqused_q,
             arguments.seqused_k,
+            arguments.page_table,
         )
 
     def sequences(self, q_rows, k_rows, given: GivenLengths) -> RaggedSequences:
         queries = RaggedSpans(q_rows, given.cu_seqlens_q, given.seqused_q)
-        keys = RaggedSpans(k_rows, given.cu_seqlens_k, given.seqused_k)
+        if given.page_table is None:
+            keys = RaggedSpans(k_rows, given.cu_seqlens_k, given.seqused_k)
+        else:
+            rows = self.plan.rows_at_once
+            keys = PagedSpans(k_rows, given.page_table, given.seqused_k, rows)
         return RaggedSequences(given.num_sequences, queries, keys)
 
     def order(self, arguments: FwdArguments, stream) -> TileList:

@@ -96,12 +96,53 @@ class RaggedSpan:
 
 
 @dataclass(frozen=True)
+class PagedSpan:
+    """The keys of a sequence in pages: key j is in row j % page_size of an entry of k and of v.
+
+    Which entry that is stands in the table: pages[batch, j // page_size].
+    """
+
+    batch: Any
+    length: Any
+    page_size: Any
+    pages: cute.Tensor  # (b, pages) Int32
+    rows_at_once: cutlass.Constexpr[int]  # divides page_size: so many neighbouring keys share a page
+
+    @cute.jit
+    def entry_of(self, key):
+        """The page of a key; any for one beyond the last, whose place in the table is not read."""
+        entry = cutlass.Int32(0)
+        if key < self.length:
+            entry = self.pages[self.batch, key // self.page_size]
+        return entry
+
+    def tiled(self, tensor: cute.Tensor, head, row_mode: int, key, entry) -> cute.Tensor:
+        """(rows, columns, heads, pages, ends) -> (rows, columns) from a key on; columns may come first.
+
+        entry: entry_of(key). Rows from the sequence's end on are out of bounds, and so are those of
+        a page that does not exist.
+        """
+        first = key // self.page_size * self.page_size
+        used = clamp(self.length - first, 0, self.page_size)
+        rest = RaggedSpan(self.batch, entry, key - first, used - (key - first), self.page_size)
+        return rest.tiled(tensor, head, row_mode)
+
+    def blocks(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
+        """(blocks, heads, b) -> (blocks,) of a head, by the positions of the keys."""
+        return tensor[None, head, self.batch]
+
+    def uniform(self) -> "PagedSpan":
+        uniform = cute.arch.make_warp_uniform
+        return replace(self, batch=uniform(self.batch), length=uniform(self.length))
+
+
+@dataclass(frozen=True)
 class Sequence:
     """The queries and keys that attend to each other."""
 
     batch: Any
     queries: Span | RaggedSpan
-    keys: Span | RaggedSpan
+    keys: Span | RaggedSpan | PagedSpan
 
     @property
     def s_q(self):
@@ -116,7 +157,7 @@ class Sequence:
         return tensor[None, head, self.batch]
 
     def window(self, kind: MaskKind, left, right) -> Window:
-        may_lack_keys = isinstance(self.keys, RaggedSpan)
+        may_lack_keys = not isinstance(self.keys, Span)
         return Window(kind, self.s_q, self.s_k, left, right, may_lack_keys)
 
     def uniform(self) -> "Sequence":
@@ -173,12 +214,30 @@ class RaggedSpans:
 
 
 @dataclass(frozen=True)
+class PagedSpans:
+    """Where the keys of sequences lie in pages."""
+
+    page_size: Any
+    pages: cute.Tensor  # (b, pages) Int32: a sequence's pages, by the positions of their keys
+    seqused: cute.Tensor  # (b,) Int32, or (0,): all that the pages of a sequence hold
+    rows_at_once: cutlass.Constexpr[int]
+
+    @cute.jit
+    def __getitem__(self, batch) -> PagedSpan:
+        """Lengths that the table cannot have are cut to what it has."""
+        length = self.pages.shape[1] * self.page_size
+        if self.seqused.shape[0] > 0:
+            length = clamp(self.seqused[batch], 0, length)
+        return PagedSpan(batch, length, self.page_size, self.pages, self.rows_at_once)
+
+
+@dataclass(frozen=True)
 class RaggedSequences:
     """All of a call with lengths of their own."""
 
     count: Any
     queries: RaggedSpans
-    keys: RaggedSpans
+    keys: RaggedSpans | PagedSpans
 
     def __getitem__(self, batch) -> Sequence:
         return Sequence(batch, self.queries[batch], self.keys[batch])

@@ -5,6 +5,7 @@ from typing import Literal
 
 HEAD_DIM_TILES = (64, 96, 128, 192, 256)
 Q_BLOCK = 128  # queries per scale of one-byte q
+PAGE_ROWS = (8, 16, 32, 64, 128)
 UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
 
 MaskKind = Literal["full", "causal", "local"]
@@ -60,6 +61,7 @@ class Signature:
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
     score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
     sinks: bool = False  # a score without a value in each row's sum
+    page_rows: int = 0  # k and v are pages, whose sizes are multiples of so many rows; 0: they are not
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -76,3 +78,8 @@ class Signature:
             raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")
         if self.score not in (None, "softcap"):
             raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")
+        if self.page_rows not in (0, *PAGE_ROWS) or (self.page_rows and not self.is_ragged):
+            raise ValueError(
+                f"page_rows={self.page_rows} with is_ragged={self.is_ragged}, expected 0, or one of "
+                f"{PAGE_ROWS} with is_ragged=True"
+            )

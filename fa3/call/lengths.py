@@ -3,6 +3,9 @@
     cu_seqlens_q, cu_seqlens_k   (b + 1,) int32: sequence i is the rows [i] to [i + 1] of a packed
                                  tensor (total, h, d); None: the tensor is dense, (b, s, h, d)
     seqused_q, seqused_k         (b,) int32: only so many first rows of each sequence count
+    page_table                   (b, pages) int32: k and v are (num_pages, page_size, h_k, d), and
+                                 key j of sequence i is row j % page_size of the page
+                                 [i, j // page_size]; entries beyond the last key are not read
 
 They live on the device and are never read by the host, unless it is asked to check them.
 """
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from .layout import Layout
 
+PAGE_UNIT = 8  # keys of a page that TMA can bring into a swizzled buffer
 _empty: dict[torch.device, Tensor] = {}
 
 
@@ -26,6 +30,7 @@ class Lengths(NamedTuple):
     cu_seqlens_k: Tensor | Layout | None = None
     seqused_q: Tensor | Layout | None = None
     seqused_k: Tensor | Layout | None = None
+    page_table: Tensor | Layout | None = None
 
 
 NAMES = Lengths._fields
@@ -40,6 +45,7 @@ class Sequences:
     is_ragged: bool  # their lengths are known to the device only
     q_is_packed: bool
     k_is_packed: bool
+    page_size: int = 0  # keys per page, or 0
 
     @classmethod
     def of(cls, q: Layout, k: Layout, lengths: Lengths) -> "Sequences":
@@ -63,19 +69,56 @@ class Sequences:
             if used is not None:
                 _check(name, used, q.device)
                 counts[name] = used.shape[0]
+        page_size = 0
+        if lengths.page_table is not None:
+            counts["page_table"] = counts.pop("k")
+            page_size = k.shape[1] // max(1, lengths.page_table.shape[1])
         (first, batch), *others = counts.items()
         for name, count in others:
             if count != batch:
                 raise ValueError(f"{name} has batch {count} but {first} has {batch}")
         packed = lengths.cu_seqlens_q is not None, lengths.cu_seqlens_k is not None
-        return cls(batch, lengths != EQUAL, *packed)
+        return cls(batch, lengths != EQUAL, *packed, page_size)
 
 
-def given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> Lengths:
+def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, Layout]:
+    """k and v with shapes (b, s_k, h_k, d), as if the pages of a sequence followed each other.
+
+    Raises:
+        TypeError: page_table is not int32.
+        ValueError: it or the shapes of the pages are wrong, or cu_seqlens_k is there, too.
+        NotImplementedError: the size of the pages.
+    """
+    table = lengths.page_table
+    if table is None:
+        return k, v
+    if lengths.cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k is a tensor beside page_table, expected only one of them")
+    _check("page_table", table, q.device, "(batch, pages)")
+    for name, layout in (("k", k), ("v", v)):
+        if len(layout.shape) != 4:
+            raise ValueError(
+                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, expected 4 with "
+                "page_table: (num_pages, page_size, h_k, d)"
+            )
+    for what, given, wanted in zip(("pages", "keys per page"), v.shape, k.shape, strict=False):
+        if given != wanted:
+            raise ValueError(f"v has {given} {what} but k has {wanted}")
+    page_size = k.shape[1]
+    if page_size <= 0 or page_size % PAGE_UNIT:
+        raise NotImplementedError(
+            f"k has {page_size} keys per page, expected a multiple of {PAGE_UNIT}"
+        )
+    batch, pages = table.shape
+    if lengths.cu_seqlens_q is None and len(q.shape) == 4 and q.shape[0] != batch:
+        raise ValueError(f"page_table has batch {batch} but q has {q.shape[0]}")
+    return tuple(x._replace(shape=(batch, pages * page_size, *x.shape[2:])) for x in (k, v))
+
+
+def given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table=None) -> Lengths:
     """EQUAL itself where there are none."""
-    if cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None and seqused_k is None:
-        return EQUAL
-    return Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
+    return EQUAL if all(x is None for x in lengths) else Lengths(*lengths)
 
 
 def named(lengths: Sequence) -> dict:
@@ -84,9 +127,9 @@ def named(lengths: Sequence) -> dict:
 
 
 def views(lengths: Lengths, device: torch.device) -> tuple[Tensor, ...]:
-    """As a kernel takes them: one without elements stands for None."""
+    """As a kernel takes them: one without elements stands for None, but for the page table."""
     nothing = _nothing(device)
-    return tuple([nothing if x is None else x for x in lengths])
+    return *[nothing if x is None else x for x in lengths[:4]], lengths.page_table
 
 
 def check_longest(longest: tuple) -> None:
@@ -101,7 +144,9 @@ def check_longest(longest: tuple) -> None:
         raise ValueError(f"max_seqlen_{side} is {most}, expected at least 0")
 
 
-def check_values(lengths: Lengths, q_rows: int, k_rows: int, longest: tuple, totals: bool) -> None:
+def check_values(
+    lengths: Lengths, q_rows: int, k_shape: Sequence[int], longest: tuple, totals: bool
+) -> None:
     """Wait for the device and see that the tensors have all rows that the lengths say.
 
     longest: max_seqlen_q and max_seqlen_k, or None where any length is right.
@@ -110,6 +155,9 @@ def check_values(lengths: Lengths, q_rows: int, k_rows: int, longest: tuple, tot
     Raises:
         ValueError: names the argument, the place, and both values.
     """
+    k_rows = k_shape[-3]
+    if lengths.page_table is not None:
+        k_rows *= lengths.page_table.shape[1]
     for side, rows, most in (("q", q_rows, longest[0]), ("k", k_rows, longest[1])):
         cu, used = (getattr(lengths, f"{name}_{side}") for name in ("cu_seqlens", "seqused"))
         own = None
@@ -132,6 +180,19 @@ def check_values(lengths: Lengths, q_rows: int, k_rows: int, longest: tuple, tot
         if most is not None and own:
             name = f"max_seqlen_{side}"
             _expect(name, most, most >= max(own), f"at least {max(own)}, the longest")
+    if lengths.page_table is not None:
+        _check_pages(lengths, *k_shape[:2])
+
+
+def _check_pages(lengths: Lengths, num_pages: int, page_size: int) -> None:
+    """Of all entries of the table that keys are looked up in."""
+    table, used = lengths.page_table, lengths.seqused_k
+    if used is None:
+        used = table.new_full((1,), table.shape[1] * page_size)
+    place = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
+    is_wrong = (place * page_size < used[:, None]) & ((table < 0) | (table >= num_pages))
+    for i, j in is_wrong.nonzero().tolist():
+        _expect(f"page_table[{i}, {j}]", table[i, j].item(), False, f"0 to {num_pages - 1}")
 
 
 def _expect(name: str, given: int, is_right: bool, wanted: str) -> None:
@@ -139,15 +200,17 @@ def _expect(name: str, given: int, is_right: bool, wanted: str) -> None:
         raise ValueError(f"{name} is {given}, expected {wanted}")
 
 
-def _check(name: str, layout: Layout, device: torch.device) -> None:
+def _check(
+    name: str, layout: Layout, device: torch.device, shape: str = "one dimension"
+) -> None:
     if layout.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {layout.dtype}, expected torch.int32")
     if layout.device != device:
         raise ValueError(f"{name} is on device {layout.device} but q is on {device}")
-    if len(layout.shape) != 1:
-        raise ValueError(f"{name} has shape {tuple(layout.shape)}, expected one dimension")
-    if layout.stride[0] != 1 and layout.shape[0] > 1:
-        raise ValueError(f"{name} has stride {layout.stride[0]}, expected 1: it must be contiguous")
+    if len(layout.shape) != 1 + shape.count(","):
+        raise ValueError(f"{name} has shape {tuple(layout.shape)}, expected {shape}")
+    if layout.stride[-1] != 1 and layout.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {layout.stride[-1]} in its last dimension, expected 1")
 
 
 def _nothing(device: torch.device) -> Tensor:

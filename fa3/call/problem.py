@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.signature import HEAD_DIM_TILES, UNBOUNDED, Quantised, Signature, head_dim_tile
+from ..kernels.signature import (
+    HEAD_DIM_TILES,
+    PAGE_ROWS,
+    UNBOUNDED,
+    Quantised,
+    Signature,
+    head_dim_tile,
+)
 from .hints import ORDER, PACKED
 from .layout import (
     ALIGNMENT,
@@ -19,7 +26,7 @@ from .layout import (
     check_like,
     odd_dimension,
 )
-from .lengths import EQUAL, Lengths, Sequences
+from .lengths import EQUAL, Lengths, Sequences, in_rows
 from .mask import MaskSpec
 from .options import Options
 from .scales import NO_DESCALES, Descales, Scales, named
@@ -54,6 +61,7 @@ class Problem:
     """q (batch, s_q, h_q, d), k (batch, s_k, h_k, d), v (batch, s_k, h_k, dv).
 
     Packed tensors have no dimension for the batch, and s_q and s_k are the rows of all sequences.
+    Of pages s_k is what those of a sequence hold.
     """
 
     sequences: Sequences
@@ -96,6 +104,7 @@ class Problem:
             ValueError: anything else; nothing has been launched.
         """
         _check_types(q, k, v)
+        k, v = in_rows(q, k, v, lengths)
         _check_shapes(q, k, v, lengths)
         sequences = Sequences.of(q, k, lengths)
         s_q, h_q, head_dim = q.shape[-3:]
@@ -134,6 +143,8 @@ class Problem:
         dtype = (DTYPES if self.scales is None else BYTE_DTYPES)[self.dtype]
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
         more = {"score": "softcap" if self.softcap else None, "sinks": self.has_sink}
+        if size := self.sequences.page_size:
+            more["page_rows"] = min(size & -size, PAGE_ROWS[-1])
         return Signature(
             dtype, *tiles, self.mask.kind, self._quantised, self.sequences.is_ragged, **more
         )

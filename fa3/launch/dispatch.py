@@ -56,6 +56,8 @@ def _why_not_sm80(signature: Signature, target: Target) -> str | None:
             f"{target.name} has no kernel for FP8: give q, k and v in bf16 or fp16, multiplied by "
             "their scales"
         )
+    if signature.page_rows:
+        return f"{target.name} has no kernel for pages: gather the keys, or give dense caches"
     return None
 
 

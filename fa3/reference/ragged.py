@@ -92,9 +92,20 @@ class Rows:
         return x[:, :, first : first + max(1, -(-self.length // block))]
 
 
+def _gathered(x: FwdArguments, i: int) -> FwdArguments:
+    """With the keys of sequence i, which are in pages, as its entry of a dense tensor."""
+    rows = Rows.of(i, x.page_table.shape[1] * x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
+    pages = x.page_table[i, : -(-rows.length // x.k.shape[1])].long()
+    b = x.page_table.shape[0]
+    k, v = (t[pages].flatten(0, 1).expand(b, -1, -1, -1) for t in (x.k, x.v))
+    return dataclasses.replace(x, k=k, v=v)
+
+
 def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArguments:
     """What sequence i would be given alone."""
     q = Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
+    if x.page_table is not None:
+        x = _gathered(x, i)
     k = Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
     one = dataclasses.replace(
         x, q=q.cut(x.q), k=k.cut(x.k), v=k.cut(x.v), out=q.cut(x.out), lse=q.cut(x.lse, dim=2)

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from ..sequence import RaggedSpan, Span
+from ..sequence import PagedSpan, RaggedSpan, Span
 from ..tensors import TmaOperand
 
 
@@ -84,8 +85,17 @@ class Ring:
         state = pipeline.PipelineState(self.pipeline.num_stages, Int32(0), slot, Int32(0))
         self.pipeline.consumer_release(state)
 
-    def filler(self, operand: TmaOperand, tile_shape, span: Span | RaggedSpan, head, row_mode: int):
+    def filler(
+        self,
+        operand: TmaOperand,
+        tile_shape,
+        span: Span | RaggedSpan | PagedSpan,
+        head,
+        row_mode: int,
+    ):
         """fill(block, handle): TMA block `block` of the rows of a head into a stage."""
+        if isinstance(span, PagedSpan):
+            return self._filler_of_pages(operand, tile_shape, span, head, row_mode)
         head_tensor = span.tiled(operand.tensor, head, row_mode)
         coordinate = (None, 0) if row_mode == 0 else (0, None)
         blocks = cute.local_tile(head_tensor, tile_shape, coordinate)  # (rows, columns, num_blocks)
@@ -106,6 +116,38 @@ class Ring:
             )
 
         return fill
+
+    def _filler_of_pages(self, operand, tile_shape, span: PagedSpan, head, row_mode: int):
+        """The same, as many rows at a time as surely share a page; each lane looks one page up."""
+        num_rows = span.rows_at_once
+        shape = part_of(tile_shape, row_mode, num_rows)
+        stages = cute.zipped_divide(self.buffer, shape)  # (part, (rows, columns, num_stages))
+        num_parts = tile_shape[row_mode] // num_rows
+
+        @cute.jit
+        def fill(block, handle):
+            first = block * tile_shape[row_mode]
+            entries = span.entry_of(first + num_rows * cute.arch.lane_idx())
+            for i in cutlass.range(num_parts, unroll=1):
+                entry = cute.arch.shuffle_sync(entries, i)
+                rows = span.tiled(operand.tensor, head, row_mode, first + num_rows * i, entry)
+                place = (i, 0, handle.index) if row_mode == 0 else (0, i, handle.index)
+                to_stage, from_page = cpasync.tma_partition(
+                    operand.atom,
+                    0,
+                    cute.make_layout(1),
+                    stages[None, place],
+                    cute.group_modes(cute.local_tile(rows, shape, (0, 0)), 0, 2),
+                )
+                cute.copy(operand.atom, from_page, to_stage, tma_bar_ptr=handle.barrier)
+
+        return fill
+
+
+def part_of(tile_shape, row_mode: int, num_rows: int) -> tuple:
+    """The shape of a part of a tile that has so many of its rows."""
+    columns = tile_shape[1 - row_mode]
+    return (num_rows, columns) if row_mode == 0 else (columns, num_rows)
 
 
 @dataclass(frozen=True)

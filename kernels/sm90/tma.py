@@ -11,6 +11,15 @@ def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand
     return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
 
 
+def tma_load_parts(tensor: cute.Tensor, smem: cute.ComposedLayout, part) -> TmaOperand:
+    """The operand that TMA brings into a stage of `smem` part by part."""
+    stage = cute.select(smem, mode=[0, 1])
+    rows_and_columns = cute.get(cute.zipped_divide(stage.outer, part), mode=[0])
+    of_part = cute.make_composed_layout(stage.inner, stage.offset, rows_and_columns)
+    op = cpasync.CopyBulkTensorTileG2SOp()
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, of_part, part))
+
+
 def tma_store(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
     return _tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem, tile)
 

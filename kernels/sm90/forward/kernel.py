@@ -36,10 +36,10 @@ from ...scheduler import Schedule, TileList, TileOrder
 from ...scores import Scores
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
-from ...tensors import FwdScalars, FwdTensors, permute
+from ...tensors import FwdScalars, FwdTensors, TmaOperand, permute
 from ...work import Work
-from ..rings import FwdRings
-from ..tma import tma_load
+from ..rings import FwdRings, part_of
+from ..tma import tma_load, tma_load_parts
 from ..wgmma import FwdMma, FwdSmem
 from .attend import accumulate_last, attend
 from .load import load
@@ -72,6 +72,11 @@ class FwdPlan:
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
         return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of paged keys: a copy brings so many rows, which share a page and divide a block."""
+        return min(self.signature.page_rows, self.tile_n & -self.tile_n)
 
     @property
     def o_space(self) -> OSpace:
@@ -153,8 +158,8 @@ class ForwardSm90:
         view = plan.lengths.view
         tensors = FwdTensors(
             q=tma_load(view(q, 0), smem.q, plan.q_tile),
-            k=tma_load(view(k, 0), smem.k, plan.k_tile),
-            v=tma_load(view(v, 1), smem.v, plan.v_tile),
+            k=self._of_keys(view(k, 0), smem.k, plan.k_tile, 0),
+            v=self._of_keys(view(v, 1), smem.v, plan.v_tile, 1),
             o=self.operands.output(o),
             lse=permute(arguments.lse, [2, 1, 0]),
             scales=self.operands.scales(arguments),
@@ -174,6 +179,12 @@ class ForwardSm90:
             stream=stream,
             min_blocks_per_mp=1,
         )
+
+    def _of_keys(self, tensor: cute.Tensor, smem, tile, row_mode: int) -> TmaOperand:
+        """K or V, block by block, or page by page."""
+        if not self.plan.signature.page_rows:
+            return tma_load(tensor, smem, tile)
+        return tma_load_parts(tensor, smem, part_of(tile, row_mode, self.plan.rows_at_once))
 
     @cute.kernel
     def kernel(self, tensors: FwdTensors, scalars: FwdScalars, order: TileOrder | TileList):
