@@ -10,6 +10,7 @@ Importing this package registers `torch.ops.fa3` and imports neither the CuTe DS
 import importlib
 
 from .interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from .interface_cache import flash_attn_with_kvcache
 from .interface_fp8 import flash_attn_fp8_func, flash_attn_varlen_fp8_func
 from .quantize import Fp8Inputs, quantize_fp8
 
@@ -22,6 +23,7 @@ __all__ = [
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_fp8_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "quantize_fp8",
 ]
 

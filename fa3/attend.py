@@ -97,8 +97,9 @@ def attend(  # noqa: PLR0913
             checks = out_dtype, check_scales, given, longest, check_lengths
             return ops.run(q, k, v, out, options, descales, *checks, sink)
         *options, softcap = options
-        more = () if given is EQUAL else (*given, *longest, check_lengths)
-        score = {"softcap": softcap, "learnable_sink": sink}
+        *of_rows, page_table = given
+        more = () if given is EQUAL else (*of_rows, *longest, check_lengths)
+        score = {"softcap": softcap, "learnable_sink": sink, "page_table": page_table}
         if out is None:
             score["deterministic"] = deterministic
             more = *descales, out_dtype, check_scales, *more

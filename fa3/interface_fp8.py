@@ -142,7 +142,9 @@ def _attend_in_fp8(  # noqa: PLR0913
     more = given, longest, check_lengths, sink
     if are_plain(q, k, v, None, given):
         ops.check(q, k, v, out, *more, *options)
-    inputs = quantize_fp8(q, k, v, **dict(zip(_SCALING, scaling, strict=True)), **given._asdict())
+    inputs = quantize_fp8(
+        q, k, v, **dict(zip(_SCALING, scaling, strict=True)), **lengths.named(given)
+    )
     descales = Descales(**inputs.scales)
     out, lse = attend(*inputs[:3], out, options, descales, q.dtype, False, *more)
     if not return_attn_probs:

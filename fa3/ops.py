@@ -241,6 +241,19 @@ def _check_addresses(q, k, v, descales, sink) -> None:
         check_address("learnable_sink", sink, sink.itemsize)
 
 
+def prepare(q, k, v, out, options, descales, lengths, longest, check_lengths, sink) -> None:  # noqa: PLR0913
+    """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
+    _check_lengths(q, k, lengths, longest, check_lengths)
+    plan_of(
+        *map(fields, (q, k, v, out)),
+        tuple(map(fields, descales)) if descales is not NO_DESCALES else NO_DESCALES,
+        fields(sink),
+        None,
+        EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
+        *options,
+    )
+
+
 def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913
     """What `run` checks of all but scales, for a call that quantises q, k and v first."""
     q_k_v_out = map(fields, (q, k, v, out))

@@ -132,7 +132,7 @@ def quantize_fp8(  # noqa: PLR0913 - one argument per option
     if is_plain(q, k, v, *named.values()):
         *inputs, lse_shift, v_shift = _run(q, k, v, options, given)
     else:
-        *inputs, lse_shift, v_shift = torch.ops.fa3.quantize_fp8(q, k, v, *options, *given)
+        *inputs, lse_shift, v_shift = torch.ops.fa3.quantize_fp8(q, k, v, *options, *given[:4])
     return Fp8Inputs(
         *inputs, lse_shift if options.smooth_k else None, v_shift if options.smooth_v else None
     )

@@ -106,7 +106,9 @@ class PagedSpan:
     length: Any
     page_size: Any
     pages: cute.Tensor  # (b, pages) Int32
-    rows_at_once: cutlass.Constexpr[int]  # divides page_size: so many neighbouring keys share a page
+    rows_at_once: cutlass.Constexpr[
+        int
+    ]  # divides page_size: so many neighbouring keys share a page
 
     @cute.jit
     def entry_of(self, key):
@@ -117,10 +119,10 @@ class PagedSpan:
         return entry
 
     def tiled(self, tensor: cute.Tensor, head, row_mode: int, key, entry) -> cute.Tensor:
-        """(rows, columns, heads, pages, ends) -> (rows, columns) from a key on; columns may come first.
+        """(rows, columns, heads, pages, ends) -> (rows, columns) of a head, from a key on.
 
-        entry: entry_of(key). Rows from the sequence's end on are out of bounds, and so are those of
-        a page that does not exist.
+        Columns may come first.  entry: entry_of(key).  Rows from the sequence's end on are out of
+        bounds, and so are those of a page that does not exist.
         """
         first = key // self.page_size * self.page_size
         used = clamp(self.length - first, 0, self.page_size)

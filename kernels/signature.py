@@ -61,7 +61,9 @@ class Signature:
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
     score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
     sinks: bool = False  # a score without a value in each row's sum
-    page_rows: int = 0  # k and v are pages, whose sizes are multiples of so many rows; 0: they are not
+    page_rows: int = (
+        0  # k and v are pages, whose sizes are multiples of so many rows; 0: they are not
+    )
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -80,6 +82,6 @@ class Signature:
             raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")
         if self.page_rows not in (0, *PAGE_ROWS) or (self.page_rows and not self.is_ragged):
             raise ValueError(
-                f"page_rows={self.page_rows} with is_ragged={self.is_ragged}, expected 0, or one of "
-                f"{PAGE_ROWS} with is_ragged=True"
+                f"page_rows={self.page_rows} with is_ragged={self.is_ragged}, expected 0, or "
+                f"is_ragged=True and one of {PAGE_ROWS}"
             )

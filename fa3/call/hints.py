@@ -11,7 +11,8 @@ _GQA = "leave it out: q may always have more heads than k and v"
 _LENGTHS = (
     "flash_attn_varlen_func and flash_attn_varlen_fp8_func take sequences of different lengths"
 )
-_CACHE = "there are no caches yet: give the keys and values to attend to as k and v"
+_CACHE = "flash_attn_with_kvcache takes caches"
+_PAGES = "page_table is meant, of flash_attn_with_kvcache and flash_attn_varlen_func"
 _LSE = "return_attn_probs=True returns the lse, too"
 
 HINTS = {
@@ -33,8 +34,9 @@ HINTS = {
     "descale_k": "k_descale is meant",
     "descale_v": "v_descale is meant",
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _LENGTHS),
-    **dict.fromkeys(("seqused_q", "seqused_k", "cache_seqlens", "leftpad_k"), _LENGTHS),
-    **dict.fromkeys(("k_cache", "v_cache", "page_table", "block_table"), _CACHE),
+    **dict.fromkeys(("seqused_q", "seqused_k", "leftpad_k"), _LENGTHS),
+    **dict.fromkeys(("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx"), _CACHE),
+    **dict.fromkeys(("page_table", "block_table", "block_tables"), _PAGES),
     **dict.fromkeys(("s_aux", "sinks", "sink"), "learnable_sink is meant"),
 }
 PACKED = "flash_attn_varlen_func takes packed sequences"

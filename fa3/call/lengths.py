@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.signature import PAGE_ROWS
 from .layout import Layout
 
-PAGE_UNIT = 8  # keys of a page that TMA can bring into a swizzled buffer
 _empty: dict[torch.device, Tensor] = {}
 
 
@@ -46,6 +46,7 @@ class Sequences:
     q_is_packed: bool
     k_is_packed: bool
     page_size: int = 0  # keys per page, or 0
+    page_rows: int = 0  # so many neighbouring keys surely share a page, as in Signature
 
     @classmethod
     def of(cls, q: Layout, k: Layout, lengths: Lengths) -> "Sequences":
@@ -62,23 +63,29 @@ class Sequences:
                 if cu.shape[0] < 1:
                     raise ValueError(f"cu_seqlens_{name} has length 0, expected batch + 1")
                 counts[f"cu_seqlens_{name}"] = cu.shape[0] - 1
-        for name, layout, cu in (("q", q, lengths.cu_seqlens_q), ("k", k, lengths.cu_seqlens_k)):
-            if cu is None:
-                counts[name] = layout.shape[0]
+        if lengths.cu_seqlens_q is None:
+            counts["q"] = q.shape[0]
+        if lengths.cu_seqlens_k is None:
+            counts["k" if lengths.page_table is None else "page_table"] = k.shape[0]
         for name, used in (("seqused_q", lengths.seqused_q), ("seqused_k", lengths.seqused_k)):
             if used is not None:
                 _check(name, used, q.device)
                 counts[name] = used.shape[0]
-        page_size = 0
-        if lengths.page_table is not None:
-            counts["page_table"] = counts.pop("k")
-            page_size = k.shape[1] // max(1, lengths.page_table.shape[1])
         (first, batch), *others = counts.items()
         for name, count in others:
             if count != batch:
                 raise ValueError(f"{name} has batch {count} but {first} has {batch}")
         packed = lengths.cu_seqlens_q is not None, lengths.cu_seqlens_k is not None
-        return cls(batch, lengths != EQUAL, *packed, page_size)
+        return cls(batch, lengths != EQUAL, *packed, *_pages_of(k, lengths.page_table))
+
+
+def _pages_of(k: Layout, table: Layout | None) -> tuple[int, int]:
+    """Sequences.page_size and page_rows; k as in_rows returns it."""
+    if table is None or table.shape[1] == 0:
+        return 0, 0
+    size = k.shape[1] // table.shape[1]
+    largest = PAGE_ROWS[-1]  # where there is one page, no two keys are in different ones
+    return size, min(size & -size, largest) if table.shape[1] > 1 else largest
 
 
 def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, Layout]:
@@ -98,16 +105,16 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
     for name, layout in (("k", k), ("v", v)):
         if len(layout.shape) != 4:
             raise ValueError(
-                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, expected 4 with "
-                "page_table: (num_pages, page_size, h_k, d)"
+                f"{name} has {len(layout.shape)} dimensions, {tuple(layout.shape)}, expected 4 "
+                "with page_table: (num_pages, page_size, h_k, d)"
             )
     for what, given, wanted in zip(("pages", "keys per page"), v.shape, k.shape, strict=False):
         if given != wanted:
             raise ValueError(f"v has {given} {what} but k has {wanted}")
     page_size = k.shape[1]
-    if page_size <= 0 or page_size % PAGE_UNIT:
+    if page_size <= 0 or (page_size % PAGE_ROWS[0] and table.shape[1] > 1):
         raise NotImplementedError(
-            f"k has {page_size} keys per page, expected a multiple of {PAGE_UNIT}"
+            f"k has {page_size} keys per page, expected a multiple of {PAGE_ROWS[0]}"
         )
     batch, pages = table.shape
     if lengths.cu_seqlens_q is None and len(q.shape) == 4 and q.shape[0] != batch:
@@ -200,9 +207,7 @@ def _expect(name: str, given: int, is_right: bool, wanted: str) -> None:
         raise ValueError(f"{name} is {given}, expected {wanted}")
 
 
-def _check(
-    name: str, layout: Layout, device: torch.device, shape: str = "one dimension"
-) -> None:
+def _check(name: str, layout: Layout, device: torch.device, shape: str = "one dimension") -> None:
     if layout.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {layout.dtype}, expected torch.int32")
     if layout.device != device:

@@ -11,7 +11,6 @@ import torch
 
 from ..kernels.signature import (
     HEAD_DIM_TILES,
-    PAGE_ROWS,
     UNBOUNDED,
     Quantised,
     Signature,
@@ -143,8 +142,8 @@ class Problem:
         dtype = (DTYPES if self.scales is None else BYTE_DTYPES)[self.dtype]
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
         more = {"score": "softcap" if self.softcap else None, "sinks": self.has_sink}
-        if size := self.sequences.page_size:
-            more["page_rows"] = min(size & -size, PAGE_ROWS[-1])
+        if self.sequences.page_size:
+            more["page_rows"] = self.sequences.page_rows
         return Signature(
             dtype, *tiles, self.mask.kind, self._quantised, self.sequences.is_ragged, **more
         )

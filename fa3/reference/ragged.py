@@ -15,7 +15,7 @@ from ..kernels.signature import Q_BLOCK, Quantised, Signature
 def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
     """dense(signature, arguments): attention of sequences of one length, which have keys."""
     x = FwdArguments(*arguments)
-    signature = dataclasses.replace(signature, is_ragged=False)
+    signature = dataclasses.replace(signature, is_ragged=False, page_rows=0)
     for i in range(x.num_sequences):
         one = _sequence(x, i, signature.quantised)
         if one.q.shape[1]:

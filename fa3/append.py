@@ -1,0 +1,118 @@
+"""What happens ahead of attention with a cache: new keys and values go there, rotated with q.
+
+Both steps are operators of torch, which eager code calls, too.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .call.layout import Layout, check_address, odd_dimension
+from .call.problem import BYTE_DTYPES, DTYPES
+from .kernels.append_signature import AppendConfig, AppendSignature
+from .launch import dispatch, jit
+from .reference import append as reference
+
+_KERNEL = "fa3.kernels.simple.append:Append"
+
+
+@torch.library.custom_op("fa3::append", mutates_args=("k_cache", "v_cache"))
+def append(  # noqa: PLR0913
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_seqlens: Tensor | None = None,
+    interleaved: bool = True,
+) -> None:
+    """Row j of sequence i of k and v to position seqlens[i] + j of its cache, k rotated.
+
+    k, v (b, s, h_k, d), or packed (total, h_k, d) with cu_seqlens; caches (num_pages, page_size,
+    h_k, d); page_table (b, pages). rotary_cos and rotary_sin (positions, n / 2). Rows that find no
+    room, or a page that does not exist, are dropped.
+    """
+    if k.numel() == 0:
+        return
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if (dim := odd_dimension(Layout.of(cache))) is not None or cache.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {tuple(cache.stride())}, expected 1 at the end and multiples "
+                f"of 16 bytes elsewhere (dimension {-1 if dim is None else dim})"
+            )
+        check_address(name, cache)
+    angles = None, None, None, None
+    if rotary_cos is not None:
+        first = seqlens if rotary_seqlens is None else rotary_seqlens
+        angles = rotary_cos.contiguous(), rotary_sin.contiguous(), first, 1
+    k, v = (_readable(x if x.dim() == 4 else x[None]) for x in (k, v))
+    signature = AppendSignature(*_of(k, rotary_cos, interleaved))
+    tensors = k, None, v, k_cache, v_cache
+    if k.itemsize == 1:
+        tensors = tuple(None if x is None else x.view(torch.uint8) for x in tensors)
+    of_lengths = _or_nothing(cu_seqlens, k), seqlens.shape[0]
+    _run_of(signature, k.device)(*tensors, page_table, seqlens, *of_lengths, *angles)
+
+
+@torch.library.custom_op("fa3::rotate", mutates_args=())
+def rotate(  # noqa: PLR0913
+    q: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = True,
+    advances: bool = True,
+) -> Tensor:
+    """q (b, s, h, d), or packed (total, h, d) with cu_seqlens, rotated.
+
+    Row j of sequence i as at position seqlens[i] + j, or, if it does not advance, at seqlens[i].
+    """
+    x = _readable(q if q.dim() == 4 else q[None])
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if q.numel():
+        signature = AppendSignature(*_of(q, rotary_cos, interleaved), appends=False)
+        of_lengths = _or_nothing(cu_seqlens, q), seqlens.shape[0]
+        angles = rotary_cos.contiguous(), rotary_sin.contiguous(), seqlens, int(advances)
+        _run_of(signature, q.device)(x, y, *(None,) * 5, *of_lengths, *angles)
+    return y.view(q.shape)
+
+
+@append.register_fake
+def _(*arguments, **named):
+    pass
+
+
+@rotate.register_fake
+def _(q, *arguments, **named):
+    return q.new_empty(q.shape)
+
+
+def _of(x: Tensor, cos: Tensor | None, interleaved: bool) -> tuple:
+    """dtype and rotary of a signature."""
+    dtype = "byte" if x.dtype in BYTE_DTYPES else DTYPES[x.dtype]
+    return dtype, None if cos is None else "interleaved" if interleaved else "halves"
+
+
+def _readable(x: Tensor) -> Tensor:
+    """With all rows at multiples of 16 bytes."""
+    is_odd = odd_dimension(Layout.of(x)) is not None or x.stride(-1) != 1 or x.data_ptr() % 16
+    return x.clone(memory_format=torch.contiguous_format) if is_odd else x
+
+
+def _or_nothing(cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens
+
+
+@functools.lru_cache
+def _run_of(signature: AppendSignature, device: torch.device) -> Callable:
+    target = dispatch.target_of(device)
+    if target.kind == "reference":
+        return functools.partial(reference.run, signature)
+    return jit.compile(_KERNEL, signature, AppendConfig(), target.kind, target.arch)

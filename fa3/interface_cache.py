@@ -1,0 +1,258 @@
+"""Attention with a cache of keys and values, as programs that generate text call it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import append, ops
+from .attend import are_plain, attend, bounds_of, check_out, check_unused, descales_of, options_of
+from .call import hints, lengths
+from .call.layout import Layout, check_like, check_tensors
+from .call.lengths import Lengths
+from .call.options import bool_of, int_of
+from .call.problem import BYTE_DTYPES
+
+ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
+
+
+@hints.closed
+def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    return_softmax_lse=False,
+    *,
+    out=None,
+    learnable_sink=None,
+    check_pages=False,
+    **unknown,
+):
+    """Attention of a few new queries to the keys and values of a cache.
+
+    q (batch, s_q, h_q, d), or (total_q, h_q, d) with cu_seqlens_q (batch + 1,) and max_seqlen_q.
+    k_cache (batch_cache, s_k, h_k, d), v_cache (batch_cache, s_k, h_k, dv), or pages, (num_pages,
+        page_size, h_k, d) and (.., dv), with page_table.
+    cache_seqlens: (batch,) int32, or an int for all: how many rows of its cache each sequence has;
+        without it all rows count.
+    page_table: (batch, pages) int32; row j of sequence i is row j % page_size of the page
+        page_table[i, j // page_size]. page_size is a multiple of 8. Entries beyond the last row
+        may be anything, -1 too.
+    cache_batch_idx: (batch,) int32, which entry of the cache a sequence has; without it its own.
+
+    k (batch, s_new, h_k, d), v (batch, s_new, h_k, dv), or packed (total_new, h_k, d) with
+        cu_seqlens_k_new (batch + 1,): are written to the cache first, from row cache_seqlens[i]
+        on, and attended to with the others. What does not fit is dropped.
+    rotary_cos, rotary_sin: (positions, n / 2), of q's dtype, n a multiple of 16 up to d: the first
+        n columns of q and k are rotated, k before it is written. Row j of k has the position
+        cache_seqlens[i] + j. So has row j of q with causal or a window; else all have that of 0.
+    rotary_seqlens: (batch,) int32, instead of cache_seqlens in these positions.
+    rotary_interleaved: columns 2 i and 2 i + 1 turn together; else i and i + n / 2.
+
+    pack_gqa: False keeps the queries of different heads apart. Otherwise the heads of a group share
+        a tile where each sequence has one query, all keys count and there is no sink.
+    check_pages: wait for the device and refuse cache_seqlens and page_table that do not fit the
+        cache. On CPU tensors all is checked anyway. Elsewhere lengths are cut to what the cache
+        has, and pages that do not exist hold zeros.
+    q_descale, k_descale, v_descale, softmax_scale, causal, window_size, softcap, sm_margin, out,
+        learnable_sink: as in flash_attn_func, with a one-byte cache of q's kind; causal is aligned
+        to the bottom right of each sequence.
+    num_splits, scheduler_metadata: hints about speed, of no effect so far.
+    cache_leftpad: not supported yet.
+
+    Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
+    and lse (batch, h_q, s_q), of packed q (h_q, total_q).
+
+    Raises: as flash_attn_func; caches are written only when all else has been checked.
+    """
+    if unknown:
+        raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
+    if cache_leftpad is not None:
+        raise NotImplementedError("cache_leftpad is a tensor: only None is supported so far")
+    check_unused(qv, attention_chunk, 1 if num_splits == 0 else num_splits, pack_gqa)
+    return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
+    check_pages = bool_of("check_pages", check_pages)
+    options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
+    descales = descales_of(q_descale, k_descale, v_descale, None)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, page_table, cache_batch_idx)
+    new = _New.of(cache, k, v, cu_seqlens_k_new)
+    rotary = _Rotary.of(q, cache, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+    given = cache.lengths(cu_seqlens_q, new)
+    longest, check = bounds_of(given, max_seqlen_q, None, check_pages)
+    if out is not None:
+        check_out(out)
+    if new is not None and (check or q.device.type == "cpu") and not q.is_meta:
+        new.check_room(cache)
+    if are_plain(q, k_cache, v_cache, out, given):
+        ops.prepare(
+            q, k_cache, v_cache, out, options, descales, given, longest, check, learnable_sink
+        )
+    if new is not None:
+        new.append(cache, rotary)
+    if rotary is not None:
+        is_full = not causal and window_size[0] < 0 and window_size[1] < 0
+        q = rotary.rotate(q, cu_seqlens_q, advances=not is_full)
+    more = given, longest, check, learnable_sink
+    out, lse = attend(q, k_cache, v_cache, out, options, descales, None, False, *more)
+    return (out, lse) if return_softmax_lse else out
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Where the keys and values of the sequences are, and how many they have."""
+
+    k: Tensor
+    v: Tensor
+    batch: int
+    seqlens: Tensor | None  # (batch,) int32
+    page_table: Tensor | None  # (batch, pages) int32; None: sequence i has entry i
+
+    @classmethod
+    def of(cls, q, k, v, batch, seqlens, page_table, batch_idx) -> "_Cache":  # noqa: PLR0913
+        if seqlens is not None and not isinstance(seqlens, Tensor):
+            seqlens = int_of("cache_seqlens", seqlens)
+            seqlens = torch.full((batch,), seqlens, dtype=torch.int32, device=q.device)
+        for name, x in (("cache_seqlens", seqlens), ("cache_batch_idx", batch_idx)):
+            if x is not None:
+                check_tensors(**{name: x})
+                check_like(name, Layout.of(x), (batch,), torch.int32, q.device)
+        if page_table is not None:
+            check_tensors(page_table=page_table)
+            if batch_idx is not None:
+                raise ValueError("cache_batch_idx is a tensor beside page_table, expected only one")
+        elif batch_idx is not None:  # an entry of the cache is a page that holds all
+            page_table = batch_idx[:, None]
+        return cls(k, v, batch, seqlens, page_table)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that a sequence may have."""
+        return self.k.shape[1] * (1 if self.page_table is None else self.page_table.shape[1])
+
+    def lengths(self, cu_seqlens_q, new: "_New | None") -> Lengths:
+        """For attention, when the new rows are there."""
+        used = self.seqlens if new is None else self.seqlens + new.counts
+        return lengths.given(cu_seqlens_q, None, None, used, self.page_table)
+
+    def table(self) -> Tensor:
+        if self.page_table is not None:
+            return self.page_table
+        return torch.arange(self.batch, dtype=torch.int32, device=self.k.device)[:, None]
+
+
+@dataclass(frozen=True)
+class _New:
+    """Keys and values that join the cache."""
+
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, cache: _Cache, k, v, cu_seqlens) -> "_New | None":
+        if k is None and v is None:
+            return None  # SGLang then gives cu_seqlens_k_new nevertheless
+        for name, x, other in (("k", k, "v"), ("v", v, "k")):
+            if x is None:
+                raise ValueError(f"{name} is None but {other} is a tensor, expected both or none")
+        if cache.seqlens is None:
+            raise ValueError("cache_seqlens is None but k is a tensor, expected where k goes")
+        check_tensors(k=k, v=v)
+        if cu_seqlens is not None:
+            check_tensors(cu_seqlens_k_new=cu_seqlens)
+            shape = (cache.batch + 1,)
+            check_like("cu_seqlens_k_new", Layout.of(cu_seqlens), shape, torch.int32, k.device)
+        rows = (cache.batch, k.shape[1]) if cu_seqlens is None else (k.shape[0],)
+        for name, x, of_cache in (("k", k, cache.k), ("v", v, cache.v)):
+            shape = *rows, *of_cache.shape[2:]
+            check_like(name, Layout.of(x), shape, of_cache.dtype, of_cache.device)
+        return cls(k, v, cu_seqlens)
+
+    @property
+    def counts(self) -> int | Tensor:
+        return self.k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
+
+    def check_room(self, cache: _Cache) -> None:
+        """Wait for the device and see that all rows fit."""
+        ends = (cache.seqlens + self.counts).tolist()
+        for i, (begin, end) in enumerate(zip(cache.seqlens.tolist(), ends, strict=True)):
+            if begin < 0 or end > cache.capacity:
+                raise ValueError(
+                    f"cache_seqlens[{i}] is {begin} and k has {end - begin} more rows, expected at "
+                    f"least 0 and at most {cache.capacity} together"
+                )
+
+    def append(self, cache: _Cache, rotary: "_Rotary | None") -> None:
+        angles = (None, None, None) if rotary is None else rotary.angles
+        kind = {} if rotary is None else {"interleaved": rotary.interleaved}
+        where = cache.table(), cache.seqlens, self.cu_seqlens
+        append.append(self.k, self.v, cache.k, cache.v, *where, *angles, **kind)
+
+
+@dataclass(frozen=True)
+class _Rotary:
+    cos: Tensor  # (positions, n / 2)
+    sin: Tensor
+    seqlens: Tensor  # (batch,) int32: the position of each sequence's first new row
+    interleaved: bool
+
+    @classmethod
+    def of(cls, q, cache: _Cache, cos, sin, seqlens, interleaved) -> "_Rotary | None":  # noqa: PLR0913
+        interleaved = bool_of("rotary_interleaved", interleaved)
+        if cos is None and sin is None:
+            return None
+        for name, x, other in (("cos", cos, "sin"), ("sin", sin, "cos")):
+            if x is None:
+                raise ValueError(f"rotary_{name} is None but rotary_{other} is a tensor")
+        check_tensors(rotary_cos=cos, rotary_sin=sin)
+        if q.dtype in BYTE_DTYPES:
+            raise ValueError(f"rotary_cos is a tensor but q has dtype {q.dtype}, expected None")
+        half, unit = cos.shape[-1], ROTARY_UNIT // 2
+        if cos.dim() != 2 or half % unit or 2 * half > q.shape[-1] or 0 in cos.shape:
+            raise ValueError(
+                f"rotary_cos has shape {tuple(cos.shape)}, expected (positions, n / 2) with n a "
+                f"multiple of {ROTARY_UNIT} up to {q.shape[-1]}, the head dim of q"
+            )
+        check_like("rotary_cos", Layout.of(cos), cos.shape, q.dtype, q.device)
+        check_like("rotary_sin", Layout.of(sin), cos.shape, q.dtype, q.device)
+        name = "cache_seqlens" if seqlens is None else "rotary_seqlens"
+        seqlens = cache.seqlens if seqlens is None else seqlens
+        if seqlens is None:
+            raise ValueError("cache_seqlens is None but rotary_cos is a tensor, expected positions")
+        check_like(name, Layout.of(seqlens), (cache.batch,), torch.int32, q.device)
+        return cls(cos, sin, seqlens, interleaved)
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cos, self.sin, self.seqlens
+
+    def rotate(self, q: Tensor, cu_seqlens, advances: bool) -> Tensor:
+        return append.rotate(q, *self.angles, cu_seqlens, self.interleaved, advances)

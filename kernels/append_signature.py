@@ -1,0 +1,36 @@
+"""AppendSignature: what the kernel that appends keys and values to a cache is compiled for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+CHUNK_BYTES = 16  # that a thread moves at once
+
+RotaryKind = Literal["halves", "interleaved"]
+
+
+@dataclass(frozen=True)
+class AppendSignature:
+    """Compile-time facts; lengths, strides, heads and head dims are run-time values."""
+
+    dtype: Literal["bf16", "fp16", "byte"]
+    rotary: RotaryKind | None  # columns i and i + n / 2 turn together, or 2 i and 2 i + 1
+    appends: bool = True  # k and v to a cache; else q is rotated and no more
+
+    def __post_init__(self):
+        if self.rotary not in (None, "halves", "interleaved"):
+            raise ValueError(f"rotary={self.rotary!r} is none of None, 'halves', 'interleaved'")
+        if self.rotary and self.dtype == "byte":
+            raise ValueError("rotary is for 16-bit elements, not for bytes")
+        if not self.appends and self.rotary is None:
+            raise ValueError("appends=False without rotary, expected one of them")
+
+    @property
+    def chunk(self) -> int:
+        """Elements that a thread moves at once."""
+        return CHUNK_BYTES // (1 if self.dtype == "byte" else 2)
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    num_threads: int = 256
+    ctas_per_sequence: int = 8  # at most; they stride over what is longer
