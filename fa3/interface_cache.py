@@ -1,6 +1,7 @@
 """Attention with a cache of keys and values, as programs that generate text call it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,20 +110,54 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     longest, check = bounds_of(given, max_seqlen_q, None, check_pages)
     if out is not None:
         check_out(out)
-    if new is not None and (check or q.device.type == "cpu") and not q.is_meta:
-        new.check_room(cache)
-    if are_plain(q, k_cache, v_cache, out, given):
-        ops.prepare(
-            q, k_cache, v_cache, out, options, descales, given, longest, check, learnable_sink
-        )
+    _, is_causal, left, right, *_ = options
+    view = _as_it_is
+    wants_pack = pack_gqa is None or bool_of("pack_gqa", pack_gqa)
+    if wants_pack and _are_rows_of_a_tile(q, k_cache, options, q_descale, learnable_sink):
+        view = partial(_packed, k_cache.shape[2])
+        options = options[0], False, -1, -1, *options[4:]  # one query sees all keys
+        out = _new_out(q, v_cache) if out is None else out
+    target = None if out is None else view(out)
+    plain = are_plain(q, k_cache, v_cache, out, given)
+    if plain:
+        if check or q.device.type == "cpu":
+            cache.check_room(0 if new is None else new.counts)
+        more = options, descales, given, longest, check, learnable_sink
+        ops.prepare(view(q), k_cache, v_cache, target, *more)
     if new is not None:
         new.append(cache, rotary)
     if rotary is not None:
-        is_full = not causal and window_size[0] < 0 and window_size[1] < 0
-        q = rotary.rotate(q, cu_seqlens_q, advances=not is_full)
-    more = given, longest, check, learnable_sink
-    out, lse = attend(q, k_cache, v_cache, out, options, descales, None, False, *more)
-    return (out, lse) if return_softmax_lse else out
+        q = rotary.rotate(q, cu_seqlens_q, is_causal or max(left, right) >= 0)
+    more = None, False, given, longest, check, learnable_sink
+    result, lse = attend(view(q), k_cache, v_cache, target, options, descales, *more)
+    if out is not None:
+        result, lse = out, lse.reshape(q.shape[0], -1, 1) if view is not _as_it_is else lse
+    return (result, lse) if return_softmax_lse else result
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _are_rows_of_a_tile(q, k_cache, options, q_descale, sink) -> bool:
+    """The query heads of a key head are one tensor's rows that differ in nothing else."""
+    if q.dim() != 4 or k_cache.dim() != 4 or q.shape[1] != 1:
+        return False
+    h_q, h_k = q.shape[2], k_cache.shape[2]
+    if h_k == 0 or h_q % h_k or h_q == h_k:
+        return False
+    _, _, window_left, *_ = options
+    return window_left < 0 and sink is None and (q_descale is None or q_descale.dim() == 2)
+
+
+def _packed(h_k: int, x: Tensor) -> Tensor:
+    """(b, 1, h_q, d) -> (b, group, h_k, d)"""
+    return x[:, 0].unflatten(1, (h_k, -1)).transpose(1, 2)
+
+
+def _new_out(q: Tensor, v_cache: Tensor) -> Tensor:
+    dtype = torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype
+    return q.new_empty(*q.shape[:-1], v_cache.shape[-1], dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -148,6 +183,9 @@ class _Cache:
             check_tensors(page_table=page_table)
             if batch_idx is not None:
                 raise ValueError("cache_batch_idx is a tensor beside page_table, expected only one")
+            if page_table.dim() != 2:
+                shape = tuple(page_table.shape)
+                raise ValueError(f"page_table has shape {shape}, expected (batch, pages)")
         elif batch_idx is not None:  # an entry of the cache is a page that holds all
             page_table = batch_idx[:, None]
         return cls(k, v, batch, seqlens, page_table)
@@ -161,6 +199,19 @@ class _Cache:
         """For attention, when the new rows are there."""
         used = self.seqlens if new is None else self.seqlens + new.counts
         return lengths.given(cu_seqlens_q, None, None, used, self.page_table)
+
+    def check_room(self, num_new: int | Tensor) -> None:
+        """Wait for the device and see that all rows fit."""
+        if self.seqlens is None:
+            return
+        ends = (self.seqlens + num_new).tolist()
+        for i, (begin, end) in enumerate(zip(self.seqlens.tolist(), ends, strict=True)):
+            if begin < 0 or end > self.capacity:
+                more = f" and k has {end - begin} more rows" if end > begin else ""
+                raise ValueError(
+                    f"cache_seqlens[{i}] is {begin}{more}, expected 0 to {self.capacity}, the rows "
+                    "that its cache has"
+                )
 
     def table(self) -> Tensor:
         if self.page_table is not None:
@@ -199,16 +250,6 @@ class _New:
     @property
     def counts(self) -> int | Tensor:
         return self.k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
-
-    def check_room(self, cache: _Cache) -> None:
-        """Wait for the device and see that all rows fit."""
-        ends = (cache.seqlens + self.counts).tolist()
-        for i, (begin, end) in enumerate(zip(cache.seqlens.tolist(), ends, strict=True)):
-            if begin < 0 or end > cache.capacity:
-                raise ValueError(
-                    f"cache_seqlens[{i}] is {begin} and k has {end - begin} more rows, expected at "
-                    f"least 0 and at most {cache.capacity} together"
-                )
 
     def append(self, cache: _Cache, rotary: "_Rotary | None") -> None:
         angles = (None, None, None) if rotary is None else rotary.angles

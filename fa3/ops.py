@@ -243,7 +243,6 @@ def _check_addresses(q, k, v, descales, sink) -> None:
 
 def prepare(q, k, v, out, options, descales, lengths, longest, check_lengths, sink) -> None:  # noqa: PLR0913
     """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
-    _check_lengths(q, k, lengths, longest, check_lengths)
     plan_of(
         *map(fields, (q, k, v, out)),
         tuple(map(fields, descales)) if descales is not NO_DESCALES else NO_DESCALES,
@@ -252,6 +251,7 @@ def prepare(q, k, v, out, options, descales, lengths, longest, check_lengths, si
         EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
         *options,
     )
+    _check_lengths(q, k, lengths, longest, check_lengths)
 
 
 def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913

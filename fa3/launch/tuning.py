@@ -47,8 +47,6 @@ FORWARD_FP8 = {
     },
 }
 
-KEYS_AT_ONCE = 32  # of a page, at least, where it has as many: tile_n of paged keys is a multiple
-
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
@@ -93,15 +91,12 @@ def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdCo
     table = FORWARD if signature.quantised is None else FORWARD_FP8
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
+    # TMA brings pages in parts that divide a block: more keys at a time of 128 than of 176.
     config = row["any"] if signature.page_rows else row.get(signature.mask) or row["any"]
     v_block = 0 if signature.quantised is None else signature.quantised.v_block
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)
-    if v_block % config.tile_n:
-        config = replace(config, tile_n=v_block)
-    if signature.page_rows:  # whole pages, or large parts of them
-        config = replace(config, tile_n=config.tile_n // KEYS_AT_ONCE * KEYS_AT_ONCE)
-    return config
+    return config if v_block % config.tile_n == 0 else replace(config, tile_n=v_block)
 
 
 def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:

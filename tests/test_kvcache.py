@@ -1,0 +1,276 @@
+"""flash_attn_with_kvcache: accuracy, what is written to caches, and what is never read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fa3
+from fa3 import append, emulator
+from fa3.call import lengths
+from fa3.inspect.cli import inspect
+from fa3.kernels.signature import Signature
+from fa3.launch import jit
+
+from .accuracy import assert_accurate, assert_lse
+from .cache_cases import CacheCase, Call, covering
+from .cases import Bordered
+from .conftest import HOPPER
+
+
+def _check(case: CacheCase, device) -> None:
+    call = Call(case, device)
+    out, lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    for (given, given_lse), qkv in zip(call.parts(out, lse), call.expected(), strict=True):
+        exact, exact_lse, baseline = call.exact_and_baseline(*qkv)
+        assert_accurate("out", given, exact, baseline)
+        assert_lse("lse", given_lse, exact_lse)
+    _check_caches(call)
+
+
+def _check_caches(call: Call) -> None:
+    """New rows are where they belong, and nothing else was written."""
+    keys, values = zip(*((k[0], v[0]) for _, k, v in call.expected()), strict=True)
+    for cache, rows in ((call.k_cache, keys), (call.v_cache, values)):
+        wanted = cache.values.clone()
+        for (page, row), x in zip(call.places, rows, strict=True):
+            wanted[page, row] = x
+        bits = Bordered.BITS[wanted.element_size()]
+        assert torch.equal(cache.tensor.view(bits), wanted.view(bits))
+        cache.assert_border_untouched("cache")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        CacheCase(),
+        CacheCase(pages=0, num_new=2),
+        CacheCase(pages=-1, num_new=3, rotary="halves"),
+        CacheCase(num_queries=(1, 70), num_new=1, rotary="interleaved"),
+    ],
+    ids=str,
+)
+def test_first_light(case, device):
+    _check(case, device)
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_accuracy(case, device):
+    _check(case, device)
+
+
+@pytest.mark.parametrize("case", covering()[::5], ids=str)
+def test_plain_torch(case, plain_torch):
+    append._run_of.cache_clear()
+    _check(case, torch.device("cpu"))
+    append._run_of.cache_clear()
+
+
+def test_keys_in_pages_are_attended_to_as_if_in_rows(device):
+    """Bit by bit, where both have the same blocks."""
+    call = Call(CacheCase(pages=48), device)
+    out, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    for given, (q, k, v) in zip(out.split(1), call.expected(), strict=True):
+        assert torch.equal(given, fa3.flash_attn_func(q, k, v, causal=True))
+
+
+def test_varlen_func_takes_pages(device):
+    call = Call(CacheCase(num_queries=(1, 70)), device)
+    wanted, wanted_lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    given = call.arguments()
+    out, lse = fa3.flash_attn_varlen_func(
+        call.queries(),
+        call.k_cache.tensor,
+        call.v_cache.tensor,
+        given["cu_seqlens_q"],
+        None,
+        70,
+        None,
+        seqused_k=call.seqlens,
+        page_table=call.table,
+        causal=True,
+        return_attn_probs=True,
+    )
+    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (50, 0)], ids=str)
+def test_heads_of_a_group_share_a_tile(window, device):
+    """Where there is one query; the bits do not tell."""
+    call = Call(CacheCase(num_queries=(1, 1), h_q=6, h_k=2, window=window), device)
+    packed = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    apart = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), pack_gqa=False)
+    for a, b in zip(packed, apart, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+
+
+def test_out(device):
+    call = Call(CacheCase(num_queries=(1, 1)), device)
+    wanted, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    out = Bordered(torch.zeros_like(wanted), "packed")
+    given, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), out=out.tensor)
+    assert given is out.tensor and torch.equal(given, wanted)
+    out.assert_border_untouched("out")
+
+
+def test_one_byte_caches(device):
+    """With a scale per head, and one per 64 keys of a sequence, whatever pages they are in."""
+    case = CacheCase(pages=64, lengths=(200, 37), num_queries=(4, 4), head_dim=128, head_dim_v=128)
+    call = Call(case, device)
+    inputs = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (call.k, call.v)]
+    q, k, v, q_descale, k_descale, v_descale, *_ = fa3.quantize_fp8(
+        call.queries(), *inputs, rows_per_block=64
+    )
+    pages = call.table.shape[1]
+
+    def cache(x):
+        rows = x.new_zeros(*call.k_cache.values.shape[:2], *x.shape[2:]).view(torch.uint8)
+        for i, (page, row) in enumerate(call.places):
+            rows[page, row] = x.view(torch.uint8)[i, : len(page)]
+        return rows.view(x.dtype)
+
+    def scales(x):
+        return torch.nn.functional.pad(x, (0, pages - x.shape[-1]), value=torch.nan)
+
+    used = {"seqused_k": call.seqlens, "causal": True}
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    wanted = fa3.flash_attn_varlen_func(q, k, v, *(None,) * 4, **used, **descales)
+    descales |= {"k_descale": scales(k_descale), "v_descale": scales(v_descale)}
+    out = fa3.flash_attn_varlen_func(
+        *(q, cache(k), cache(v), *(None,) * 4), **used, **descales, page_table=call.table
+    )
+    assert torch.equal(out, wanted)
+
+
+SCHEDULED = CacheCase(num_queries=(1, 70), num_new=3, rotary="halves", lengths=(300, 60))
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+def test_caches_are_the_same_under_every_schedule(device):
+    call = Call(SCHEDULED, device)
+
+    def attention():
+        out, lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+        return out, lse
+
+    emulator.compare_schedules(attention, range(2), checks=emulator.ALL_CHECKS)
+    _check_caches(call)
+
+
+def test_pages_that_do_not_exist_hold_zeros(device, monkeypatch):
+    """The host cannot know of them on a GPU. Nothing outside of the pages is read or written."""
+    monkeypatch.setattr(lengths, "check_values", lambda *arguments, **options: None)
+    call = Call(CacheCase(num_new=2, lengths=(100, 40)), device)
+    for i, page in enumerate((-1, 10**6, -(2**31), 2**31 - 1)):
+        call.table[0, i] = page
+    call.table[1, 2] = 10**6  # where its new rows belong
+    out, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    _, k, v = next(call.expected())
+    k[:, :64], v[:, :64] = 0, 0
+    q = call.q[0][None]
+    torch.testing.assert_close(out[:1], fa3.flash_attn_func(q, k, v, causal=True))
+    assert out.isfinite().all()
+    for cache in (call.k_cache, call.v_cache):
+        cache.assert_border_untouched("cache")
+
+
+def test_rows_that_do_not_fit_are_dropped(device):
+    """And so are those of sequences whose pages have run out."""
+    call = Call(CacheCase(num_new=5, lengths=(60, 14)), device)
+    before = call.k_cache.tensor.clone()
+    table = call.table[:, :1].contiguous()
+    append.append(
+        call.new_k, call.new_v, call.k_cache.tensor, call.v_cache.tensor, table, call.seqlens
+    )
+    page, row = call.places[1]
+    before[page[14:16], row[14:16]] = call.new_k[1, :2]
+    bits = torch.int16
+    assert torch.equal(call.k_cache.tensor.view(bits), before.view(bits))
+
+
+def test_other_lengths_and_tables_need_no_other_kernel(device, monkeypatch):
+    _check(CacheCase(num_new=1), device)
+    monkeypatch.setattr(jit, "_build", None)
+    monkeypatch.setattr(jit, "_load", None)
+    _check(CacheCase(num_new=4, lengths=(5, 0, 129), num_queries=(2, 2, 2), pages=48), device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"page_table": torch.zeros(3, 4).int()}, ValueError, ["page_table has batch 3", "2"]),
+        ({"page_table": torch.zeros(2, 4)}, TypeError, ["page_table has dtype", "torch.int32"]),
+        ({"page_table": torch.zeros(2).int()}, ValueError, ["page_table has shape (2,)", "pages"]),
+        ({"cache_batch_idx": torch.zeros(2).int()}, ValueError, ["cache_batch_idx", "page_table"]),
+        ({"cache_seqlens": torch.tensor([5, 9])}, ValueError, ["cache_seqlens", "torch.int32"]),
+        ({"cache_seqlens": torch.tensor([5]).int()}, ValueError, ["cache_seqlens", "(1,)", "(2,)"]),
+        ({"cache_seqlens": torch.tensor([5, 99]).int()}, ValueError, ["[1]", "99", "64"]),
+        ({"page_table": torch.full((2, 4), 9).int()}, ValueError, ["page_table[0, 0]", "9", "7"]),
+        ({"k": torch.zeros(2, 1, 2, 64).bfloat16()}, ValueError, ["v is None"]),
+        ({"rotary_cos": torch.zeros(9, 16)}, ValueError, ["rotary_sin is None"]),
+        ({"cache_leftpad": torch.zeros(2).int()}, NotImplementedError, ["cache_leftpad"]),
+        ({"k_cache": torch.zeros(8, 12, 2, 64).bfloat16()}, ValueError, ["keys per page", "12"]),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_bad_input(changes, error, words, device):
+    """Nothing is written: the caches stay as they are."""
+    k_cache, v_cache = (torch.zeros(8, 16, 2, 64, device=device).bfloat16() for _ in range(2))
+    given = {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "cache_seqlens": torch.tensor([5, 9], dtype=torch.int32),
+        "page_table": torch.arange(8).int().view(2, 4),
+    } | changes
+    given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    with pytest.raises(error) as caught:
+        fa3.flash_attn_with_kvcache(
+            torch.zeros(2, 1, 2, 64, device=device).bfloat16(), **given, check_pages=True
+        )
+    for word in words:
+        assert word in str(caught.value)
+    assert (k_cache == 0).all() and (v_cache == 0).all()
+
+
+def test_rows_beyond_the_cache_are_refused_where_the_host_knows(device):
+    call = Call(CacheCase(num_new=2, lengths=(100, 40)), device)
+    given = call.arguments()
+    given["page_table"] = given["page_table"][:, :3]
+    before = call.k_cache.tensor.clone()
+    with pytest.raises(ValueError, match=r"cache_seqlens\[0\] is 100 and k has 2 more"):
+        given["cache_seqlens"][1] = 40
+        fa3.flash_attn_with_kvcache(call.queries(), **given, check_pages=True)
+    assert torch.equal(call.k_cache.tensor.view(torch.int16), before.view(torch.int16))
+
+
+@pytest.mark.parametrize("operator", ["append", "rotate"])
+def test_opcheck(operator, device):
+    call = Call(CacheCase(num_new=2), device)
+    angles = call.cos, call.sin
+    caches = call.k_cache.values.nan_to_num(), call.v_cache.values.nan_to_num()
+    if operator == "append":
+        given = call.new_k, call.new_v, *caches, call.table, call.seqlens, None, *angles
+        torch.library.opcheck(torch.ops.fa3.append.default, given)
+    else:
+        given = call.queries(), *angles, call.seqlens
+        torch.library.opcheck(torch.ops.fa3.rotate.default, given)
+
+
+def test_compile_without_graph_breaks(device):
+    call = Call(CacheCase(num_new=2, rotary="halves"), device)
+    wanted, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
+    compiled = torch.compile(fa3.flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    call._place()
+    out, _ = compiled(call.queries(), **call.arguments())
+    assert torch.equal(out, wanted)
+    _check_caches(call)
+
+
+def test_lean():
+    """Nothing spills, and the steady loop is that of keys in rows, but for its tile."""
+    for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
+        paged = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=64)
+        reports = [inspect(s).report for s in (paged, replace(paged, page_rows=0))]
+        assert reports[0].resources.frame == 0
+        slots = [report.steady.straight.per_exponential for report in reports]
+        assert slots[0] <= slots[1] + 0.3, dims
