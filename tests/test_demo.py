@@ -1,4 +1,4 @@
-"""The demo on real weights: two sentences of it, since the emulator is no GPU."""
+"""The examples: the demo on real weights with two sentences, since the emulator is no GPU."""
 
 import importlib.util
 import os
@@ -19,15 +19,24 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_a_pretrained_model_through_the_kernel(tmp_path):
     sentences = tmp_path / "sentences.txt"
     sentences.write_text("A red apple.\nA green apple, and a pear.\n")
-    environment = {k: v for k, v in os.environ.items() if k != "FA3_CPU"}
-    done = subprocess.run(
-        [sys.executable, "docs/examples/minilm.py", "--file", str(sentences)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = _run("minilm.py", "--file", str(sentences))
     assert done.returncode == 0, done.stderr
     # of six padded layers: the tiles of all sequences, and attention
     assert re.search(r"ran on: (GPU, |CPU, the emulator of sm_90a: 12 launches)", done.stdout)
     assert float(re.search(r"least cosine .*: ([\d.]+)", done.stdout).group(1)) > 0.9999
+
+
+def test_generation_with_a_paged_cache():
+    done = _run("generate.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept: [4, 2, 4]" in done.stdout
+
+
+def _run(example: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"docs/examples/{example}", *arguments],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "FA3_CPU"},
+        capture_output=True,
+        text=True,
+    )
