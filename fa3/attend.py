@@ -87,8 +87,9 @@ def attend(  # noqa: PLR0913
     if descales is not NO_DESCALES or sink is not None:
         plain = _check_others(descales, sink) and plain
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        others = {**lengths.named(given), **named(descales), "learnable_sink": sink, "out": out}
-        autograd.check(q, k, v, options, others, plain)
+        others = {**named(descales), "page_table": given.page_table}
+        others |= {"learnable_sink": sink, "out": out}
+        autograd.check(q, k, v, options, given, others, plain)
         plain = False
     if check_scales is not False:
         check_scales = bool_of("check_scales", check_scales)

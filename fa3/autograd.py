@@ -13,41 +13,43 @@ from torch import Tensor
 from torch.types import Number
 
 from . import ops, transforms
+from .call import lengths as lengths_
 from .call.layout import Layout, check_last_stride, check_like, odd_dimension, tma_strides
+from .call.lengths import EQUAL, Lengths
 from .call.problem import DTYPES, LOG2_E, Options, Problem
 from .kernels.bwd_arguments import BwdArguments
+from .kernels.bwd_config import BwdConfig
 from .kernels.bwd_signature import BwdSignature
 from .launch import dispatch, jit, tuning
 from .reference import backward as reference_backward
 
 _NAMES = [x.name for x in ops.forward._opoverload._schema.arguments]
 # Arguments of fa3::forward whose presence changes what is computed, and that have no backward yet.
-_WITHOUT = (
-    *("q_descale", "k_descale", "v_descale", "v_shift"),
-    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "learnable_sink"),
-)
+_WITHOUT = ("q_descale", "k_descale", "v_descale", "v_shift", "page_table", "learnable_sink")
 
 
 class Plan(NamedTuple):
     """Everything about a backward pass that does not depend on where its tensors lie."""
 
     run: Callable[[Sequence], None]  # takes the fields of BwdArguments
-    workspace: tuple[tuple, ...]  # shapes and dtypes of row_stats to dq_counters
+    workspace: tuple[tuple, ...]  # shapes and dtypes of row_stats to dq_counters, and of tiles
+    num_sequences: int | None  # of a ragged call
     scalars: tuple  # the last fields of BwdArguments
     strides: tuple  # for q, k, v, out, dout: those that TMA accepts, None to keep them
     copies: tuple  # which of these to copy first, their strides being no multiples of 16 bytes
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, dout, lse, deterministic, *options) -> Plan:  # noqa: PLR0913
-    """Check a call and find its kernels; tensors are the fields of a `Layout`.
+def plan_of(q, k, v, out, dout, lse, deterministic, lengths, *options) -> Plan:  # noqa: PLR0913
+    """Check a call and find its kernels; tensors and each of lengths are the fields of a `Layout`.
 
     Raises:
         NotImplementedError: there is no backward pass for the case.
     """
     named = zip(("q", "k", "v", "out", "dout"), (q, k, v, out, dout), strict=True)
     layouts = {name: Layout(*fields) for name, fields in named}
-    problem = Problem.of(layouts["q"], layouts["k"], layouts["v"], Options(*options))
+    inputs = (layouts[name] for name in ("q", "k", "v"))
+    problem = Problem.of(*inputs, Options(*options), lengths=_layouts(lengths))
     for name in ("out", "dout"):
         check_like(name, layouts[name], problem.out_shape, problem.out_dtype, problem.device)
     check_like("lse", Layout(*lse), problem.lse_shape, torch.float32, problem.device)
@@ -60,14 +62,19 @@ def plan_of(q, k, v, out, dout, lse, deterministic, *options) -> Plan:  # noqa: 
     run, workspace, num_ctas = _kernel_of(problem, deterministic)
     scale, mask = problem.softmax_scale, problem.mask
     scalars = scale, scale * LOG2_E, mask.left, mask.right, num_ctas
-    return Plan(run, workspace, scalars, strides, copies)
+    num_sequences = problem.batch if problem.sequences.is_ragged else None
+    return Plan(run, workspace, num_sequences, scalars, strides, copies)
 
 
-def check(q, k, v, options, others: dict, plain: bool) -> None:
+def _layouts(lengths) -> Lengths:
+    return Lengths(*(None if fields is None else Layout(*fields) for fields in lengths))
+
+
+def check(q, k, v, options, lengths, others: dict, plain: bool) -> None:  # noqa: PLR0913
     """Whether such a call has a backward pass, before anything is computed.
 
-    options: the fields of `Options`; others: further tensors by the names of their arguments, or
-    None; plain: what these are is known already.
+    options: the fields of `Options`; lengths: of `Lengths`; others: further tensors by the names of
+    their arguments, or None; plain: what these are is known already.
 
     Raises:
         NotImplementedError: it has none.
@@ -76,13 +83,13 @@ def check(q, k, v, options, others: dict, plain: bool) -> None:
         if tensor is not None:
             _refuse(f"{name} is a tensor")
     if plain:
-        _check_layouts(*map(ops.fields, (q, k, v)), *options)
+        _check_layouts(*map(ops.fields, (q, k, v)), tuple(map(ops.fields, lengths)), *options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_layouts(q, k, v, *options) -> None:
+def _check_layouts(q, k, v, lengths, *options) -> None:
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
-    problem = Problem.of(*layouts.values(), Options(*options))
+    problem = Problem.of(*layouts.values(), Options(*options), lengths=_layouts(lengths))
     for name, layout in layouts.items():
         check_last_stride(name, layout)
     _signature_of(problem)
@@ -96,7 +103,8 @@ def _signature_of(problem: Problem, deterministic: bool = False) -> BwdSignature
         _refuse(f"softcap is {problem.softcap}")
     tiles = problem.signature.head_dim, problem.signature.head_dim_v
     tiles = tuning.backward_tiles(*tiles)
-    signature = BwdSignature(DTYPES[problem.dtype], *tiles, problem.mask.kind, deterministic)
+    facts = problem.mask.kind, deterministic, problem.sequences.is_ragged
+    signature = BwdSignature(DTYPES[problem.dtype], *tiles, *facts)
     if problem.device.type != "meta":
         target = dispatch.target_of(problem.device)
         if target.kind != "reference":
@@ -122,14 +130,28 @@ def _kernel_of(problem: Problem, deterministic: bool) -> tuple[Callable, tuple, 
     kernel = dispatch.backward(signature, target)
     config = tuning.backward(signature)
     run = jit.compile(kernel.where, signature, config, target.kind)
-    blocks = problem.batch, problem.h_q, -(-problem.s_q // config.tile_m)
-    row_stats, dq_sums = 2 * config.tile_m, config.tile_m * signature.head_dim
-    counters = ((*blocks, config.num_mma_warpgroups), torch.int32) if deterministic else None
-    workspace = ((*blocks, row_stats), torch.float32), ((*blocks, dq_sums), torch.float32), counters
-    return run, workspace, target.num_sms - problem.sm_margin
+    return run, _workspace(problem, signature, config), target.num_sms - problem.sm_margin
 
 
-_NO_WORKSPACE = (None,) * 3
+def _workspace(problem: Problem, signature: BwdSignature, config: BwdConfig) -> tuple:
+    """Plan.workspace. A sequence of packed queries has blocks of its own: RaggedSpan.first_block."""
+    sequences, tile_m = problem.sequences, config.tile_m
+    blocks = problem.batch, problem.h_q, -(-problem.s_q // tile_m)
+    if sequences.q_is_packed:
+        blocks = 1, problem.h_q, problem.s_q // tile_m + problem.batch
+    counters = tiles = None
+    if signature.deterministic:
+        counters = (*blocks, config.num_mma_warpgroups), torch.int32
+    if signature.is_ragged:
+        from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
+
+        rows = problem.s_k, problem.h_k, sequences.k_is_packed
+        tiles = (capacity(config.tile_n, sequences.batch, *rows),), torch.int32
+    stats, sums = (*blocks, 2 * tile_m), (*blocks, tile_m * signature.head_dim)
+    return (stats, torch.float32), (sums, torch.float32), counters, tiles
+
+
+_NO_WORKSPACE = (None,) * 4
 
 
 def _set_to_zero(arguments: Sequence) -> None:
@@ -139,11 +161,15 @@ def _set_to_zero(arguments: Sequence) -> None:
         gradient.zero_()
 
 
-def run(dout, q, k, v, out, lse, dlse, deterministic, options) -> tuple[Tensor, Tensor, Tensor]:  # noqa: PLR0913
-    """dq, dk and dv; options: the fields of `Options`."""
+def run(  # noqa: PLR0913
+    dout, q, k, v, out, lse, dlse, deterministic, options, lengths=EQUAL
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv; options: the fields of `Options`; lengths: of `Lengths`."""
     given = q, k, v, out, dout
     fields = (ops.fields(x) for x in (*given, lse))
-    plan = plan_of(*fields, deterministic, *options)
+    plan = plan_of(*fields, deterministic, tuple(map(ops.fields, lengths)), *options)
+    if lengths != EQUAL and q.device.type == "cpu":
+        lengths_.check_values(lengths, q.shape[-3], k.shape, (None, None), totals=False)
     if dlse is not None:
         check_like("dlse", Layout.of(dlse), lse.shape, torch.float32, q.device)
     given = [
@@ -153,10 +179,31 @@ def run(dout, q, k, v, out, lse, dlse, deterministic, options) -> tuple[Tensor, 
     given = [x.clone() if x.data_ptr() % 16 else x for x in given]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     lse = lse.contiguous()
-    dlse = lse.new_empty(0, *lse.shape[1:]) if dlse is None else dlse.contiguous()
-    workspace = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
-    plan.run((*given, lse, dlse, *gradients, *workspace, *plan.scalars))
-    return tuple(gradients)
+    dlse = None if dlse is None else dlse.contiguous()
+    *workspace, tiles = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
+    more = NO_LENGTHS
+    results = tuple(gradients)
+    if plan.num_sequences is not None:
+        more = *lengths_.views(lengths, q.device), tiles, plan.num_sequences
+        *given, lse, dlse, dq, dk, dv = _with_batch(lengths, *given, lse, dlse, *gradients)
+        gradients = dq, dk, dv
+    if dlse is None:
+        dlse = lse.new_empty(0, *lse.shape[1:])
+    plan.run((*given, lse, dlse, *gradients, *workspace, *more, *plan.scalars))
+    return results
+
+
+NO_LENGTHS = (None,) * 7  # bwd_arguments.LENGTHS
+
+
+def _with_batch(lengths: Lengths, q, k, v, out, dout, lse, dlse, dq, dk, dv) -> tuple:  # noqa: PLR0913
+    """Packed tensors get a dimension of 1 for the batch."""
+    if lengths.cu_seqlens_q is not None:
+        q, out, dout, lse, dq = (x.unsqueeze(0) for x in (q, out, dout, lse, dq))
+        dlse = None if dlse is None else dlse.unsqueeze(0)
+    if lengths.cu_seqlens_k is not None:
+        k, v, dk, dv = (x.unsqueeze(0) for x in (k, v, dk, dv))
+    return q, k, v, out, dout, lse, dlse, dq, dk, dv
 
 
 @torch.library.custom_op("fa3::backward", mutates_args=())
@@ -175,20 +222,29 @@ def backward(  # noqa: PLR0913
     sm_margin: int = 0,
     softcap: Number = 0.0,
     deterministic: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a call of fa3::forward whose results were out and lse.
 
     deterministic, or torch.use_deterministic_algorithms: the same bits on every run.
+    Rows that belong to no sequence, or do not count, have gradients of 0; nothing of them is read.
     """
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    return run(dout, q, k, v, out, lse, dlse, deterministic, options)
+    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return run(dout, q, k, v, out, lse, dlse, deterministic, options, lengths)
 
 
 @backward.register_fake
 def _(  # noqa: PLR0913
     dout, q, k, v, out, lse, dlse=None, softmax_scale=None, causal=False, window_left=-1,
-    window_right=-1, sm_margin=0, softcap=0.0, deterministic=False,
+    window_right=-1, sm_margin=0, softcap=0.0, deterministic=False, cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
 ):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
@@ -201,21 +257,24 @@ def _remember(ctx, inputs, output) -> None:
     """What the backward pass of fa3::forward needs; the check is for calls of the operator."""
     named = dict(zip(_NAMES, inputs, strict=True))
     q, k, v, *options = (named[name] for name in ("q", "k", "v", *Options._fields))
-    check(q, k, v, options, {name: named[name] for name in _WITHOUT}, plain=False)
-    _signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options)))
+    lengths = Lengths(*(named[name] for name in lengths_.NAMES))
+    check(q, k, v, options, lengths, {name: named[name] for name in _WITHOUT}, plain=False)
+    layouts = Lengths(*(None if x is None else Layout.of(x) for x in lengths))
+    _signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options), lengths=layouts))
     ctx.set_materialize_grads(False)
     ctx.options, ctx.deterministic = tuple(options), named["deterministic"]
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.longest = named["max_seqlen_q"], named["max_seqlen_k"]
+    ctx.save_for_backward(q, k, v, *output, *lengths)
 
 
 def _differentiate(ctx, dout, dlse):
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, out, lse, *lengths = ctx.saved_tensors
     if dout is None:
         if dlse is None:
             return (None,) * len(_NAMES)
         dout = torch.zeros_like(out)
     gradients = torch.ops.fa3.backward(
-        dout, q, k, v, out, lse, dlse, *ctx.options, ctx.deterministic
+        dout, q, k, v, out, lse, dlse, *ctx.options, ctx.deterministic, *lengths[:4], *ctx.longest
     )
     needed = zip(gradients, ctx.needs_input_grad, strict=False)
     given = [x if is_needed else None for x, is_needed in needed]

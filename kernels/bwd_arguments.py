@@ -6,7 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BwdArguments:
-    """All but the stream; a tuple in this order will do."""
+    """All but the stream; a tuple in this order will do.
+
+    What tells lengths is None but for ragged sequences, and means what it does in FwdArguments: the
+    batch of a packed tensor is 1.  The blocks of packed queries are those of RaggedSpan.first_block.
+    """
 
     q: Any  # (b, s_q, h_q, d)
     k: Any  # (b, s_k, h_k, d)
@@ -21,8 +25,21 @@ class BwdArguments:
     row_stats: Any  # (b, h_q, m_blocks, 2 * tile_m) fp32: of the rows of a block lse, then delta
     dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32
     dq_counters: Any  # (b, h_q, m_blocks, warpgroups) int32, if deterministic; or None
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    page_table: Any  # None
+    tiles: Any  # room for the list of tiles, blocks of keys
+    num_sequences: Any
     softmax_scale: Any  # Float32
     scale_log2: Any  # Float32: softmax_scale * log2(e)
     window_left: Any  # Int32
     window_right: Any  # Int32
     num_ctas: Any  # Int32, at most so many are launched
+
+
+LENGTHS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+    *("page_table", "tiles", "num_sequences"),
+)

@@ -17,9 +17,10 @@ class BwdSignature:
     head_dim_v: int  # tile of v and out, one of HEAD_DIM_TILES
     mask: MaskKind
     deterministic: bool = False  # dQ is summed in one order
+    is_ragged: bool = False  # sequences have lengths of their own, which live on the device
 
     quantised = None  # a signature of 16-bit inputs, for what asks either kind
-    is_ragged = False
+    page_rows = 0
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):

@@ -9,6 +9,7 @@ from cutlass.cute.runtime import make_fake_tensor
 
 from .arguments import FwdArguments
 from .arithmetic import minimum
+from .bwd_arguments import BwdArguments
 from .scheduler import L2_BUDGET, TileList, TileOrder
 from .sequence import PagedSpans, RaggedSequences, RaggedSpans, Sequences, ragged_view
 from .simple.list_arguments import ListArguments
@@ -23,36 +24,35 @@ class EqualLengths:
     plan: Any
 
     def example(self) -> tuple:
-        """Of FwdArguments.cu_seqlens_q to num_sequences."""
+        """Of cu_seqlens_q to num_sequences of FwdArguments and BwdArguments."""
         return (None,) * 7
 
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         """A tensor as TMA is to see it, which Span.tiled cuts."""
         return tensor
 
-    def given(self, arguments: FwdArguments) -> None:
+    def given(self, arguments: FwdArguments | BwdArguments) -> None:
         """What tells lengths, besides the rows of the tensors."""
 
     def sequences(self, q_rows, k_rows, given: None) -> Sequences:
         return Sequences(q_rows, k_rows)
 
-    def order(self, arguments: FwdArguments, stream) -> TileOrder:
-        batches, s_q, heads, _ = arguments.q.shape
-        _, s_k, heads_kv, d = arguments.k.shape
-        num_m_blocks = cute.ceil_div(s_q, self.plan.tile_m)
-        longest_first = self.plan.signature.mask != "full"
+    def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileOrder:
+        x, tiling = arguments, self.plan.tiling
+        cut, shared = tiling.sides(x.q, x.k)
+        num_blocks = cute.ceil_div(cut.shape[1], tiling.size)
+        batches, heads = x.q.shape[0], tiling.heads(x)
+        longest_first = tiling.mask != "full"
         heads_per_group = Int32(1)
         if longest_first:
-            key_bytes = (d + arguments.v.shape[3]) * (arguments.k.element_type.width // 8)
-            heads_per_group = TileOrder.group_of(
-                key_bytes, s_k, num_m_blocks, heads, heads_kv, batches, arguments.num_ctas
-            )
-        return TileOrder.of(longest_first, num_m_blocks, heads, heads_kv, batches, heads_per_group)
+            sizes = num_blocks, *heads, batches, x.num_ctas
+            heads_per_group = TileOrder.group_of(tiling.shared_bytes(x), shared.shape[1], *sizes)
+        return TileOrder.of(longest_first, num_blocks, *heads, batches, heads_per_group)
 
 
 @dataclass(frozen=True)
 class GivenLengths:
-    """Fields of FwdArguments."""
+    """Fields of FwdArguments and BwdArguments."""
 
     num_sequences: Int32
     cu_seqlens_q: cute.Tensor
@@ -81,7 +81,7 @@ class RaggedLengths:
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         return ragged_view(tensor, row_mode)
 
-    def given(self, arguments: FwdArguments) -> GivenLengths:
+    def given(self, arguments: FwdArguments | BwdArguments) -> GivenLengths:
         return GivenLengths(
             arguments.num_sequences,
             arguments.cu_seqlens_q,
@@ -100,21 +100,23 @@ class RaggedLengths:
             keys = PagedSpans(k_rows, given.page_table, given.seqused_k, rows)
         return RaggedSequences(given.num_sequences, queries, keys)
 
-    def order(self, arguments: FwdArguments, stream) -> TileList:
+    def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileList:
         """Has it written first, by a kernel of its own."""
-        x, plan = arguments, self.plan
-        is_packed = minimum(x.cu_seqlens_q.shape[0], 1)
-        key_bytes = (x.k.shape[3] + x.v.shape[3]) * (x.k.element_type.width // 8)
+        x, tiling = arguments, self.plan.tiling
+        cut, _ = tiling.sides(x.q, x.k)
+        cu_seqlens, _ = tiling.sides(x.cu_seqlens_q, x.cu_seqlens_k)
+        is_packed = minimum(cu_seqlens.shape[0], 1)
+        heads, heads_shared = tiling.heads(x)
         call = ListArguments(
             sequences=self.sequences(x.q.shape[1], x.k.shape[1], self.given(x)),
-            slots=Slots.of(plan.tile_m, x.num_sequences, x.q.shape[1], is_packed),
-            num_heads=x.q.shape[2],
-            num_heads_kv=x.k.shape[2],
+            slots=Slots.of(tiling.size, x.num_sequences, cut.shape[1], is_packed),
+            num_heads=heads,
+            num_heads_kv=heads_shared,
             window_left=x.window_left,
             window_right=x.window_right,
             max_ctas=x.num_ctas,
-            keys_in_l2=L2_BUDGET // key_bytes,
+            rows_in_l2=L2_BUDGET // tiling.shared_bytes(x),
             memory=x.tiles,
         )
-        ListTiles(plan.signature.mask, plan.tile_m, plan.tile_n)(call, stream)
+        ListTiles(tiling)(call, stream)
         return call.tiles()

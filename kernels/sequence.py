@@ -50,6 +50,10 @@ class Span:
         """(blocks, heads, b) -> (blocks,) of a head: of `num_rows` each, or one of all rows."""
         return tensor[None, head, self.entry]
 
+    def workspace(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
+        """(numbers, blocks, heads, b) -> (numbers, blocks) of a head: blocks of `num_rows` rows."""
+        return tensor[None, None, head, self.entry]
+
     def uniform(self) -> "Span":
         return replace(self, entry=cute.arch.make_warp_uniform(self.entry))
 
@@ -84,6 +88,11 @@ class RaggedSpan:
         own = clamp(ceil_div(self.length, num_rows), 1, count - first)
         vector = cute.domain_offset((first,), vector)
         return cute.make_tensor(vector.iterator, cute.make_layout((own,), stride=vector.stride))
+
+    def workspace(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
+        """See `first_block`."""
+        first = (0, self.first_block(num_rows))
+        return cute.domain_offset(first, tensor[None, None, head, self.entry])
 
     def first_block(self, num_rows: int):
         """Of a packed tensor of n rows in n // num_rows + b blocks, which is enough for all."""
@@ -178,6 +187,10 @@ class Sequences:
     def __getitem__(self, batch) -> Sequence:
         return Sequence(batch, Span(batch, self.s_q), Span(batch, self.s_k))
 
+    def query_block(self, entry, block, num_rows: int) -> tuple[Span, Any]:
+        """The sequence that block `block` of a workspace of queries belongs to, and which it is."""
+        return Span(entry, self.s_q), block
+
 
 @dataclass(frozen=True)
 class RaggedSpans:
@@ -199,6 +212,20 @@ class RaggedSpans:
         if self.seqused.shape[0] > 0:
             length = minimum(length, maximum(self.seqused[batch], 0))
         return RaggedSpan(batch, entry, start, length, self.num_rows)
+
+    @cute.jit
+    def end_of(self, span: RaggedSpan):
+        """Where its rows end, those that do not count included; the last one has all the rest."""
+        end = self.num_rows
+        if self.cu_seqlens.shape[0] > 0:
+            if span.batch < self.cu_seqlens.shape[0] - 2:
+                end = clamp(self.cu_seqlens[span.batch + 1], span.start, self.num_rows)
+        return end
+
+    def block(self, entry, block, num_rows: int) -> tuple[RaggedSpan, Any]:
+        """The sequence that block `block` of an entry belongs to, and its place among its own."""
+        span = self[self.batch_of(entry, block, num_rows)]
+        return span, block - span.first_block(num_rows)
 
     @cute.jit
     def batch_of(self, entry, block, num_rows: int):
@@ -243,6 +270,10 @@ class RaggedSequences:
 
     def __getitem__(self, batch) -> Sequence:
         return Sequence(batch, self.queries[batch], self.keys[batch])
+
+    def query_block(self, entry, block, num_rows: int) -> tuple[RaggedSpan, Any]:
+        """As of Sequences; some blocks have no rows, or would begin before their sequence."""
+        return self.queries.block(entry, block, num_rows)
 
 
 def ragged_view(tensor: cute.Tensor, row_mode: int) -> cute.Tensor:

@@ -13,6 +13,7 @@ from fa3.kernels.signature import MaskKind
 from fa3.kernels.simple.list_arguments import ListArguments
 from fa3.kernels.simple.rounds import Slots
 from fa3.kernels.simple.schedule import ListTiles
+from fa3.kernels.tiling import KeyTiles, QueryTiles
 
 COLUMNS = 5  # of a tile that was found: CTA, batch, m_block, head, head_kv
 

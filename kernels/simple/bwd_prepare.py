@@ -12,6 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from ..sequence import RaggedSequences, Sequences
+
 WARP = 32
 CHUNK = 8  # 16-bit elements that a thread loads at once
 LOG2_E = math.log2(math.e)
@@ -42,19 +44,22 @@ class Prepare:
         self.rows_at_once = self.NUM_THREADS // self.lanes
 
     @cute.jit
-    def __call__(self, tensors: PrepareTensors, stream):
+    def __call__(self, tensors: PrepareTensors, sequences: Sequences | RaggedSequences, stream):
         _, m_blocks, heads, batches = tensors.row_stats.shape
-        self.kernel(tensors).launch(
+        self.kernel(tensors, sequences).launch(
             grid=(m_blocks, heads, batches), block=(self.NUM_THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
-    def kernel(self, tensors: PrepareTensors):
+    def kernel(self, tensors: PrepareTensors, sequences: Sequences | RaggedSequences):
         thread = cute.arch.thread_idx()[0]
-        m_block, head, batch = cute.arch.block_idx()
-        s_q, dv = tensors.out.shape[0], tensors.out.shape[1]
-        out, dout = (x[None, None, head, batch] for x in (tensors.out, tensors.dout))
-        lse, stats = tensors.lse[None, head, batch], tensors.row_stats[None, m_block, head, batch]
+        block, head, entry = cute.arch.block_idx()
+        queries, m_block = sequences.query_block(entry, block, self.tile_m)
+        s_q, dv = queries.length, tensors.out.shape[1]
+        if cutlass.const_expr(isinstance(sequences, RaggedSequences)):
+            s_q = cutlass.select_(m_block < 0, Int32(0), s_q)
+        out, dout = (queries.matrix(x, head) for x in (tensors.out, tensors.dout))
+        lse, stats = queries.vector(tensors.lse, head), tensors.row_stats[None, block, head, entry]
         column = thread % self.lanes * CHUNK
         for i in cutlass.range_constexpr(self.tile_m // self.rows_at_once):
             row = i * self.rows_at_once + thread // self.lanes
@@ -69,15 +74,15 @@ class Prepare:
                 if given != -Float32.inf:
                     log2_sum = given * LOG2_E
                     if tensors.dlse.shape[2] > 0:
-                        delta -= tensors.dlse[query, head, batch]
+                        delta -= queries.vector(tensors.dlse, head)[query]
                 else:
                     delta = Float32(0.0)
             if column == 0:
                 stats[row] = log2_sum
                 stats[self.tile_m + row] = delta
-        self._clear(tensors.dq_sums[None, m_block, head, batch], thread)
+        self._clear(tensors.dq_sums[None, block, head, entry], thread)
         if cutlass.const_expr(tensors.dq_counters is not None):
-            counters = tensors.dq_counters[None, m_block, head, batch]
+            counters = tensors.dq_counters[None, block, head, entry]
             if thread < cute.size(counters):
                 counters[thread] = 0
 

@@ -21,8 +21,8 @@ class ListArguments:
     num_heads_kv: Any
     window_left: Any
     window_right: Any
-    max_ctas: Any  # of the forward kernel, before TileList.count limits them
-    keys_in_l2: Any  # L2_BUDGET // bytes of K and V of one key and head
+    max_ctas: Any  # of the kernel that computes them, before TileList.count limits them
+    rows_in_l2: Any  # L2_BUDGET // bytes of a row that tiles share
     memory: cute.Tensor  # int32, `capacity`
 
     @property
@@ -43,7 +43,7 @@ class ListArguments:
 
     @property
     def pairs(self) -> cute.Tensor:
-        """By slot: batch, m_block, cost (0: none), class of cost."""
+        """By slot: batch, block, cost (0: none), class of cost."""
         return self._table(self.places.pairs, self.slots.count, ENTRY)
 
     @property

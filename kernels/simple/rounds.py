@@ -21,31 +21,26 @@ ROUND_PER_TILE = {"full": 3, "causal": 2, "local": 3}
 ITEMS_PER_ROUND = 2  # of a CTA, at least
 
 
-def cost_of(num_blocks):
-    """A tile's, in halves of a key block; its first and last products count as three of them."""
-    return 2 * num_blocks + 3
-
-
 @dataclass(frozen=True)
 class Slots:
-    """A place for every pair (sequence, m_block), found without a pass over the lengths.
+    """A place for every pair (sequence, block), found without a pass over the lengths.
 
     Some stay empty: sequences are shorter than there is room for.
     """
 
-    tile_m: cutlass.Constexpr[int]
+    tile: cutlass.Constexpr[int]  # rows of a block
     per_sequence: Any  # slots that a sequence has besides those for its packed rows
     count: Any
 
     @staticmethod
-    def of(tile_m: int, num_sequences, rows, is_packed) -> "Slots":
-        """rows: of the packed q (is_packed: 1), or of each sequence of a dense one (0)."""
-        per_sequence = ceil_div(rows, tile_m) * (1 - is_packed) + is_packed
-        count = per_sequence * num_sequences + rows // tile_m * is_packed
-        return Slots(tile_m, per_sequence, count)
+    def of(tile: int, num_sequences, rows, is_packed) -> "Slots":
+        """rows: of a packed tensor (is_packed: 1), or of each sequence of a dense one (0)."""
+        per_sequence = ceil_div(rows, tile) * (1 - is_packed) + is_packed
+        count = per_sequence * num_sequences + rows // tile * is_packed
+        return Slots(tile, per_sequence, count)
 
-    def first(self, batch, q_start):
-        return q_start // self.tile_m + batch * self.per_sequence
+    def first(self, batch, start):
+        return start // self.tile + batch * self.per_sequence
 
 
 @dataclass(frozen=True)
@@ -77,12 +72,12 @@ class Memory:
         return self.order + self.num_slots * 2
 
 
-def capacity(tile_m: int, num_sequences: int, rows: int, num_heads: int, is_packed: bool) -> int:
+def capacity(tile: int, num_sequences: int, rows: int, num_heads: int, is_packed: bool) -> int:
     """int32 of scratch memory, aligned to 16 bytes, for any lengths.
 
-    rows: of the packed q, or of each sequence of a dense one.
+    rows: of the packed tensor that is cut into tiles, or of each sequence of a dense one.
     """
-    slots = Slots.of(tile_m, num_sequences, rows, int(is_packed))
+    slots = Slots.of(tile, num_sequences, rows, int(is_packed))
     return Memory(slots.count, num_heads).size
 
 
@@ -92,8 +87,8 @@ class Totals:
 
     work: Any  # the sum of their costs
     longest: Any  # the highest cost
-    keys: Any  # of all sequences that have queries
-    longest_keys: Any
+    shared: Any  # rows that tiles share, of all sequences that have tiles
+    longest_shared: Any
 
 
 @dataclass(frozen=True)
@@ -103,21 +98,21 @@ class Rounds:
     num_chunks: Any
     slots_per_chunk: Any
     num_groups: Any
-    heads_per_group: Any  # of q
+    heads_per_group: Any
     unit: Any  # of cost: a step between classes
 
     @staticmethod
     def of(
-        mask: MaskKind, totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, keys_in_l2
+        mask: MaskKind, totals: Totals, num_slots, num_heads, num_heads_kv, num_ctas, rows_in_l2
     ) -> "Rounds":
         work, longest = totals.work, maximum(totals.longest, 1)
         share = work // num_ctas * num_heads + work % num_ctas * num_heads // num_ctas
         most = maximum(share // (ROUND_PER_TILE[mask] * longest), 1)
-        keys = maximum(keys_in_l2, ceil_div(totals.keys, most) * num_heads_kv)  # of a round
-        heads_kv = clamp(keys // maximum(totals.longest_keys, 1), 1, num_heads_kv)
+        rows = maximum(rows_in_l2, ceil_div(totals.shared, most) * num_heads_kv)  # of a round
+        heads_kv = clamp(rows // maximum(totals.longest_shared, 1), 1, num_heads_kv)
         num_groups = ceil_div(num_heads_kv, heads_kv)
         heads_kv = ceil_div(num_heads_kv, num_groups)
-        num_chunks = clamp(ceil_div(totals.keys * heads_kv, keys), 1, MAX_CHUNKS)
+        num_chunks = clamp(ceil_div(totals.shared * heads_kv, rows), 1, MAX_CHUNKS)
         slots_per_chunk = ceil_div(num_slots, num_chunks)
         return Rounds(
             num_chunks=ceil_div(num_slots, slots_per_chunk),

@@ -1,15 +1,15 @@
 """The tile list of a ragged batch: which CTA computes which tiles, in which order.
 
-Lengths are known on the device only, so one CTA deals the tiles there, ahead of the forward kernel:
+Lengths are known on the device only, so one CTA deals the tiles there, ahead of their kernel:
 
-    weigh    the cost of every pair (sequence, m_block): its key blocks, and a constant
-    rounds   chunks of pairs by groups of heads, whose K and V fit in L2 together
+    weigh    the cost of every pair (sequence, block): the blocks that it visits, and a constant
+    rounds   chunks of pairs by groups of heads, what they visit of which fits in L2 together
     sort     a round's pairs by classes of cost, longest first
     deal     round after round, the next tiles go to the CTAs that have least to do, so to those
              that would be free first: list scheduling (LPT in a round)
     write    the tiles of a CTA, one after another
 
-No order depends on timing: the same lengths get the same list.
+No order depends on timing: the same lengths get the same list.  Blocks of equal cost stay in order.
 """
 
 import cutlass
@@ -18,24 +18,21 @@ from cutlass import Int32
 from cutlass.memory import SmemAllocator
 
 from ..arithmetic import ceil_div, maximum, minimum
-from ..blocks import BlockRange
 from ..scheduler import MAX_CTAS
-from ..signature import MaskKind
+from ..tiling import KeyTiles, QueryTiles
 from .deal import WARP, Hands, deal
 from .list_arguments import ListArguments, load_row, store_row
-from .rounds import CLASSES, MAX_CHUNKS, Rounds, Run, Totals, cost_of
+from .rounds import CLASSES, MAX_CHUNKS, Rounds, Run, Totals
 
 WARPS = 16
 THREADS = WARPS * WARP
 
 
 class ListTiles:
-    """The kernel that fills a TileList, for one kind of mask and one size of tiles."""
+    """The kernel that fills a TileList, for one kind of tiles."""
 
-    def __init__(self, mask: MaskKind, tile_m: int, tile_n: int):
-        self.mask = mask
-        self.tile_m = tile_m
-        self.tile_n = tile_n
+    def __init__(self, tiling: QueryTiles | KeyTiles):
+        self.tiling = tiling
 
     def __call__(self, call: ListArguments, stream):
         self.kernel(call).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream)
@@ -58,13 +55,13 @@ class ListTiles:
         self._weigh(call, totals, thread)
         cute.arch.sync_threads()
         rounds = Rounds.of(
-            self.mask,
+            self.tiling.mask,
             Totals(*(totals[i] for i in range(4))),
             call.slots.count,
             call.num_heads,
             call.num_heads_kv,
             call.num_ctas,
-            call.keys_in_l2,
+            call.rows_in_l2,
         )
         self._classify(call, rounds, thread)
         cute.arch.sync_threads()
@@ -82,39 +79,45 @@ class ListTiles:
     @cute.jit
     def _weigh(self, call: ListArguments, totals: cute.Tensor, thread):
         """Fill the pairs, but for their class, and the Totals."""
-        work, longest, keys, longest_keys = Int32(0), Int32(0), Int32(0), Int32(0)
+        work, longest, shared, longest_shared = Int32(0), Int32(0), Int32(0), Int32(0)
         for slot in cutlass.range(thread, call.slots.count, THREADS, unroll=1):
             index = self._sequence_of(call, slot)
             sequence = call.sequences[index]
-            m_block = slot - call.slots.first(index, sequence.queries.start)
+            cut, rows = self.tiling.sides(sequence.queries, sequence.keys)
+            first_slot = call.slots.first(index, cut.start)
+            block, num_blocks = slot - first_slot, ceil_div(cut.length, self.tiling.size)
+            if cutlass.const_expr(self.tiling.in_order):
+                # Lengths that overlap could hide the first blocks, which the others wait for.
+                if self._sequence_of(call, first_slot) != index:
+                    num_blocks = Int32(0)
             cost = Int32(0)
-            if m_block >= 0 and m_block < ceil_div(sequence.s_q, self.tile_m):
-                window = sequence.window(self.mask, call.window_left, call.window_right)
-                blocks = BlockRange.of(window, m_block, tile_m=self.tile_m, tile_n=self.tile_n)
-                cost = cost_of(blocks.count)
-                longest_keys = maximum(longest_keys, sequence.s_k)
-                if m_block == 0:
-                    keys += sequence.s_k
-            store_row(call.pairs, slot, (index, m_block, cost, 0))
+            if block >= 0 and block < num_blocks:
+                window = sequence.window(self.tiling.mask, call.window_left, call.window_right)
+                cost = self.tiling.cost(window, block)
+                longest_shared = maximum(longest_shared, rows.length)
+                if block == 0:
+                    shared += rows.length
+            store_row(call.pairs, slot, (index, block, cost, 0))
             work += cost
             longest = maximum(longest, cost)
-        work, keys = (cute.arch.warp_redux_sync(x, "add") for x in (work, keys))
-        longest, longest_keys = (
-            cute.arch.warp_redux_sync(x, "max") for x in (longest, longest_keys)
+        work, shared = (cute.arch.warp_redux_sync(x, "add") for x in (work, shared))
+        longest, longest_shared = (
+            cute.arch.warp_redux_sync(x, "max") for x in (longest, longest_shared)
         )
         if thread % WARP == 0:
             cute.arch.atomic_add(totals.iterator, work)
             cute.arch.atomic_max(totals.iterator + 1, longest)
-            cute.arch.atomic_add(totals.iterator + 2, keys)
-            cute.arch.atomic_max(totals.iterator + 3, longest_keys)
+            cute.arch.atomic_add(totals.iterator + 2, shared)
+            cute.arch.atomic_max(totals.iterator + 3, longest_shared)
 
     @cute.jit
     def _sequence_of(self, call: ListArguments, slot) -> Int32:
         """The last sequence whose first slot is not behind this one."""
+        spans, _ = self.tiling.sides(call.sequences.queries, call.sequences.keys)
         low, high = Int32(0), call.sequences.count - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if call.slots.first(middle, call.sequences.queries[middle].start) <= slot:
+            if call.slots.first(middle, spans[middle].start) <= slot:
                 low = middle
             else:
                 high = middle - 1
@@ -212,10 +215,10 @@ class ListTiles:
             position, cta, first_tile, heads = load_row(call.items, item)
             slot = first_tile // call.num_heads
             first_head = first_tile - slot * call.num_heads
-            index, m_block, _, _ = load_row(call.pairs, slot)
+            index, block, _, _ = load_row(call.pairs, slot)
             for i in cutlass.range(heads, unroll=1):
                 head = first_head + i
-                entry = (index, m_block, head, head // group)
+                entry = (index, block, head, head // group)
                 store_row(tiles.entries, begins[cta] + position + i, entry)
 
 

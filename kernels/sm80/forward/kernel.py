@@ -36,6 +36,7 @@ from ...sequence import Sequence
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, permute
+from ...tiling import QueryTiles
 from ...work import Work
 from ..config import Sm80Config
 from ..copies import RowCopy, TileLayout, kept
@@ -81,6 +82,10 @@ class FwdPlan:
     def first_rows(self, warp) -> tuple:
         """Of the warp's row groups, in the tile."""
         return tuple(ROWS * (warp + self.config.num_warps * m) for m in range(self.row_groups))
+
+    @property
+    def tiling(self) -> QueryTiles:
+        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:

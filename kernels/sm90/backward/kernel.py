@@ -35,12 +35,12 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from ...barriers import WARPGROUP
-from ...bwd_arguments import BwdArguments
+from ...bwd_arguments import LENGTHS, BwdArguments
 from ...bwd_config import BwdConfig
 from ...bwd_signature import BwdSignature
 from ...key_mask import KeyMask
-from ...scheduler import Schedule, TileOrder
-from ...sequence import Sequences
+from ...scheduler import Schedule, TileList, TileOrder
+from ...simple.bwd_clear import Clear, Gradients
 from ...simple.bwd_prepare import Prepare, PrepareTensors
 from ...tensors import permute
 from ..tma import tma_load, tma_store
@@ -66,10 +66,11 @@ class BackwardSm90:
         signature, tile_m = self.plan.signature, self.plan.config.tile_m
         element = self.plan.element
         batch, s_q, s_k, heads_q, heads_k, m_blocks = (cute.sym_int32() for _ in range(6))
+        batch_k = cute.sym_int32() if signature.is_ragged else batch
         with_dlse = cute.sym_int32()
         d, dv = (cute.sym_int32(divisibility=8) for _ in range(2))
 
-        def tensor(length, heads, width):
+        def tensor(batch, length, heads, width):
             strides = (cute.sym_int64(divisibility=8) for _ in range(3))
             shape = (batch, length, heads, width)
             return make_fake_tensor(element, shape, (*strides, 1), assumed_align=16)
@@ -84,19 +85,20 @@ class BackwardSm90:
             return make_fake_tensor(Float32, shape, strides, assumed_align=16)
 
         arguments = BwdArguments(
-            q=tensor(s_q, heads_q, d),
-            k=tensor(s_k, heads_k, d),
-            v=tensor(s_k, heads_k, dv),
-            out=tensor(s_q, heads_q, dv),
-            dout=tensor(s_q, heads_q, dv),
+            q=tensor(batch, s_q, heads_q, d),
+            k=tensor(batch_k, s_k, heads_k, d),
+            v=tensor(batch_k, s_k, heads_k, dv),
+            out=tensor(batch, s_q, heads_q, dv),
+            dout=tensor(batch, s_q, heads_q, dv),
             lse=numbers(batch),
             dlse=numbers(with_dlse),
-            dq=tensor(s_q, heads_q, d),
-            dk=tensor(s_k, heads_k, d),
-            dv=tensor(s_k, heads_k, dv),
+            dq=tensor(batch, s_q, heads_q, d),
+            dk=tensor(batch_k, s_k, heads_k, d),
+            dv=tensor(batch_k, s_k, heads_k, dv),
             row_stats=blocks(2 * tile_m),
             dq_sums=blocks(tile_m * signature.head_dim),
             dq_counters=self._example_counters(batch, heads_q, m_blocks),
+            **dict(zip(LENGTHS, self.plan.lengths.example(), strict=True)),
             softmax_scale=Float32(1.0),
             scale_log2=Float32(1.0),
             window_left=Int32(0),
@@ -124,47 +126,36 @@ class BackwardSm90:
         dq_counters = None
         if cutlass.const_expr(plan.signature.deterministic):
             dq_counters = permute(x.dq_counters, [3, 2, 1, 0])
+        lengths, view = plan.lengths.given(x), plan.lengths.view
+        sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
         prepare = PrepareTensors(out, dout, lse, dlse, row_stats, dq_sums, dq_counters)
-        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, stream)
+        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, sequences, stream)
         tensors = BwdTensors(
-            q=tma_load(q, smem.q, plan.q_tile),
-            k=tma_load(k, smem.k, plan.k_tile),
-            v=tma_load(v, smem.v, plan.v_tile),
-            do=tma_load(dout, smem.do, plan.do_tile),
-            dk=tma_store(dk, smem.k, plan.k_tile),
-            dv=tma_store(dv, smem.v, plan.v_tile),
+            q=tma_load(view(q, 0), smem.q, plan.q_tile),
+            k=tma_load(view(k, 0), smem.k, plan.k_tile),
+            v=tma_load(view(v, 0), smem.v, plan.v_tile),
+            do=tma_load(view(dout, 0), smem.do, plan.do_tile),
+            dk=tma_store(view(dk, 0), smem.k, plan.k_tile),
+            dv=tma_store(view(dv, 0), smem.v, plan.v_tile),
             row_stats=row_stats,
             dq_sums=dq_sums,
             dq_counters=dq_counters,
+            lengths=lengths,
         )
         scalars = BwdScalars(x.softmax_scale, x.scale_log2, x.window_left, x.window_right)
-        order = self._order(x)
+        order = plan.lengths.order(x, stream)
         self.kernel(tensors, scalars, order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
         )
-        Finish(plan)(dq_sums, dq, x.softmax_scale, stream)
-
-    def _order(self, arguments: BwdArguments) -> TileOrder:
-        """Tiles are blocks of keys; what they share in L2 are Q and dO."""
-        x = arguments
-        batches, s_q, heads, d = x.q.shape
-        _, s_k, heads_kv, dv = x.v.shape
-        num_n_blocks = cute.ceil_div(s_k, self.plan.config.tile_n)
-        longest_first = self.plan.signature.mask != "full"
-        heads_per_group = Int32(1)
-        if longest_first:
-            row_bytes = (d + dv) * 2 * (heads // heads_kv)
-            heads_per_group = TileOrder.group_of(
-                row_bytes, s_q, num_n_blocks, heads_kv, heads_kv, batches, x.num_ctas
-            )
-        sizes = num_n_blocks, heads_kv, heads_kv, batches
-        return TileOrder.of(longest_first, *sizes, heads_per_group)
+        Finish(plan)(dq_sums, dq, sequences, x.softmax_scale, stream)
+        if cutlass.const_expr(plan.signature.is_ragged):
+            Clear()(Gradients(dq, dk, dv), sequences, stream)
 
     @cute.kernel
-    def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder):
+    def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder | TileList):
         plan = self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -183,17 +174,17 @@ class BackwardSm90:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
             self._consume(tensors, scalars, rings, work)
 
-    def _work(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder) -> BwdWork:
+    def _work(self, tensors: BwdTensors, scalars: BwdScalars, order) -> BwdWork:
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        s_q, _, heads, _ = tensors.q.tensor.shape
-        s_k, _, heads_kv, _ = tensors.k.tensor.shape
+        q_rows, _, heads, *_ = tensors.q.tensor.shape
+        k_rows, _, heads_kv, *_ = tensors.k.tensor.shape
         return BwdWork(
             self.plan,
             Schedule.of(order, cta, num_ctas),
-            Sequences(s_q, s_k),
+            self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths),
             scalars,
             heads // heads_kv,
-            order.num_m_blocks,
+            order.num_m_blocks if isinstance(order, TileOrder) else None,
             tensors.row_stats,
             tensors.dq_sums,
             tensors.dq_counters,

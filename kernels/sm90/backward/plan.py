@@ -8,6 +8,8 @@ from ...barriers import WARPGROUP
 from ...bwd_config import BwdConfig
 from ...bwd_signature import BwdSignature
 from ...elements import ELEMENT
+from ...lengths import EqualLengths, RaggedLengths
+from ...tiling import KeyTiles
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class BwdPlan:
 
     signature: BwdSignature
     config: BwdConfig
+
+    @property
+    def tiling(self) -> KeyTiles:
+        signature, config = self.signature, self.config
+        in_order = signature.deterministic
+        return KeyTiles(signature.mask, config.tile_m, config.tile_n, in_order)
+
+    @property
+    def lengths(self) -> EqualLengths | RaggedLengths:
+        return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
 
     @property
     def element(self):

@@ -10,7 +10,7 @@ from cutlass import Float32, Int32
 from ...blocks import Window
 from ...query_blocks import QueryRange
 from ...scheduler import Schedule, WorkTile
-from ...sequence import Sequence, Sequences
+from ...sequence import RaggedSequences, Sequence, Sequences
 from ...tensors import TmaOperand
 from .dq import DqSums
 from .plan import BwdPlan
@@ -29,6 +29,7 @@ class BwdTensors:
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
+    lengths: Any  # lengths.GivenLengths, of ragged sequences
 
     @property
     def tma_atoms(self) -> list[cute.CopyAtom]:
@@ -63,10 +64,10 @@ class BwdWork:
 
     plan: cutlass.Constexpr[BwdPlan]
     schedule: Schedule
-    sequences: Sequences
+    sequences: Sequences | RaggedSequences
     scalars: BwdScalars
     heads_per_group: Any
-    num_n_blocks: Any
+    num_n_blocks: Any  # of equal lengths
     stats: cute.Tensor  # BwdTensors.row_stats
     sums: cute.Tensor  # BwdTensors.dq_sums
     counters: cute.Tensor | None  # BwdTensors.dq_counters
@@ -78,9 +79,9 @@ class BwdWork:
         return self._of(self.schedule.next(tile))
 
     def _of(self, tile: WorkTile) -> KeyTile:
-        """Longest first: the schedule counts down, and the first keys are seen most."""
+        """Longest first: the order of equal lengths counts down, and the first keys are seen most."""
         n_block = tile.m_block
-        if self.plan.signature.mask != "full":
+        if self.plan.signature.mask != "full" and not self.plan.signature.is_ragged:
             n_block = self.num_n_blocks - 1 - n_block
         return KeyTile(n_block, tile.head, tile.batch, tile.turn, tile.is_valid)
 
@@ -98,13 +99,16 @@ class BwdWork:
     def row_stats(self, tile: KeyTile, head) -> tuple[cute.Tensor, cute.Tensor]:
         """lse and delta of a query head, (tile_m, m_blocks) each."""
         tile_m = self.plan.config.tile_m
-        both = self.stats[None, None, head, tile.batch]  # (2 * tile_m, m_blocks)
+        queries = self.sequence_of(tile).queries
+        both = queries.workspace(self.stats, head, tile_m)  # (2 * tile_m, m_blocks)
         layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
         return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
 
     def dq_sums(self, tile: KeyTile, head, thread) -> DqSums:
         """Those of a query head."""
-        place = (None, None, head, tile.batch)
-        counters = None if self.counters is None else self.counters[place]
-        window = self.window_of(tile)
-        return DqSums(self.plan, self.sums[place], counters, window, tile.n_block, thread)
+        queries, tile_m = self.sequence_of(tile).queries, self.plan.config.tile_m
+        sums, counters = (
+            None if x is None else queries.workspace(x, head, tile_m)
+            for x in (self.sums, self.counters)
+        )
+        return DqSums(self.plan, sums, counters, self.window_of(tile), tile.n_block, thread)

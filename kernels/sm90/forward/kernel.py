@@ -37,6 +37,7 @@ from ...scores import Scores
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, TmaOperand, permute
+from ...tiling import QueryTiles
 from ...work import Work
 from ..rings import FwdRings, part_of
 from ..tma import tma_load, tma_load_parts
@@ -68,6 +69,10 @@ class FwdPlan:
     @property
     def head_dim(self) -> int:
         return self.signature.head_dim
+
+    @property
+    def tiling(self) -> QueryTiles:
+        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:

@@ -1,0 +1,90 @@
+"""What tiles are: blocks of queries in the forward pass, blocks of keys in the backward pass.
+
+Plain arithmetic, as blocks.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arithmetic import ceil_div, minimum
+from .blocks import BlockRange, Window
+from .query_blocks import QueryRange
+from .signature import MaskKind
+
+
+def cost_of(num_blocks):
+    """A tile's, in halves of a block visited; its first and last products count as three of them."""
+    return 2 * num_blocks + 3
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """A tile has tile_m queries of a query head, and visits blocks of tile_n keys."""
+
+    mask: MaskKind
+    tile_m: int
+    tile_n: int
+
+    in_order = False
+
+    @property
+    def size(self) -> int:
+        return self.tile_m
+
+    def sides(self, queries, keys) -> tuple:
+        """What is cut into tiles, and what tiles of a head share in L2."""
+        return queries, keys
+
+    def heads(self, x) -> tuple:
+        """How many have tiles, and how many share nothing. x: the arguments of a call."""
+        return x.q.shape[2], x.k.shape[2]
+
+    def shared_bytes(self, x) -> Any:
+        """Of one row of what is shared."""
+        return _row_bytes(x)
+
+    def cost(self, window: Window, block):
+        blocks = BlockRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
+        return cost_of(blocks.count)
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """A tile has tile_n keys of a key head, and visits blocks of tile_m queries of its group."""
+
+    mask: MaskKind
+    tile_m: int
+    tile_n: int
+    in_order: bool = False  # tiles of a sequence and a head are to be dealt by ascending keys
+
+    @property
+    def size(self) -> int:
+        return self.tile_n
+
+    def sides(self, queries, keys) -> tuple:
+        return keys, queries
+
+    def heads(self, x) -> tuple:
+        return x.k.shape[2], x.k.shape[2]
+
+    def shared_bytes(self, x) -> Any:
+        return _row_bytes(x) * (x.q.shape[2] // x.k.shape[2])
+
+    def cost(self, window: Window, block):
+        """In order it must not rise with the keys, as the longest tiles are dealt first.
+
+        It never does but under a window, where all tiles then count as the longest that can be.
+        """
+        if self.in_order and self.mask == "local":
+            span = minimum(window.left, window.s_q) + minimum(window.right, window.s_q)
+            most = minimum(ceil_div(span + self.tile_n, self.tile_m) + 1, self._blocks(window))
+            return cost_of(most)
+        blocks = QueryRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
+        return cost_of(blocks.count)
+
+    def _blocks(self, window: Window):
+        return ceil_div(window.s_q, self.tile_m)
+
+
+def _row_bytes(x):
+    return (x.k.shape[3] + x.v.shape[3]) * (x.k.element_type.width // 8)
