@@ -134,7 +134,7 @@ def _kernel_of(problem: Problem, deterministic: bool) -> tuple[Callable, tuple, 
 
 
 def _workspace(problem: Problem, signature: BwdSignature, config: BwdConfig) -> tuple:
-    """Plan.workspace. A sequence of packed queries has blocks of its own: RaggedSpan.first_block."""
+    """Plan.workspace; a sequence of packed queries has blocks of its own."""
     sequences, tile_m = problem.sequences, config.tile_m
     blocks = problem.batch, problem.h_q, -(-problem.s_q // tile_m)
     if sequences.q_is_packed:

@@ -8,8 +8,8 @@ from typing import Any
 class BwdArguments:
     """All but the stream; a tuple in this order will do.
 
-    What tells lengths is None but for ragged sequences, and means what it does in FwdArguments: the
-    batch of a packed tensor is 1.  The blocks of packed queries are those of RaggedSpan.first_block.
+    What tells lengths is None but for ragged sequences, and is what it is in FwdArguments.  Packed
+    tensors have a batch of 1, and the blocks of packed queries are those of RaggedSpan.first_block.
     """
 
     q: Any  # (b, s_q, h_q, d)

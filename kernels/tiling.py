@@ -13,7 +13,7 @@ from .signature import MaskKind
 
 
 def cost_of(num_blocks):
-    """A tile's, in halves of a block visited; its first and last products count as three of them."""
+    """A tile's, in halves of a block that it visits; what each tile needs counts as three."""
     return 2 * num_blocks + 3
 
 

@@ -21,12 +21,20 @@ COLUMNS = 5  # of a tile that was found: CTA, batch, m_block, head, head_kv
 @dataclass(frozen=True)
 class ListSignature:
     mask: MaskKind
+    tiles: str = "queries"  # keys, keys in order
 
 
 @dataclass(frozen=True)
 class ListConfig:
     tile_m: int = 128
     tile_n: int = 128
+
+
+def tiling_of(signature: ListSignature, config: ListConfig) -> QueryTiles | KeyTiles:
+    sizes = signature.mask, config.tile_m, config.tile_n
+    if signature.tiles == "queries":
+        return QueryTiles(*sizes)
+    return KeyTiles(*sizes, in_order=signature.tiles == "keys in order")
 
 
 class ListAndWalk:
@@ -59,23 +67,26 @@ class ListAndWalk:
         left: Int32,
         right: Int32,
         max_ctas: Int32,
-        keys_in_l2: Int32,
+        rows_in_l2: Int32,
         stream,
     ):
         queries, keys = RaggedSpans(rows_q, cu_q, used_q), RaggedSpans(rows_k, cu_k, used_k)
-        is_packed = cutlass.min(cu_q.shape[0], 1)
+        tiling = tiling_of(self.signature, self.config)
+        rows, _ = tiling.sides(rows_q, rows_k)
+        cu_seqlens, _ = tiling.sides(cu_q, cu_k)
+        is_packed = cutlass.min(cu_seqlens.shape[0], 1)
         arguments = ListArguments(
             RaggedSequences(num_sequences, queries, keys),
-            Slots.of(self.config.tile_m, num_sequences, rows_q, is_packed),
+            Slots.of(tiling.size, num_sequences, rows, is_packed),
             num_heads,
             num_heads_kv,
             left,
             right,
             max_ctas,
-            keys_in_l2,
+            rows_in_l2,
             memory,
         )
-        ListTiles(self.signature.mask, self.config.tile_m, self.config.tile_n)(arguments, stream)
+        ListTiles(tiling)(arguments, stream)
         tiles = arguments.tiles()
         self.walk(tiles, found).launch(
             grid=(cutlass.min(max_ctas, tiles.count), 1, 1), block=(32, 1, 1), stream=stream

@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa3 import emulator
-from fa3.kernels.blocks import BlockRange, Window
+from fa3.kernels.blocks import Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.deal import BANDS
-from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity, cost_of
+from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
 from fa3.launch import dispatch, jit
 
 from .conftest import HOPPER
-from .schedule_kernel import COLUMNS, ListConfig, ListSignature
+from .schedule_kernel import COLUMNS, ListConfig, ListSignature, tiling_of
 
 SMS = 132
 KERNEL = "tests.schedule_kernel:ListAndWalk"
-TILE_M = TILE_N = 128
+TILE = 128  # queries and keys
 GUARD = 64  # int32 past the memory of a list
-KEYS_IN_L2 = L2_BUDGET // 512  # head dim 128 in 16 bits
+ROWS_IN_L2 = L2_BUDGET // 512  # head dim 128 in 16 bits
 WINDOWS = {"full": (0, 0), "causal": (0, 0), "local": (1024, 0)}
 
 
@@ -39,14 +39,28 @@ class Ragged:
     num_heads: int
     num_heads_kv: int
     mask: str = "causal"
-    rows_q: int | None = None  # of each sequence of a dense q; None: packed
+    dense_rows: int | None = None  # of each sequence of what is cut into tiles; None: it is packed
     max_ctas: int = SMS
-    keys_in_l2: int = KEYS_IN_L2
+    rows_in_l2: int = ROWS_IN_L2
+    tiles: str = "queries"
+
+    @property
+    def signature(self) -> ListSignature:
+        return ListSignature(self.mask, self.tiles)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what is cut into tiles, and of what they share."""
+        tiling = tiling_of(self.signature, ListConfig(TILE, TILE))
+        return tiling.sides(self.lengths_q, self.lengths_k)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths[0]) if self.dense_rows is None else self.dense_rows
 
     @property
     def slots(self) -> Slots:
-        rows = sum(self.lengths_q) if self.rows_q is None else self.rows_q
-        return Slots.of(TILE_M, len(self.lengths_q), rows, int(self.rows_q is None))
+        return Slots.of(TILE, len(self.lengths_q), self.rows, int(self.dense_rows is None))
 
     @property
     def num_ctas(self) -> int:
@@ -54,30 +68,31 @@ class Ragged:
 
     @functools.cached_property
     def costs(self) -> dict[tuple[int, int], int]:
-        """(sequence, m_block) -> cost, in halves of a key block."""
+        """(sequence, block) -> cost, in halves of a block that is visited."""
+        tiling = tiling_of(self.signature, ListConfig(TILE, TILE))
         return {
-            (i, m): cost_of(BlockRange.of(window, m, TILE_M, TILE_N).count)
+            (i, block): tiling.cost(window, block)
             for i, (s_q, s_k) in enumerate(zip(self.lengths_q, self.lengths_k, strict=True))
             for window in [Window(self.mask, s_q, s_k, *WINDOWS[self.mask], may_lack_keys=True)]
-            for m in range(-(-s_q // TILE_M))
+            for block in range(-(-self.lengths[0][i] // TILE))
         }
 
     @functools.cached_property
-    def starts_q(self) -> list[int]:
-        starts = list(itertools.accumulate(self.lengths_q, initial=0))
-        return starts if self.rows_q is None else [0] * len(starts)
+    def starts(self) -> list[int]:
+        starts = list(itertools.accumulate(self.lengths[0], initial=0))
+        return starts if self.dense_rows is None else [0] * len(starts)
 
     def slot_of(self, pair: tuple[int, int]) -> int:
-        index, m_block = pair
-        return self.slots.first(index, self.starts_q[index]) + m_block
+        index, block = pair
+        return self.slots.first(index, self.starts[index]) + block
 
     @functools.cached_property
     def rounds(self) -> Rounds:
         costs = self.costs.values()
-        keys = [k for q, k in zip(self.lengths_q, self.lengths_k, strict=True) if q > 0]
-        totals = Totals(sum(costs), max(costs, default=0), sum(keys), max(keys, default=0))
+        shared = [b for a, b in zip(*self.lengths, strict=True) if a > 0]
+        totals = Totals(sum(costs), max(costs, default=0), sum(shared), max(shared, default=0))
         heads = self.num_heads, self.num_heads_kv
-        sizes = self.slots.count, *heads, self.num_ctas, self.keys_in_l2
+        sizes = self.slots.count, *heads, self.num_ctas, self.rows_in_l2
         return Rounds.of(self.mask, totals, *sizes)
 
     def chunks(self) -> list[list[tuple[int, int]]]:
@@ -88,7 +103,7 @@ class Ragged:
 
 
 def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
-    """Tiles (sequence, m_block, head) of every CTA, as the kernel is to list them."""
+    """Tiles (sequence, block, head) of every CTA, as the kernel is to list them."""
     costs, rounds = batch.costs, batch.rounds
     loads, tiles = [0] * batch.num_ctas, [[] for _ in range(batch.num_ctas)]
     for chunk, group in itertools.product(batch.chunks(), range(rounds.num_groups)):
@@ -166,14 +181,17 @@ SPREAD = [  # every mask meets all lengths, and all numbers of heads
 ]
 
 
+@pytest.mark.parametrize("tiles", ["queries", "keys", "keys in order"])
 @pytest.mark.parametrize(("name", "mask", "heads"), SPREAD)
-def test_work_is_spread_evenly(name, mask, heads):
+def test_work_is_spread_evenly(name, mask, heads, tiles):
     """At most 1.10 times the mean, or than the longest tile where that is more than the mean.
 
     Two or three tiles per CTA cannot always be split like that; then LPT of all tiles, without
     rounds, comes as near as anything is known to.
     """
-    batch = Ragged(tuple(LENGTHS[name]), tuple(LENGTHS[name]), *heads, mask)
+    if tiles != "queries":
+        heads = heads[1], heads[1]
+    batch = Ragged(tuple(LENGTHS[name]), tuple(LENGTHS[name]), *heads, mask, tiles=tiles)
     costs = batch.costs
     busiest = max(sum(costs[i, m] for i, m, _ in tiles) for tiles in deal(batch))
     all_costs = [cost for cost in costs.values() for _ in range(batch.num_heads)]
@@ -192,11 +210,13 @@ def test_work_is_spread_evenly(name, mask, heads):
     st.sampled_from(list(WINDOWS)),
     st.booleans(),
     st.integers(1, 20),
-    st.sampled_from([1, 1000, KEYS_IN_L2]),
+    st.sampled_from([1, 1000, ROWS_IN_L2]),
+    st.sampled_from(["queries", "keys in order"]),
 )
-def test_every_tile_exactly_once(lengths, heads, mask, is_packed, num_ctas, keys_in_l2):
-    rows_q = None if is_packed else 700
-    batch = Ragged(*zip(*lengths, strict=True), *heads, mask, rows_q, num_ctas, keys_in_l2)
+def test_every_tile_exactly_once(lengths, heads, mask, is_packed, num_ctas, rows_in_l2, tiles):
+    rows = None if is_packed else 900
+    sizes = *heads, mask, rows, num_ctas, rows_in_l2, tiles
+    batch = Ragged(*zip(*lengths, strict=True), *sizes)
     slots = [batch.slot_of(pair) for pair in batch.costs]
     assert slots == sorted(set(slots))
     assert all(0 <= slot < batch.slots.count for slot in slots)
@@ -204,8 +224,24 @@ def test_every_tile_exactly_once(lengths, heads, mask, is_packed, num_ctas, keys
     assert sorted(found) == sorted((*pair, h) for pair in batch.costs for h in range(heads[0]))
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 2000)), min_size=1, max_size=5),
+    st.sampled_from(list(WINDOWS)),
+    st.sampled_from([1, 1000, ROWS_IN_L2]),
+)
+def test_tiles_of_keys_are_dealt_in_order(lengths, mask, rows_in_l2):
+    """So that a deterministic sum of dQ waits for tiles that were dealt before, to whomever."""
+    sizes = 2, 2, mask, None, 1, rows_in_l2, "keys in order"
+    (tiles,) = deal(Ragged(*zip(*lengths, strict=True), *sizes))
+    blocks = {}
+    for index, block, head in tiles:
+        assert block == blocks.get((index, head), -1) + 1
+        blocks[index, head] = block
+
+
 def test_classes_are_sixteenths_of_a_share_then_halvings():
-    rounds = Rounds.of("full", Totals(16000, 1000, 4096, 4096), 100, 1, 1, 10, KEYS_IN_L2)
+    rounds = Rounds.of("full", Totals(16000, 1000, 4096, 4096), 100, 1, 1, 10, ROWS_IN_L2)
     assert rounds.unit == 100
     costs = [5000, 1600, 1599, 200, 199, 100, 99, 51, 50, 26, 25, 1]
     assert [rounds.class_of(cost) for cost in costs] == [
@@ -244,33 +280,35 @@ class Lengths:
             tuple(itertools.accumulate(lengths, initial=0))
             for lengths in (batch.lengths_q, batch.lengths_k)
         )
-        if batch.rows_q is None:
+        if batch.dense_rows is None:
             return Lengths(cu_q, cu_k)
-        return Lengths(cu_k=cu_k, used_q=batch.lengths_q)
+        if batch.tiles == "queries":
+            return Lengths(cu_k=cu_k, used_q=batch.lengths_q)
+        return Lengths(cu_q=cu_q, used_k=batch.lengths_k)
 
 
 def run_kernel(batch: Ragged, device, lengths: Lengths | None = None) -> tuple[torch.Tensor, ...]:
-    """Memory, and the tiles (CTA, batch, m_block, head, head_kv) by position, -1 where none is."""
+    """Memory, and the tiles (CTA, batch, block, head, head_kv) by position, -1 where none is."""
     lengths = lengths or Lengths.of(batch)
     count, heads = len(batch.lengths_q), batch.num_heads
-    rows = sum(batch.lengths_q) if batch.rows_q is None else batch.rows_q
-    size = capacity(TILE_M, count, rows, heads, batch.rows_q is None)
+    size = capacity(TILE, count, batch.rows, heads, batch.dense_rows is None)
     memory = torch.full((size + GUARD,), -1, dtype=torch.int32, device=device)
     found = torch.full((batch.slots.count * heads, COLUMNS), -1, dtype=torch.int32, device=device)
     kind = dispatch.target_of(device).kind
-    run = jit.compile(KERNEL, ListSignature(batch.mask), ListConfig(TILE_M, TILE_N), kind)
+    run = jit.compile(KERNEL, batch.signature, ListConfig(TILE, TILE), kind)
+    rows = [sum(batch.lengths_q), sum(batch.lengths_k)]
+    rows[batch.tiles != "queries"] = batch.rows
     run(
         memory,
         found,
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in astuple(lengths)),
-        rows,
-        sum(batch.lengths_k),
+        *rows,
         count,
         heads,
         batch.num_heads_kv,
         *WINDOWS[batch.mask],
         batch.max_ctas,
-        batch.keys_in_l2,
+        batch.rows_in_l2,
     )
     assert (memory[size:] == -1).all()
     return memory, found
@@ -280,7 +318,7 @@ MIXED = (300, 0, 128, 1, 700, 129)
 KERNEL_CASES = {
     "mixed": Ragged(MIXED, MIXED, 4, 2, "causal", max_ctas=7),
     "rounds of heads and of sequences": Ragged(
-        MIXED * 3, MIXED * 3, 6, 3, "causal", max_ctas=2, keys_in_l2=800
+        MIXED * 3, MIXED * 3, 6, 3, "causal", max_ctas=2, rows_in_l2=800
     ),
     "one": Ragged((1,), (1,), 1, 1, "full"),
     "one, long": Ragged((5000,), (5000,), 8, 1, "causal", max_ctas=33),
@@ -291,6 +329,10 @@ KERNEL_CASES = {
     "dense q": Ragged((17, 0, 384, 200), (500, 60, 0, 4000), 4, 4, "local", 384, max_ctas=5),
     "no query": Ragged((0, 0), (5, 0), 2, 2, "full"),
     "no key": Ragged((400, 1), (0, 0), 2, 1, "causal", max_ctas=3),
+    "keys": Ragged(MIXED, MIXED[::-1], 2, 2, "causal", max_ctas=5, tiles="keys"),
+    "keys in order": Ragged(
+        MIXED, (700, 0, 2000, 5, 300, 1), 2, 2, "local", 2000, max_ctas=5, tiles="keys in order"
+    ),
 }
 
 
@@ -331,7 +373,7 @@ def test_garbage_for_lengths_stays_in_its_memory(name, device):
     assert len(tiles) == len(set(tiles))
     rows = 900 if is_packed else 300
     assert set(tiles) <= {
-        (i, m, h, h // 2) for i in range(3) for m in range(-(-rows // TILE_M)) for h in range(4)
+        (i, m, h, h // 2) for i in range(3) for m in range(-(-rows // TILE)) for h in range(4)
     }
 
 
@@ -339,3 +381,15 @@ def test_garbage_for_lengths_stays_in_its_memory(name, device):
 def test_the_list_does_not_depend_on_the_order_of_warps(device):
     batch = KERNEL_CASES["rounds of heads and of sequences"]
     emulator.compare_schedules(lambda: run_kernel(batch, device), range(2))
+
+
+@pytest.mark.parametrize("cu_k", [(0, 900, 100, 1000), (0, 1000, 0, 1000), (-5, 700, 200, 900)])
+def test_garbage_hides_no_tile_that_others_wait_for(cu_k, device):
+    """Of a sequence and a head the first tiles are listed, or none."""
+    batch = Ragged((300,) * 3, (300, 300, 400), 2, 2, "local", tiles="keys in order")
+    blocks = {}
+    lengths = Lengths((0, 300, 600, 900), cu_k)
+    for _, index, block, head, _ in run_kernel(batch, device, lengths)[1].tolist():
+        if index >= 0:
+            blocks.setdefault((index, head), set()).add(block)
+    assert all(found == set(range(len(found))) for found in blocks.values()) and blocks

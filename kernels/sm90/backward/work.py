@@ -79,7 +79,7 @@ class BwdWork:
         return self._of(self.schedule.next(tile))
 
     def _of(self, tile: WorkTile) -> KeyTile:
-        """Longest first: the order of equal lengths counts down, and the first keys are seen most."""
+        """Longest first: a TileOrder counts down, and the first keys are seen most."""
         n_block = tile.m_block
         if self.plan.signature.mask != "full" and not self.plan.signature.is_ragged:
             n_block = self.num_n_blocks - 1 - n_block
