@@ -8,11 +8,14 @@ import torch
 
 from ..kernels.bwd_arguments import BwdArguments
 from ..kernels.bwd_signature import BwdSignature
+from . import ragged as reference_ragged
 from .attention import SCORE_BYTES, dtype_of_products, hidden, in_given_precision
 
 
 def bind(signature: BwdSignature) -> Callable[[Sequence], None]:
     """A function that is called as the kernels compiled for `signature` are."""
+    if signature.is_ragged:
+        return functools.partial(reference_ragged.backward, _backward, signature)
     return functools.partial(_backward, signature)
 
 
@@ -20,7 +23,8 @@ def bind(signature: BwdSignature) -> Callable[[Sequence], None]:
 def _backward(signature: BwdSignature, arguments: Sequence) -> None:
     """dq, dk and dv; P is computed again from lse, and is 0 in rows that see no key.
 
-    arguments: the fields of BwdArguments, of which the workspace and num_ctas are not used.
+    arguments: the fields of BwdArguments, of which the workspace and num_ctas are not used; of
+    equal lengths.
     """
     x = BwdArguments(*arguments)
     b, s_q, h_q, d = x.q.shape

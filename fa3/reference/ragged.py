@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.arguments import FwdArguments
+from ..kernels.bwd_arguments import BwdArguments
+from ..kernels.bwd_signature import BwdSignature
 from ..kernels.signature import Q_BLOCK, Quantised, Signature
 
 
@@ -21,6 +23,24 @@ def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
         if one.q.shape[1]:
             run = dense if one.k.shape[1] else see_no_key
             run(signature, [getattr(one, field.name) for field in dataclasses.fields(one)])
+
+
+def backward(dense: Callable, signature: BwdSignature, arguments: Sequence) -> None:
+    """dense(signature, arguments): gradients of sequences of one length, which is not 0."""
+    x = BwdArguments(*arguments)
+    for gradient in (x.dq, x.dk, x.dv):
+        gradient.zero_()
+    for i in range(x.num_sequences):
+        q = Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
+        k = Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
+        if q.length and k.length:
+            by_queries = {name: q.cut(getattr(x, name)) for name in ("q", "out", "dout", "dq")}
+            by_keys = {name: k.cut(getattr(x, name)) for name in ("k", "v", "dk", "dv")}
+            lse = {"lse": q.cut(x.lse, dim=2), "dlse": x.dlse}
+            if x.dlse.shape[0]:
+                lse["dlse"] = q.cut(x.dlse, dim=2)
+            one = dataclasses.replace(x, **by_queries, **by_keys, **lse)
+            dense(signature, [getattr(one, field.name) for field in dataclasses.fields(one)])
 
 
 def see_no_key(signature: Signature, arguments: Sequence) -> None:
