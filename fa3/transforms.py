@@ -42,9 +42,12 @@ def count_as_backward(operator: CustomOpDef) -> None:
     packet = _overload(operator)._overloadpacket
     if packet not in flop_counter.flop_registry:
 
-        def operations(dout, q, k, v, *others, out_val=None, **options) -> int:
-            batch, s_q, heads, d = q.shape
-            return 2 * batch * heads * s_q * v.shape[1] * (3 * d + 2 * v.shape[-1])
+        names = [x.name for x in _overload(operator)._schema.arguments]
+
+        def operations(*arguments, out_val=None, **options) -> int:
+            named = dict(zip(names, arguments, strict=False)) | options
+            d, dv = named["q"].shape[-1], named["v"].shape[-1]
+            return _operations(**named) // (d + dv) * (3 * d + 2 * dv)
 
         flop_counter.register_flop_formula(packet, get_raw=True)(operations)
 

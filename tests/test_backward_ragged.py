@@ -48,10 +48,8 @@ KERNELS = (
 FACTORS = {
     "kernel": KERNELS,
     "lengths": (  # of q, of k
-        ((70, 0, 5, 130), (100, 40, 0, 33)),
-        ((0, 64), (0, 129)),
-        ((1, 1, 1), (7, 140, 64)),
-        ((200,), (70,)),
+        ((70, 0, 5, 0, 130), (100, 40, 0, 0, 33)),
+        ((1, 1, 64), (7, 140, 64)),
     ),
     "rows": (("packed", "packed"), ("slack", "slack"), ("dense", "packed"), ("slack", "dense")),
     "heads": ((2, 2), (2, 1), (3, 1)),
@@ -189,10 +187,268 @@ def _check(case: RaggedBackwardCase, device) -> None:
         for own in rows.each(x):
             own.fill_(0.0)
         assert (x == 0).all(), f"{name}: rows that belong to nobody are not 0"
-    for name, x in zip(("q", "k", "v", "out", "dout"), (*call.inputs, call.out, call.dout), strict=True):
+    tensors = *call.inputs, call.out, call.dout
+    for name, x in zip(("q", "k", "v", "out", "dout"), tensors, strict=True):
         x.assert_border_untouched(name)
 
 
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_accuracy(case, device, poisoned):
     _check(case, device)
+
+
+SCHEDULED = [
+    RaggedBackwardCase(
+        *((70, 0, 30), (150, 9, 140), "slack", "slack", "fp16", 120, 104),
+        *(2, 1, True, (-1, -1), "bshd", None, 1, False, True),
+    ),
+    RaggedBackwardCase(
+        *((200, 9), (300, 100), "packed", "dense", "fp16", 96, 88),
+        *(1, 1, True, (100, -1), "bshd", None, 1, False, True),
+    ),
+]
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+@pytest.mark.parametrize("case", SCHEDULED, ids=str)
+def test_deterministic_gradients_are_the_same_under_every_schedule(case, device):
+    """Also those of rows that belong to nobody."""
+    call = Call.of(case, device)
+    emulator.compare_schedules(lambda: call.gradients(device), seeds=range(2))
+
+
+def test_other_lengths_need_no_other_kernel(device, monkeypatch):
+    case = RaggedBackwardCase((7, 3), (4, 10), causal=True)
+    _check(case, device)
+    monkeypatch.setattr(jit, "_build", None)
+    monkeypatch.setattr(jit, "_load", None)
+    others = {"rows_q": "dense", "rows_k": "slack", "h_q": 4}
+    _check(replace(case, lengths_q=(5, 6, 10), lengths_k=(7, 0, 3), **others), device)
+
+
+# Sequences that overlap write the same rows, and read what is not theirs to clear.
+SHARED = tuple(set(emulator.ALL_CHECKS) - {"global", "race", "uninit"})
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k"),
+    [
+        ([0, 90, 40, 120], [0, 150, 20, 150]),  # falls
+        ([0, 60, 120, 4000], [0, 50, 100, 5000]),  # beyond the tensors
+        ([-9, 60, 120, 120], [-50, 50, 100, 150]),
+        ([0, 2**31 - 1, -(2**31), 120], [2**31 - 1, 0, 5, -1]),
+    ],
+    ids=str,
+)
+def test_bad_lengths_reach_nothing_else(cu_q, cu_k, device, monkeypatch):
+    """Nor does a tile wait for one that there is not."""
+    monkeypatch.setattr(lengths, "check_values", lambda *arguments, **options: None)
+    queries, keys = Rows("packed", (120,)), Rows("packed", (150,))
+    case = RaggedBackwardCase((120,), (150,), "packed", "packed", "fp16", 96, 88)
+
+    def tensor(rows, width):
+        values = torch.randn(1, sum(rows.lengths), 2, width, device=device).half()
+        return Bordered(values, case.layout)
+
+    sizes = {"dout": (queries, 88), "q": (queries, 96), "k": (keys, 96), "v": (keys, 88)}
+    given = {name: tensor(*size) for name, size in sizes.items()}
+    given["out"] = tensor(queries, 88)
+    tensors = {name: x.tensor[0] for name, x in given.items()}
+    numbers = [torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, cu_k)]
+    options = {"window_left": 100, "causal": True, "deterministic": True}
+    options |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), numbers, strict=True))
+    lse = torch.randn(2, 120, device=device)
+    with nullcontext() if HOPPER else emulator.options(checks=SHARED):
+        torch.ops.fa3.backward(**tensors, lse=lse, **options)
+    for name, x in given.items():
+        x.assert_border_untouched(name)
+
+
+CU = [0, 30, 30, 70]  # of q and k, which have two rows more
+
+
+def _packed(device, d=64):
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(72, 2, d, device=device).bfloat16().requires_grad_() for _ in range(3))
+    return (q, k, v), torch.tensor(CU, dtype=torch.int32, device=device)
+
+
+def _one_by_one(q, k, v, dout):
+    """Gradients of the sequences, and zeros."""
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    for start, end in zip(CU, CU[1:], strict=False):
+        if end > start:
+            x = [t.detach()[None, start:end].requires_grad_() for t in (q, k, v)]
+            results = reference.exact(*x, causal=True)
+            for target, value in zip(
+                found, gradients(results, x, dout[None, start:end]), strict=True
+            ):
+                target[start:end] = value[0]
+    return found
+
+
+def _close(given, wanted):
+    for x, y in zip(given, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=0.03, rtol=0.03)
+
+
+def test_autograd(device, poisoned):
+    """Packed, dense on one side, and dense on both with seqused; lse and dlse are packed, too."""
+    (q, k, v), cu = _packed(device)
+    options = {"causal": True, "return_attn_probs": True}
+    out, lse = fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, **options)
+    assert lse.shape == (2, 72)
+    dout = torch.full_like(out, math.nan)
+    dout[:70] = torch.randn_like(dout[:70])
+    wanted = _one_by_one(q, k, v, dout)
+    _close(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), wanted)
+    dlse = torch.full_like(lse, math.nan)
+    dlse[:, :70] = 0.0
+    _close(torch.autograd.grad((out, lse), (q, k, v), (dout, dlse)), wanted)
+
+    starts, used = cu[:-1].tolist(), cu.diff()
+
+    def dense(x):
+        return torch.stack([x[i : i + 40] for i in starts])
+
+    k2, v2, q2 = (dense(x.detach()).requires_grad_() for x in (k, v, q))
+    out = fa3.flash_attn_varlen_func(q, k2, v2, cu, None, 40, None, None, used, causal=True)
+    dq, dk, dv = torch.autograd.grad(out, (q, k2, v2), dout)
+    lengths_k = (torch.arange(40, device=device) < used[:, None])[..., None, None]
+    of_dense = [dense(x) * lengths_k for x in wanted]
+    _close((dq, dk, dv), (wanted[0], *of_dense[1:]))
+    out = fa3.flash_attn_varlen_func(q2, k2, v2, None, None, None, None, used, used, causal=True)
+    _close(torch.autograd.grad(out, (q2, k2, v2), dense(dout)), of_dense)
+
+
+def test_compile_with_other_lengths(device):
+    """Without a graph break, and once."""
+    (q, k, v), cu = _packed(device)
+
+    def loss(q, k, v, cu):
+        out = fa3.flash_attn_varlen_func(q * 1.0, k, v, cu, cu, 40, 40, causal=True)
+        return out[:70].float().square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for numbers in (cu, (cu + 1).clamp(0, 70) * (cu > 0)):
+        found = [
+            torch.autograd.grad(function(q, k, v, numbers), (q, k, v))
+            for function in (compiled, loss)
+        ]
+        _close(*found)
+
+
+def test_opcheck(device):
+    (q, k, v), cu = _packed(device)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 40, "max_seqlen_k": 40}
+    options = {"causal": True, **lengths}
+    q, k, v = (x.detach()[:70].requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(torch.ops.fa3.forward.default, (q, k, v), options)
+    out, lse = (x.detach() for x in torch.ops.fa3.forward(q, k, v, **options))
+    given = (out, *(x.detach() for x in (q, k, v)), out, lse)
+    torch.library.opcheck(torch.ops.fa3.backward.default, given, options)
+    torch.library.opcheck(torch.ops.fa3.backward.default, (*given, lse), options)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant, device):
+    (q, k, v), cu = _packed(device)
+    dout = torch.randn_like(q)
+    out = torch.utils.checkpoint.checkpoint(
+        lambda *x: fa3.flash_attn_varlen_func(*x, cu, cu, 40, 40, causal=True),
+        *(q, k, v),
+        use_reentrant=use_reentrant,
+    )
+    out.backward(dout)
+    _close((q.grad, k.grad, v.grad), _one_by_one(q, k, v, dout))
+
+
+def test_nothing_at_all(device, poisoned):
+    """No key, no query, no sequence: all gradients are zeros."""
+    cu = torch.tensor([0, 0, 0], dtype=torch.int32, device=device)
+    for sizes in ((0, 3), (3, 0), (0, 0)):
+        inputs = [
+            torch.randn(n, 2, 64, device=device).bfloat16().requires_grad_()
+            for n in (sizes[0], sizes[1], sizes[1])
+        ]
+        out = fa3.flash_attn_varlen_func(*inputs, cu, cu, 4, 4, causal=True)
+        for x, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+            assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+def test_lengths_changed_in_place_are_noticed(device):
+    (q, k, v), cu = _packed(device)
+    out = fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, causal=True)
+    cu[1] = 20
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_bad_lengths_are_named(device):
+    (q, k, v), cu = _packed(device)
+    out, lse = (
+        x.detach() for x in torch.ops.fa3.forward(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    )
+    given = out, *(x.detach() for x in (q, k, v)), out, lse
+    for bad, error, words in (
+        ({"cu_seqlens_q": cu.long()}, TypeError, "cu_seqlens_q has dtype torch.int64"),
+        ({"cu_seqlens_k": cu[1:]}, ValueError, "cu_seqlens_k has batch 2 but cu_seqlens_q has 3"),
+        ({"seqused_k": cu}, ValueError, "seqused_k has batch 4 but cu_seqlens_q has 3"),
+        ({"dlse": lse[:, 1:]}, ValueError, "dlse has shape"),
+    ):
+        with pytest.raises(error, match=words):
+            options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True, **bad}
+            torch.ops.fa3.backward(*given, **options)
+
+
+def test_operations_are_counted():
+    """Of each sequence, as five products to the forward pass's two."""
+    q, k, v = (torch.randn(70, 2, 64).bfloat16().requires_grad_() for _ in range(3))
+    cu = torch.tensor([0, 30, 70], dtype=torch.int32)
+    with FlopCounterMode(display=False) as forward:
+        out = fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, causal=True)
+    with FlopCounterMode(display=False) as backward:
+        out.backward(torch.ones_like(out))
+    assert forward.get_total_flops() == 4 * 2 * (30 * 30 + 40 * 40) * 64
+    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
+
+
+def test_nothing_of_a_ragged_kernel_spills():
+    """Its steady loop is that of the dense kernel; what a sequence is takes registers, too."""
+    for case in {(c.dtype, c.head_dim, c.causal): c for c in covering()}.values():
+        tiles = head_dim_tile(case.head_dim), head_dim_tile(case.head_dim_v)
+        mask = MaskSpec.of(case.causal, *case.window).kind
+        signature = BwdSignature(case.dtype, *tiles, mask, case.deterministic, is_ragged=True)
+        where = dispatch.BACKWARD[0].where
+        report = analyse(jit.artifacts(where, signature, tuning.backward(signature)).cubin)
+        assert report.warnings == () and report.resources.frame == 0, signature
+
+
+def test_memory_is_linear_in_the_rows(device):
+    """A sequence more costs a block of the workspace at most."""
+
+    def numbers(rows, batch):
+        x = rows, 2, 128
+        fields = [(x, (256, 128, 1), torch.bfloat16, device)] * 5
+        lse = (2, rows), (rows, 1), torch.float32, device
+        cu = (batch + 1,), (1,), torch.int32, device
+        lengths = cu, cu, None, None
+        plan = autograd.plan_of(*fields, lse, False, lengths, None, True, -1, -1, 0, 0.0)
+        return [math.prod(x[0]) for x in plan.workspace if x is not None]
+
+    one, two, more = numbers(4096, 1), numbers(8192, 1), numbers(4096, 9)
+    assert all(b < 2 * a for a, b in zip(one, two, strict=True))
+    blocks = 64 * 2 * 8  # queries, heads, sequences
+    assert [b - a for a, b in zip(one, more, strict=True)][:2] == [2 * blocks, 128 * blocks]
+
+
+def test_reference(plain_torch, poisoned):
+    """CPU tensors without a kernel."""
+    device = torch.device("cpu")
+    for case in covering():
+        if case.rows_q != "packed":
+            _check(replace(case, num_ctas=None), device)
+    (q, k, v), cu = _packed(device)
+    dout = torch.randn_like(q)
+    out = fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, causal=True)
+    _close(torch.autograd.grad(out, (q, k, v), dout), _one_by_one(q, k, v, dout))
