@@ -168,7 +168,7 @@ def run(  # noqa: PLR0913
     given = q, k, v, out, dout
     fields = (ops.fields(x) for x in (*given, lse))
     plan = plan_of(*fields, deterministic, tuple(map(ops.fields, lengths)), *options)
-    if lengths != EQUAL and q.device.type == "cpu":
+    if lengths is not EQUAL and q.device.type == "cpu":
         lengths_.check_values(lengths, q.shape[-3], k.shape, (None, None), totals=False)
     if dlse is not None:
         check_like("dlse", Layout.of(dlse), lse.shape, torch.float32, q.device)

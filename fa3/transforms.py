@@ -41,7 +41,6 @@ def count_as_backward(operator: CustomOpDef) -> None:
     """Tell FlopCounterMode what a backward pass costs: five products for the forward pass's two."""
     packet = _overload(operator)._overloadpacket
     if packet not in flop_counter.flop_registry:
-
         names = [x.name for x in _overload(operator)._schema.arguments]
 
         def operations(*arguments, out_val=None, **options) -> int:

@@ -26,6 +26,7 @@ class QueryTiles:
     tile_n: int
 
     in_order = False
+    has_rank = False
 
     @property
     def size(self) -> int:
@@ -71,19 +72,20 @@ class KeyTiles:
         return _row_bytes(x) * (x.q.shape[2] // x.k.shape[2])
 
     def cost(self, window: Window, block):
-        """In order it must not rise with the keys, as the longest tiles are dealt first.
-
-        It never does but under a window, where all tiles then count as the longest that can be.
-        """
-        if self.in_order and self.mask == "local":
-            span = minimum(window.left, window.s_q) + minimum(window.right, window.s_q)
-            most = minimum(ceil_div(span + self.tile_n, self.tile_m) + 1, self._blocks(window))
-            return cost_of(most)
         blocks = QueryRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
         return cost_of(blocks.count)
 
-    def _blocks(self, window: Window):
-        return ceil_div(window.s_q, self.tile_m)
+    @property
+    def has_rank(self) -> bool:
+        """Sorted by cost they would not be in order: under a window it rises, and falls again."""
+        return self.in_order and self.mask == "local"
+
+    def rank(self, window: Window, block):
+        """At least the cost of this tile and of those with higher keys, for which it is no more."""
+        span = minimum(window.left, window.s_q) + minimum(window.right, window.s_q)
+        seen = ceil_div(span + self.tile_n, self.tile_m) + 1
+        blocks = QueryRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
+        return cost_of(minimum(seen, ceil_div(window.s_q, self.tile_m) - blocks.m_min))
 
 
 def _row_bytes(x):

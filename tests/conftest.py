@@ -59,12 +59,13 @@ def device() -> torch.device:
 @pytest.fixture
 def plain_torch(monkeypatch):
     """CPU tensors are computed without a kernel, whatever FA3_CPU says."""
-    from fa3 import ops
+    from fa3 import autograd, ops
     from fa3.launch import dispatch
 
     target = dispatch.Target("reference", "CPU", (0, 0), 1)
     monkeypatch.setattr(dispatch, "target_of", lambda device: target)
-    plans = ops.plan_of, ops._check_layouts
+    plans = (x for module in (ops, autograd) for x in (module.plan_of, module._check_layouts))
+    plans = tuple(plans)
     for plan in plans:
         plan.cache_clear()
     yield

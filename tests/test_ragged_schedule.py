@@ -17,6 +17,7 @@ from fa3.kernels.blocks import Window
 from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
 from fa3.kernels.simple.deal import BANDS
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
+from fa3.kernels.tiling import KeyTiles, QueryTiles
 from fa3.launch import dispatch, jit
 
 from .conftest import HOPPER
@@ -49,10 +50,13 @@ class Ragged:
         return ListSignature(self.mask, self.tiles)
 
     @property
+    def tiling(self) -> QueryTiles | KeyTiles:
+        return tiling_of(self.signature, ListConfig(TILE, TILE))
+
+    @property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of what is cut into tiles, and of what they share."""
-        tiling = tiling_of(self.signature, ListConfig(TILE, TILE))
-        return tiling.sides(self.lengths_q, self.lengths_k)
+        return self.tiling.sides(self.lengths_q, self.lengths_k)
 
     @property
     def rows(self) -> int:
@@ -69,13 +73,21 @@ class Ragged:
     @functools.cached_property
     def costs(self) -> dict[tuple[int, int], int]:
         """(sequence, block) -> cost, in halves of a block that is visited."""
-        tiling = tiling_of(self.signature, ListConfig(TILE, TILE))
         return {
-            (i, block): tiling.cost(window, block)
-            for i, (s_q, s_k) in enumerate(zip(self.lengths_q, self.lengths_k, strict=True))
-            for window in [Window(self.mask, s_q, s_k, *WINDOWS[self.mask], may_lack_keys=True)]
-            for block in range(-(-self.lengths[0][i] // TILE))
+            (i, block): self.tiling.cost(self.window(i), block)
+            for i, length in enumerate(self.lengths[0])
+            for block in range(-(-length // TILE))
         }
+
+    def window(self, i: int) -> Window:
+        lengths = self.lengths_q[i], self.lengths_k[i]
+        return Window(self.mask, *lengths, *WINDOWS[self.mask], may_lack_keys=True)
+
+    def class_of(self, pair: tuple[int, int]) -> int:
+        if self.tiling.has_rank:
+            index, block = pair
+            return self.rounds.class_of(self.tiling.rank(self.window(index), block))
+        return self.rounds.class_of(self.costs[pair])
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -112,7 +124,7 @@ def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
         cost_class = 0
         while cost_class < CLASSES:
             end = Run.end_class(cost_class)
-            by_class = ((rounds.class_of(costs[pair]), pair) for pair in chunk)
+            by_class = ((batch.class_of(pair), pair) for pair in chunk)
             pairs = [x for x in by_class if cost_class <= x[0] < end]
             pairs = [pair for _, pair in sorted(pairs, key=lambda x: x[0])]
             sizes = len(pairs), first_head, heads, len(chunk) * heads, batch.num_ctas
@@ -175,22 +187,25 @@ LENGTHS = {
 }
 HEADS = [(16, 16), (24, 8), (8, 1), (12, 4), (4, 2), (2, 2)]
 SPREAD = [  # every mask meets all lengths, and all numbers of heads
-    (name, mask, HEADS[(i + 2 * j) % len(HEADS)])
+    (name, mask, HEADS[(i + 2 * j) % len(HEADS)], "queries")
     for i, name in enumerate(LENGTHS)
     for j, mask in enumerate(WINDOWS)
 ]
+SPREAD += [  # in order tiles are sorted otherwise under a window alone
+    (name, mask, heads, "keys in order" if mask == "local" else "keys")
+    for i, (name, mask, (_, heads_kv), _) in enumerate(SPREAD)
+    for heads in [(heads_kv, heads_kv)]
+    if mask == "local" or i % 2
+]
 
 
-@pytest.mark.parametrize("tiles", ["queries", "keys", "keys in order"])
-@pytest.mark.parametrize(("name", "mask", "heads"), SPREAD)
+@pytest.mark.parametrize(("name", "mask", "heads", "tiles"), SPREAD)
 def test_work_is_spread_evenly(name, mask, heads, tiles):
     """At most 1.10 times the mean, or than the longest tile where that is more than the mean.
 
     Two or three tiles per CTA cannot always be split like that; then LPT of all tiles, without
     rounds, comes as near as anything is known to.
     """
-    if tiles != "queries":
-        heads = heads[1], heads[1]
     batch = Ragged(tuple(LENGTHS[name]), tuple(LENGTHS[name]), *heads, mask, tiles=tiles)
     costs = batch.costs
     busiest = max(sum(costs[i, m] for i, m, _ in tiles) for tiles in deal(batch))
@@ -238,6 +253,20 @@ def test_tiles_of_keys_are_dealt_in_order(lengths, mask, rows_in_l2):
     for index, block, head in tiles:
         assert block == blocks.get((index, head), -1) + 1
         blocks[index, head] = block
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    *(st.integers(1, 900) for _ in range(2)),
+    *(st.one_of(st.integers(0, 900), st.just(1 << 30)) for _ in range(2)),
+)
+def test_a_rank_does_not_rise_with_the_keys(s_q, s_k, left, right):
+    tiling = KeyTiles("local", 64, 128, in_order=True)
+    window = Window("local", s_q, s_k, left, right)
+    blocks = range(-(-s_k // 128))
+    ranks = [tiling.rank(window, block) for block in blocks]
+    assert ranks == sorted(ranks, reverse=True)
+    assert all(tiling.cost(window, block) <= ranks[block] < 2**31 for block in blocks)
 
 
 def test_classes_are_sixteenths_of_a_share_then_halvings():

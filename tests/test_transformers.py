@@ -482,11 +482,3 @@ def test_training(checkpointing):
         gradients.append(torch.cat([x.grad.flatten().float() for x in model.parameters()]))
     wanted, given = gradients
     assert (given - wanted).norm() < 0.02 * wanted.norm()
-
-
-def test_padded_batches_do_not_train_yet():
-    _, model = pair("Llama", LLAMA, torch.bfloat16, "ForCausalLM")
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    words = "seqused_q is a tensor, .* no backward pass"
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match=words):
-        model(input_ids=torch.ones(2, 4, dtype=torch.int64), attention_mask=mask)

@@ -416,3 +416,90 @@ def test_an_architecture_whose_padding_is_lost_is_wrong(monkeypatch):
     monkeypatch.setattr(integration, "_attend", lost)
     verdict = architectures.judge("llama")
     assert verdict.result == "wrong" and verdict.note.startswith("padded, differs from eager by")
+
+
+def loss_of(model, tokens, mask, **options):
+    """Of real tokens behind real ones: what a padded row says of the next token is anybody's."""
+    counts = mask.bool()
+    counts[:, 1:] &= mask[:, :-1].bool()
+    labels = tokens.masked_fill(~counts, -100)
+    return model(input_ids=tokens, attention_mask=mask, labels=labels, **options).loss
+
+
+def training(kind, options, layers=2):
+    """With eager attention and with fa3: in bf16, with gradient checkpointing."""
+    models = pair(kind, {**options, "num_hidden_layers": layers}, torch.bfloat16, HEADS[kind])
+    for model in models:
+        model.train()
+        model.gradient_checkpointing_enable()
+        model.config.use_cache = False
+    return models
+
+
+HEADS = {"Llama": "ForCausalLM", "Mistral": "ForCausalLM", "Bert": "ForMaskedLM"}
+BERT_WITHOUT_DROPOUT = {**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def gradients_of(model, tokens, mask):
+    with torch.enable_grad():
+        loss_of(model, tokens, mask).backward()
+    return torch.cat([x.grad.flatten().float() for x in model.parameters() if x.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "kind, options, places",
+    [
+        ("Llama", LLAMA, LEFT),
+        ("Mistral", MISTRAL, RIGHT),
+        ("Bert", BERT_WITHOUT_DROPOUT, BOTH),
+    ],
+)
+def test_a_padded_batch_trains(kind, options, places):
+    """All gradients of a step are those of eager attention, as far as bf16 goes."""
+    mask = mask_of(places)
+    tokens = tokens_of(*mask.shape)
+    wanted, given = (gradients_of(model, tokens, mask) for model in training(kind, options))
+    assert given.isfinite().all()
+    assert (given - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_padded_batch_trains_through_the_kernel(device):
+    mask = mask_of(BOTH).to(device)
+    tokens = tokens_of(*mask.shape).to(device)
+    models = (model.to(device) for model in training("Llama", LLAMA, layers=1))
+    wanted, given = (gradients_of(model, tokens, mask) for model in models)
+    assert (given - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_packed_sequences_train():
+    tokens, positions, cu_seqlens = packed_tokens()
+    lengths = {"cu_seq_lens_q": cu_seqlens, "max_length_q": 7}
+    lengths |= {"cu_seq_lens_k": cu_seqlens, "max_length_k": 7}
+    gradients = []
+    for model, options in zip(training("Llama", LLAMA), ({}, lengths), strict=True):
+        with torch.enable_grad():
+            given = {"input_ids": tokens, "position_ids": positions, "labels": tokens}
+            model(**given, use_cache=False, **options).loss.backward()
+        gradients.append(torch.cat([x.grad.flatten().float() for x in model.parameters()]))
+    wanted, given = gradients
+    assert (given - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_ten_steps_of_a_padded_batch():
+    """The losses are those of eager attention, and fall."""
+    mask = mask_of(LEFT)
+    tokens = tokens_of(*mask.shape)
+    curves = []
+    for model in training("Llama", LLAMA):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+        losses = []
+        for _ in range(10):
+            with torch.enable_grad():
+                loss = loss_of(model, tokens, mask)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    torch.testing.assert_close(*curves, rtol=0.03, atol=0.0)
+    assert curves[1][-1] < 0.5 * curves[1][0]

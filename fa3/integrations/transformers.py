@@ -109,23 +109,33 @@ def attention(  # noqa: PLR0913 - the names are transformers'
 def _attend(q, k, v, packed: Packed | None, queries: Rows | None, keys: Rows | None, **options):
     """Attention (b, s_q, h_q, dv) of the rows that count; the others are zeros."""
     if packed is not None:
-        packed = (x.to(q.device) if isinstance(x, torch.Tensor) else x for x in packed)
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        packed = [x.to(q.device) if isinstance(x, torch.Tensor) else x for x in packed]
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        flash_attn_varlen_func(*flat, *packed, out=out.flatten(0, 1), **options)
-        return out
+        last = packed[0][-1:]  # where the rows of the last sequence end
+        out = _zeros_beyond(last, *flat, *packed, **options)
+        return out.unflatten(0, q.shape[:2])
     if queries is None and keys is None:
         return flash_attn_func(q, k, v, **options)
     used = {}
-    if queries is not None:
-        q = queries.gather(q)
-        used["seqused_q"] = queries.lengths.to(q.device)
-        used["out"] = q.new_zeros(*q.shape[:3], v.shape[3])
     if keys is not None:
         k, v = keys.gather(k), keys.gather(v)
         used["seqused_k"] = keys.lengths.to(q.device)
-    out = flash_attn_varlen_func(q, k, v, None, None, None, None, **used, **options)
-    return out if queries is None else queries.scatter(out)
+    dense = None, None, None, None
+    if queries is None:
+        return flash_attn_varlen_func(q, k, v, *dense, **used, **options)
+    used["seqused_q"] = lengths = queries.lengths.to(q.device)
+    out = _zeros_beyond(lengths[:, None], queries.gather(q), k, v, *dense, **used, **options)
+    return queries.scatter(out)
+
+
+def _zeros_beyond(end, q, k, v, *lengths, **options):
+    """flash_attn_varlen_func (.., rows, h_q, dv), with zeros in the rows from `end` (.., 1) on."""
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        return flash_attn_varlen_func(q, k, v, *lengths, out=out, **options)
+    out = flash_attn_varlen_func(q, k, v, *lengths, **options)
+    row = torch.arange(q.shape[-3], dtype=end.dtype, device=end.device)
+    return out.masked_fill((row >= end)[..., None, None], 0.0)
 
 
 def _check_options(model: str, dropout: float, options: dict) -> None:

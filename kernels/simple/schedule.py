@@ -18,7 +18,9 @@ from cutlass import Int32
 from cutlass.memory import SmemAllocator
 
 from ..arithmetic import ceil_div, maximum, minimum
+from ..blocks import Window
 from ..scheduler import MAX_CTAS
+from ..sequence import Sequence
 from ..tiling import KeyTiles, QueryTiles
 from .deal import WARP, Hands, deal
 from .list_arguments import ListArguments, load_row, store_row
@@ -92,8 +94,7 @@ class ListTiles:
                     num_blocks = Int32(0)
             cost = Int32(0)
             if block >= 0 and block < num_blocks:
-                window = sequence.window(self.tiling.mask, call.window_left, call.window_right)
-                cost = self.tiling.cost(window, block)
+                cost = self.tiling.cost(self._window(call, sequence), block)
                 longest_shared = maximum(longest_shared, rows.length)
                 if block == 0:
                     shared += rows.length
@@ -109,6 +110,9 @@ class ListTiles:
             cute.arch.atomic_max(totals.iterator + 1, longest)
             cute.arch.atomic_add(totals.iterator + 2, shared)
             cute.arch.atomic_max(totals.iterator + 3, longest_shared)
+
+    def _window(self, call: ListArguments, sequence: Sequence) -> Window:
+        return sequence.window(self.tiling.mask, call.window_left, call.window_right)
 
     @cute.jit
     def _sequence_of(self, call: ListArguments, slot) -> Int32:
@@ -126,8 +130,11 @@ class ListTiles:
     @cute.jit
     def _classify(self, call: ListArguments, rounds: Rounds, thread):
         for slot in cutlass.range(thread, call.slots.count, THREADS, unroll=1):
-            cost = call.pairs[slot, 2]
-            cost_class = rounds.class_of(cost)
+            index, block, cost, _ = load_row(call.pairs, slot)
+            rank = cost
+            if cutlass.const_expr(self.tiling.has_rank):
+                rank = self.tiling.rank(self._window(call, call.sequences[index]), block)
+            cost_class = rounds.class_of(rank)
             if cost == 0:
                 cost_class = Int32(CLASSES)
             call.pairs[slot, 3] = cost_class
