@@ -153,7 +153,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         bounds that programs keep on the host; the result does not depend on them.
     seqused_q, seqused_k: (batch,) int32; only so many first rows of each sequence count. The rows
         of out and lse beyond are left as they are, which in new tensors is uninitialised, and so
-        are rows of out that belong to no sequence.
+        are rows of out that belong to no sequence. Gradients of all such rows are 0, whatever
+        comes back for them.
     page_table: (batch, pages) int32 instead of cu_seqlens_k; then k and v are pages, (num_pages,
         page_size, h_k, d), and key j of sequence i is row j % page_size of the page
         page_table[i, j // page_size]. page_size is a multiple of 8. Entries beyond the last key,
