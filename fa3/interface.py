@@ -194,7 +194,10 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = descales_of(q_descale, k_descale, v_descale, v_shift)
     given = lengths.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
-    more = given, *bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths), learnable_sink
+    if deterministic is not False:
+        deterministic = bool_of("deterministic", deterministic)
+    bounds = bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths)
+    more = given, *bounds, learnable_sink, deterministic
     out, lse = attend(q, k, v, out, options, descales, None, check_scales, *more)
     return (out, lse) if return_attn_probs else out
 

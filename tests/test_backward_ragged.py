@@ -321,6 +321,17 @@ def test_autograd(device, poisoned):
     _close(torch.autograd.grad(out, (q2, k2, v2), dense(dout)), of_dense)
 
 
+def test_deterministic_reaches_the_kernels(plain_torch, monkeypatch):
+    (q, k, v), cu = _packed(torch.device("cpu"))
+    asked = []
+    run = autograd.run
+    monkeypatch.setattr(autograd, "run", lambda *x: (asked.append(x[7]), run(*x))[1])
+    for deterministic in (False, True):
+        more = {"causal": True, "deterministic": deterministic}
+        fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, **more)[:70].sum().backward()
+    assert asked == [False, True]
+
+
 def test_compile_with_other_lengths(device):
     """Without a graph break, and once."""
     (q, k, v), cu = _packed(device)
