@@ -175,6 +175,12 @@ def _refuse(**arguments) -> None:
             )
 
 
+def check_no_grad(**tensors) -> None:
+    """Of a function without a backward pass; None where a tensor was not given."""
+    if torch.is_grad_enabled():
+        _refuse_grad(**{name: x for name, x in tensors.items() if x is not None})
+
+
 def _refuse_grad(**tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.requires_grad:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from . import append, ops
-from .attend import are_plain, attend, bounds_of, check_out, check_unused, descales_of, options_of
+from .attend import (
+    are_plain,
+    attend,
+    bounds_of,
+    check_no_grad,
+    check_out,
+    check_unused,
+    descales_of,
+    options_of,
+)
 from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
@@ -90,6 +99,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
     and lse (batch, h_q, s_q), of packed q (h_q, total_q).
 
+    There is no backward pass: tensors that require grad are refused where gradients are recorded.
+
     Raises: as flash_attn_func; caches are written only when all else has been checked.
     """
     if unknown:
@@ -105,6 +116,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, page_table, cache_batch_idx)
     new = _New.of(cache, k, v, cu_seqlens_k_new)
+    check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     rotary = _Rotary.of(q, cache, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     given = cache.lengths(cu_seqlens_q, new)
     longest, check = bounds_of(given, max_seqlen_q, None, check_pages)

@@ -414,6 +414,13 @@ def test_bad_lengths_are_named(device):
             torch.ops.fa3.backward(*given, **options)
 
 
+def test_pages_have_no_backward_pass(plain_torch):
+    q, k = torch.zeros(2, 4, 2, 64).bfloat16().requires_grad_(), torch.zeros(4, 8, 2, 64).bfloat16()
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="requires_grad.*page_table is a tensor"):
+        fa3.flash_attn_varlen_func(q, k, k, None, None, None, None, page_table=table)
+
+
 def test_operations_are_counted():
     """Of each sequence, as five products to the forward pass's two."""
     q, k, v = (

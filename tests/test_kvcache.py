@@ -243,6 +243,22 @@ def test_rows_beyond_the_cache_are_refused_where_the_host_knows(device):
     assert torch.equal(call.k_cache.tensor.view(torch.int16), before.view(torch.int16))
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "v"])
+def test_caches_have_no_backward_pass(name, plain_torch):
+    """Which is said before they are written."""
+    x = torch.zeros(1, 1, 2, 64).bfloat16()
+    seqlens = torch.tensor([3], dtype=torch.int32)
+    given = {"q": x, "k_cache": torch.zeros(1, 8, 2, 64).bfloat16(), "k": x + 1, "v": x + 1}
+    given |= {"v_cache": given["k_cache"].clone(), "cache_seqlens": seqlens}
+    given[name] = given[name].clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{name} has requires_grad=True"):
+        fa3.flash_attn_with_kvcache(**given)
+    assert (given["v_cache"] == 0).all()
+    with torch.no_grad():
+        fa3.flash_attn_with_kvcache(**given)
+    assert (given["v_cache"][:, 3] == 1).all()
+
+
 @pytest.mark.parametrize("operator", ["append", "rotate"])
 def test_opcheck(operator, device):
     call = Call(CacheCase(num_new=2), device)
