@@ -86,9 +86,14 @@ def attend(  # noqa: PLR0913
         check_out(out)
     if descales is not NO_DESCALES or sink is not None:
         plain = _check_others(descales, sink) and plain
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        others = {**named(descales), "page_table": given.page_table}
-        others |= {"learnable_sink": sink, "out": out}
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sink is not None and sink.requires_grad)
+    ):
+        others = {**named(descales), "page_table": given.page_table, "out": out}
+        others |= autograd.sinks_without(sink, given.cu_seqlens_q)
         autograd.check(q, k, v, options, given, others, plain)
         plain = False
     if check_scales is not False:
@@ -124,14 +129,13 @@ def are_plain(q, k, v, out, given) -> bool:
 
 
 def _check_others(descales: Descales, sink) -> bool:
-    """Whether they are plain tensors, once they are tensors at all and need no gradient."""
+    """Whether they are plain tensors, once they are tensors at all; scales need no gradient."""
     given = named(descales)
-    if sink is not None:
-        given["learnable_sink"] = sink
-    check_tensors(**given)
+    sinks = {} if sink is None else {"learnable_sink": sink}
+    check_tensors(**given, **sinks)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
         _refuse_grad(**given)
-    return is_plain(*given.values())
+    return is_plain(*given.values(), *sinks.values())
 
 
 def check_out(out) -> None:

@@ -22,10 +22,11 @@ from .kernels.bwd_config import BwdConfig
 from .kernels.bwd_signature import BwdSignature
 from .launch import dispatch, jit, tuning
 from .reference import backward as reference_backward
+from .reference import ragged as reference_ragged
 
 _NAMES = [x.name for x in ops.forward._opoverload._schema.arguments]
 # Arguments of fa3::forward whose presence changes what is computed, and that have no backward yet.
-_WITHOUT = ("q_descale", "k_descale", "v_descale", "v_shift", "page_table", "learnable_sink")
+_WITHOUT = ("q_descale", "k_descale", "v_descale", "v_shift", "page_table")
 
 
 class Plan(NamedTuple):
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, dout, lse, deterministic, lengths, *options) -> Plan:  # noqa: PLR0913
+def plan_of(q, k, v, out, dout, lse, deterministic, with_dq, lengths, *options) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernels; tensors and each of lengths are the fields of a `Layout`.
 
     Raises:
@@ -59,9 +60,10 @@ def plan_of(q, k, v, out, dout, lse, deterministic, lengths, *options) -> Plan: 
     )
     sources = zip(layouts.values(), copies, strict=True)
     strides = tuple(None if copy else tma_strides(layout) for layout, copy in sources)
-    run, workspace, num_ctas = _kernel_of(problem, deterministic)
-    scale, mask = problem.softmax_scale, problem.mask
-    scalars = scale, scale * LOG2_E, mask.left, mask.right, num_ctas
+    run, workspace, num_ctas = _kernel_of(problem, deterministic, with_dq)
+    _, scale_log2, softcap_log2, left, right = problem.scalars
+    softcap_log2 = softcap_log2 if problem.softcap else None
+    scalars = problem.softmax_scale, scale_log2, softcap_log2, left, right, num_ctas
     num_sequences = problem.batch if problem.sequences.is_ragged else None
     return Plan(run, workspace, num_sequences, scalars, strides, copies)
 
@@ -79,9 +81,7 @@ def check(q, k, v, options, lengths, others: dict, plain: bool) -> None:  # noqa
     Raises:
         NotImplementedError: it has none.
     """
-    for name, tensor in others.items():
-        if tensor is not None:
-            _refuse(f"{name} is a tensor")
+    refuse(others)
     if plain:
         _check_layouts(*map(ops.fields, (q, k, v)), tuple(map(ops.fields, lengths)), *options)
 
@@ -95,16 +95,14 @@ def _check_layouts(q, k, v, lengths, *options) -> None:
     _signature_of(problem)
 
 
-def _signature_of(problem: Problem, deterministic: bool = False) -> BwdSignature:
+def _signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSignature:
     """Raises NotImplementedError if there is no backward pass for the problem."""
     if problem.scales is not None:
         _refuse(f"q has dtype {problem.dtype}, which is none of {', '.join(map(str, DTYPES))}")
-    if problem.softcap:
-        _refuse(f"softcap is {problem.softcap}")
-    tiles = problem.signature.head_dim, problem.signature.head_dim_v
-    tiles = tuning.backward_tiles(*tiles)
-    facts = problem.mask.kind, deterministic, problem.sequences.is_ragged
-    signature = BwdSignature(DTYPES[problem.dtype], *tiles, *facts)
+    forward = problem.signature
+    tiles = tuning.backward_tiles(forward.head_dim, forward.head_dim_v)
+    facts = forward.mask, deterministic and with_dq, forward.is_ragged, forward.score, with_dq
+    signature = BwdSignature(forward.dtype, *tiles, *facts)
     if problem.device.type != "meta":
         target = dispatch.target_of(problem.device)
         if target.kind != "reference":
@@ -112,16 +110,30 @@ def _signature_of(problem: Problem, deterministic: bool = False) -> BwdSignature
     return signature
 
 
+def sinks_without(sink, cu_seqlens_q) -> dict:
+    """Sinks that have no gradient yet, by what they are called."""
+    if sink is None or cu_seqlens_q is None or sink.dim() < 2:
+        return {}
+    return {"learnable_sink of shape (batch, h_q) beside cu_seqlens_q": sink}
+
+
+def refuse(others: dict) -> None:
+    """Raises NotImplementedError if there is a tensor among these."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            _refuse(f"{name} is a tensor")
+
+
 def _refuse(why: str) -> None:
     raise NotImplementedError(
-        f"q, k or v has requires_grad=True, but {why}, and there is no backward pass for that yet: "
-        "call within torch.no_grad(), or detach them"
+        f"q, k, v or learnable_sink has requires_grad=True, but {why}, and there is no backward "
+        "pass for that yet: call within torch.no_grad(), or detach them"
     )
 
 
-def _kernel_of(problem: Problem, deterministic: bool) -> tuple[Callable, tuple, int]:
+def _kernel_of(problem: Problem, deterministic: bool, with_dq: bool) -> tuple[Callable, tuple, int]:
     """The function to call, compiled, Plan.workspace, and the most CTAs it may launch."""
-    signature = _signature_of(problem, deterministic)
+    signature = _signature_of(problem, deterministic, with_dq)
     if problem.is_empty or problem.s_k == 0 or problem.device.type == "meta":
         return _set_to_zero, _NO_WORKSPACE, 0
     target = dispatch.target_of(problem.device)
@@ -147,8 +159,10 @@ def _workspace(problem: Problem, signature: BwdSignature, config: BwdConfig) -> 
 
         rows = problem.s_k, problem.h_k, sequences.k_is_packed
         tiles = (capacity(config.tile_n, sequences.batch, *rows),), torch.int32
-    stats, sums = (*blocks, 2 * tile_m), (*blocks, tile_m * signature.head_dim)
-    return (stats, torch.float32), (sums, torch.float32), counters, tiles
+    stats, sums = ((*blocks, 2 * tile_m), torch.float32), None
+    if signature.with_dq:
+        sums = (*blocks, tile_m * signature.head_dim), torch.float32
+    return stats, sums, counters, tiles
 
 
 _NO_WORKSPACE = (None,) * 4
@@ -158,16 +172,27 @@ def _set_to_zero(arguments: Sequence) -> None:
     """Without a query or a key no gradient has a summand."""
     x = BwdArguments(*arguments)
     for gradient in (x.dq, x.dk, x.dv):
-        gradient.zero_()
+        if gradient is not None:
+            gradient.zero_()
 
 
 def run(  # noqa: PLR0913
-    dout, q, k, v, out, lse, dlse, deterministic, options, lengths=EQUAL
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv; options: the fields of `Options`; lengths: of `Lengths`."""
+    dout, q, k, v, out, lse, dlse, deterministic, options, lengths=EQUAL, sink=None, with_dq=True
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv and d(sink), as `backward`.
+
+    options: the fields of `Options`; lengths: of `Lengths`.
+    """
+    if sink is not None:
+        layouts, given = map(Layout.of, (q, k, v)), tuple(map(ops.fields, lengths))
+        Problem.of(
+            *layouts, Options(*options), lengths=_layouts(given), learnable_sink=Layout.of(sink)
+        )
+        refuse(sinks_without(sink, lengths.cu_seqlens_q))
     given = q, k, v, out, dout
     fields = (ops.fields(x) for x in (*given, lse))
-    plan = plan_of(*fields, deterministic, tuple(map(ops.fields, lengths)), *options)
+    makes_dq = with_dq or lengths is not EQUAL
+    plan = plan_of(*fields, deterministic, makes_dq, tuple(map(ops.fields, lengths)), *options)
     if lengths is not EQUAL and q.device.type == "cpu":
         lengths_.check_values(lengths, q.shape[-3], k.shape, (None, None), totals=False)
     if dlse is not None:
@@ -177,20 +202,29 @@ def run(  # noqa: PLR0913
         for x, copy, strides in zip(given, plan.copies, plan.strides, strict=True)
     ]
     given = [x.clone() if x.data_ptr() % 16 else x for x in given]
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    gradients = [_like(x) for x in (q if with_dq else None, k, v)]
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    *workspace, tiles = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
+    row_stats, *others, tiles = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
     more = NO_LENGTHS
-    results = tuple(gradients)
+    results = [lse.new_empty(0) if not with_dq else gradients[0], *gradients[1:]]
+    sink_shape = lse.shape[:-1]
     if plan.num_sequences is not None:
         more = *lengths_.views(lengths, q.device), tiles, plan.num_sequences
         *given, lse, dlse, dq, dk, dv = _with_batch(lengths, *given, lse, dlse, *gradients)
         gradients = dq, dk, dv
     if dlse is None:
         dlse = lse.new_empty(0, *lse.shape[1:])
-    plan.run((*given, lse, dlse, *gradients, *workspace, *more, *plan.scalars))
-    return results
+    plan.run((*given, lse, dlse, *gradients, row_stats, *others, *more, *plan.scalars))
+    if sink is None:
+        return *results, lse.new_empty(0)
+    if row_stats is None:
+        counts = None
+        if plan.num_sequences is not None:
+            rows = given[0].shape[1]
+            counts = reference_ragged.counts(rows, more[0], more[2], q.device)
+        row_stats = reference_backward.row_stats(*given[3:], lse, dlse, counts)
+    return *results, _gradient_of_sink(sink, row_stats).view(sink_shape)
 
 
 NO_LENGTHS = (None,) * 7  # bwd_arguments.LENGTHS
@@ -204,6 +238,21 @@ def _with_batch(lengths: Lengths, q, k, v, out, dout, lse, dlse, dq, dk, dv) -> 
     if lengths.cu_seqlens_k is not None:
         k, v, dk, dv = (x.unsqueeze(0) for x in (k, v, dk, dv))
     return q, k, v, out, dout, lse, dlse, dq, dk, dv
+
+
+def _like(x: Tensor | None) -> Tensor | None:
+    """Room for its gradient."""
+    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gradient_of_sink(sink: Tensor, row_stats: Tensor) -> Tensor:
+    """(b, h_q) fp32, of packed queries (1, h_q): less delta times the sink's part of a row's sum.
+
+    row_stats: as of BwdArguments.
+    """
+    lse_log2, delta = row_stats.unflatten(-1, (2, -1)).unbind(-2)  # (b, h_q, m_blocks, tile_m)
+    above = (sink.float() * LOG2_E).expand(row_stats.shape[:2])[..., None, None] - lse_log2
+    return above.exp2_().mul_(delta).sum(dim=(-2, -1)).neg_()
 
 
 @torch.library.custom_op("fa3::backward", mutates_args=())
@@ -228,8 +277,13 @@ def backward(  # noqa: PLR0913
     seqused_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of a call of fa3::forward whose results were out and lse.
+    learnable_sink: Tensor | None = None,
+    with_dq: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and d(learnable_sink) of a call of fa3::forward whose results were out and lse.
+
+    The last one is (b, h_q) in fp32, of packed queries (h_q,). Without a sink it is empty, and so
+    is dq without with_dq, which saves its product, its sums and a kernel.
 
     deterministic, or torch.use_deterministic_algorithms: the same bits on every run.
     Rows that belong to no sequence, or do not count, have gradients of 0; nothing of them is read.
@@ -237,7 +291,8 @@ def backward(  # noqa: PLR0913
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    return run(dout, q, k, v, out, lse, dlse, deterministic, options, lengths)
+    more = options, lengths, learnable_sink, with_dq
+    return run(dout, q, k, v, out, lse, dlse, deterministic, *more)
 
 
 @backward.register_fake
@@ -245,8 +300,10 @@ def _(  # noqa: PLR0913
     dout, q, k, v, out, lse, dlse=None, softmax_scale=None, causal=False, window_left=-1,
     window_right=-1, sm_margin=0, softcap=0.0, deterministic=False, cu_seqlens_q=None,
     cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    learnable_sink=None, with_dq=True,
 ):  # fmt: skip
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq = _like(q) if with_dq else lse.new_empty(0)
+    return dq, _like(k), _like(v), lse.new_empty(0 if learnable_sink is None else lse.shape[:-1])
 
 
 transforms.register(backward)
@@ -258,27 +315,32 @@ def _remember(ctx, inputs, output) -> None:
     named = dict(zip(_NAMES, inputs, strict=True))
     q, k, v, *options = (named[name] for name in ("q", "k", "v", *Options._fields))
     lengths = Lengths(*(named[name] for name in lengths_.NAMES))
-    check(q, k, v, options, lengths, {name: named[name] for name in _WITHOUT}, plain=False)
+    others = {name: named[name] for name in _WITHOUT}
+    others |= sinks_without(named["learnable_sink"], lengths.cu_seqlens_q)
+    check(q, k, v, options, lengths, others, plain=False)
     layouts = Lengths(*(None if x is None else Layout.of(x) for x in lengths))
     _signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options), lengths=layouts))
     ctx.set_materialize_grads(False)
     ctx.options, ctx.deterministic = tuple(options), named["deterministic"]
     ctx.longest = named["max_seqlen_q"], named["max_seqlen_k"]
-    ctx.save_for_backward(q, k, v, *output, *lengths)
+    ctx.save_for_backward(q, k, v, *output, named["learnable_sink"], *lengths)
 
 
 def _differentiate(ctx, dout, dlse):
-    q, k, v, out, lse, *lengths = ctx.saved_tensors
+    q, k, v, out, lse, sink, *lengths = ctx.saved_tensors
     if dout is None:
         if dlse is None:
             return (None,) * len(_NAMES)
         dout = torch.zeros_like(out)
-    gradients = torch.ops.fa3.backward(
-        dout, q, k, v, out, lse, dlse, *ctx.options, ctx.deterministic, *lengths[:4], *ctx.longest
+    more = *lengths[:4], *ctx.longest, sink, ctx.needs_input_grad[0]
+    *gradients, dsink = torch.ops.fa3.backward(
+        dout, q, k, v, out, lse, dlse, *ctx.options, ctx.deterministic, *more
     )
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    given = [x if is_needed else None for x, is_needed in needed]
-    return (*given, *(None,) * (len(_NAMES) - len(given)))
+    found = dict(zip(("q", "k", "v"), gradients, strict=True))
+    if sink is not None:
+        found["learnable_sink"] = dsink.sum_to_size(sink.shape).to(sink.dtype)
+    needed = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))  # without trailing defaults
+    return tuple(found.get(name) if needed.get(name) else None for name in _NAMES)
 
 
 ops.forward.register_autograd(_differentiate, setup_context=_remember)

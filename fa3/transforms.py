@@ -46,7 +46,8 @@ def count_as_backward(operator: CustomOpDef) -> None:
         def operations(*arguments, out_val=None, **options) -> int:
             named = dict(zip(names, arguments, strict=False)) | options
             d, dv = named["q"].shape[-1], named["v"].shape[-1]
-            return _operations(**named) // (d + dv) * (3 * d + 2 * dv)
+            with_d = 3 if named.get("with_dq", True) else 2
+            return _operations(**named) // (d + dv) * (with_d * d + 2 * dv)
 
         flop_counter.register_flop_formula(packet, get_raw=True)(operations)
 

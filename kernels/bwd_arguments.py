@@ -19,11 +19,11 @@ class BwdArguments:
     dout: Any  # (b, s_q, h_q, dv)
     lse: Any  # (b, h_q, s_q) fp32
     dlse: Any  # (b, h_q, s_q) fp32; (0, h_q, s_q): there is none
-    dq: Any  # (b, s_q, h_q, d)
+    dq: Any  # (b, s_q, h_q, d), if it is wanted; or None
     dk: Any  # (b, s_k, h_k, d)
     dv: Any  # (b, s_k, h_k, dv)
     row_stats: Any  # (b, h_q, m_blocks, 2 * tile_m) fp32: of the rows of a block lse, then delta
-    dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32
+    dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32, beside dq
     dq_counters: Any  # (b, h_q, m_blocks, warpgroups) int32, if deterministic; or None
     cu_seqlens_q: Any
     cu_seqlens_k: Any
@@ -33,7 +33,8 @@ class BwdArguments:
     tiles: Any  # room for the list of tiles, blocks of keys
     num_sequences: Any
     softmax_scale: Any  # Float32
-    scale_log2: Any  # Float32: softmax_scale * log2(e)
+    scale_log2: Any  # Float32: softmax_scale * log2(e), with softcap times 2 / softcap
+    softcap_log2: Any  # Float32: softcap * log2(e); or None
     window_left: Any  # Int32
     window_right: Any  # Int32
     num_ctas: Any  # Int32, at most so many are launched

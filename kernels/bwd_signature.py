@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from .signature import HEAD_DIM_TILES, DTypeName, MaskKind
+from .signature import HEAD_DIM_TILES, DTypeName, MaskKind, ScoreKind
 
 
 @dataclass(frozen=True)
 class BwdSignature:
     """What the kernels of a backward pass are compiled for.
 
-    As in Signature lengths, strides, heads, true head dims, scale and window are run-time values.
+    As in Signature lengths, strides, heads, true head dims, scale, softcap and window are run-time
+    values.
     """
 
     dtype: DTypeName  # of q, k, v, out and all gradients
@@ -18,6 +19,8 @@ class BwdSignature:
     mask: MaskKind
     deterministic: bool = False  # dQ is summed in one order
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
+    score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
+    with_dq: bool = True  # else dK and dV alone; of equal lengths
 
     quantised = None  # a signature of 16-bit inputs, for what asks either kind
     page_rows = 0
@@ -32,3 +35,5 @@ class BwdSignature:
             raise ValueError(f"dtype={self.dtype!r} is neither 'bf16' nor 'fp16'")
         if self.mask not in ("full", "causal", "local"):
             raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")
+        if self.score not in (None, "softcap"):
+            raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")

@@ -1,6 +1,8 @@
 """Scores: from a block's product Q K^T to what the exponentials are taken of.
 
 S  ->  function(S * factor)  ->  -inf where a key is hidden  ->  y of OnlineSoftmax
+
+KeyScores does the same in a backward pass, where lse is known.
 """
 
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from .key_mask import KeyMask
 from .mask import Mask
 from .softmax import OnlineSoftmax
 from .tensors import FwdScalars
@@ -51,8 +54,21 @@ class Softcap:
         """What makes scores in log2 of apply()'s results: positive factors, and a summand."""
         return (2.0 * self.cap_log2,), self.cap_log2
 
+    def with_slope(self, value: Float32) -> tuple[Float32, Float32]:
+        """The score in log2 where apply() made `value`, and its derivative by x.
 
-def _function_of(kind: str | None, scalars: FwdScalars):
+        That is 1 - tanh(z)^2, and 0 for a hidden score, by an instruction that saturates.
+        """
+        tanh = 2.0 * value + 1.0
+        slope = cute.arch.inline_ptx(
+            "fma.rn.sat.f32 {$w0}, {$r0}, {$r1}, {$r2};",
+            write_only_types=[Float32],
+            read_only_args=[-tanh, tanh, Float32(1.0)],
+        )
+        return tanh * self.cap_log2, slope
+
+
+def _function_of(kind: str | None, scalars: Any):
     """What Signature.score names; None: scores are scaled and no more."""
     return Softcap(scalars.softcap_log2) if kind == "softcap" else None
 
@@ -84,3 +100,45 @@ class Scores:
         if is_masked:
             self.mask.apply(acc_S, n_block)
         return self.softmax.scale(acc_S, factors, summand)
+
+
+@dataclass(frozen=True)
+class KeyScores:
+    """The scores of one key tile in a backward pass, transposed, as one thread sees them."""
+
+    scale_log2: Float32
+    function: Any  # as in Scores
+    mask: KeyMask
+
+    @staticmethod
+    def of(plan, scalars: Any, mask: KeyMask) -> "KeyScores":
+        """scalars: with scale_log2 and softcap_log2 as FwdScalars has them."""
+        return KeyScores(scalars.scale_log2, _function_of(plan.signature.score, scalars), mask)
+
+    def apply(self, acc_S: cute.Tensor, m_block: Int32, is_masked: bool):
+        """S -> what exponentiate() takes, in place."""
+        if self.function is not None:
+            self.function.apply(acc_S, (self.scale_log2,))
+        if is_masked:
+            self.mask.apply(acc_S, m_block)
+
+    def exponentiate(self, acc_S: cute.Tensor, lse: cute.Tensor) -> cute.Tensor:
+        """P; what stays in acc_S is P times the function's slope: dS is dP - delta times that.
+
+        lse: of this thread's columns, in log2.
+        """
+        acc_P = acc_S if self.function is None else cute.make_rmem_tensor_like(acc_S)
+        values, p = rows_and_columns(acc_S), rows_and_columns(acc_P)  # (2, columns)
+        for i in range(cute.size(p, mode=[1])):
+            for r in range(2):
+                score, slope = self._of(values[r, i])
+                p[r, i] = cute.math.exp2(score - lse[i], fastmath=True)
+                if slope is not None:
+                    values[r, i] = p[r, i] * slope
+        return acc_P
+
+    def _of(self, value: Float32) -> tuple[Float32, Float32 | None]:
+        """Of what apply() made: the score in log2, and its slope, where it is not 1."""
+        if self.function is None:
+            return value * self.scale_log2, None
+        return self.function.with_slope(value)

@@ -14,7 +14,7 @@ from fa3.launch import dispatch
 
 from . import reference
 from .accuracy import assert_accurate
-from .backward_cases import BackwardCase, attention, check, covering, gradients
+from .backward_cases import SCORE_CASES, BackwardCase, attention, check, covering, gradients
 from .cases import make_inputs
 from .conftest import HOPPER
 
@@ -35,6 +35,12 @@ def test_first_light(case, device):
 
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_accuracy(case, device):
+    check(case, device)
+
+
+@pytest.mark.parametrize("case", SCORE_CASES, ids=str)
+def test_scores(case, device):
+    """Softcap and sinks."""
     check(case, device)
 
 
@@ -83,6 +89,19 @@ def test_size_of_scores(factor, device):
     exact = gradients(reference.exact(*inputs), inputs, dout)
     baseline = gradients(reference.baseline_with_lse(*inputs), inputs, dout)
     for name, *x in zip(("dq", "dk", "dv"), given, exact, baseline, strict=True):
+        assert_accurate(name, *x)
+
+
+def test_large_gradients_in_fp16(device):
+    """They do not overflow where torch's do not."""
+    case = BackwardCase("fp16", 128, 128, s_q=64, s_k=130)
+    inputs = _inputs(case, device)
+    dout = 500.0 * torch.randn(case.batch, case.s_q, case.h_q, case.head_dim_v).to(inputs[0])
+    given = _all(case, inputs, device, dout)
+    exact = gradients(reference.exact(*inputs), inputs, dout)
+    baseline = gradients(reference.baseline_with_lse(*inputs), inputs, dout)
+    for name, *x in zip(("dq", "dk", "dv"), given, exact, baseline, strict=True):
+        assert x[2].isfinite().all() and x[1].abs().max() > 100
         assert_accurate(name, *x)
 
 
@@ -177,7 +196,7 @@ def test_memory_is_linear_in_the_length(device):
         x = torch.empty(1, length, 2, 128, dtype=torch.bfloat16, device=device)
         lse = torch.empty(1, 2, length, device=device)
         fields = [ops.fields(t) for t in (x, x, x, x, x, lse)]
-        plan = autograd.plan_of(*fields, True, EQUAL, None, True, -1, -1, 0, 0.0)
+        plan = autograd.plan_of(*fields, True, True, EQUAL, None, True, -1, -1, 0, 0.0)
         return [math.prod(x[0]) for x in plan.workspace if x is not None]
 
     assert numbers(4096) == [2 * n for n in numbers(2048)]
@@ -196,6 +215,9 @@ def test_operations_are_counted():
         out.backward(torch.empty_like(out))
     assert forward.get_total_flops() == 4 * 2 * 4 * 30 * 50 * 64
     assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        fa3.flash_attn_func(q.detach(), k, v).sum().backward()
+    assert backward.get_total_flops() == (1 + 2) * forward.get_total_flops()
 
 
 def test_packed_qkv(device):
@@ -208,19 +230,60 @@ def test_packed_qkv(device):
     assert torch.equal(given, torch.cat(torch.autograd.grad(out.sum(), parts), dim=2))
 
 
-def test_only_what_is_asked_for(device):
-    """Of some inputs, of lse alone, and with dO that has no memory of its own for each element."""
-    case = BackwardCase(s_q=70, s_k=90, causal=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        BackwardCase(s_q=150, s_k=90, h_k=1, causal=True),  # more steps than stages
+        BackwardCase(head_dim=192, head_dim_v=128, s_q=70, s_k=100, h_q=2, h_k=1, window=(60, 20)),
+    ],
+    ids=str,
+)
+def test_without_dq(case, device, monkeypatch):
+    """Of some inputs, and with dO that has no memory of its own for each element."""
     q, k, v = _inputs(case, device)
     wanted = _all(case, (q, k, v), device)
     out, _ = attention(case, q.detach(), k, v.detach(), device)
+    plans = []
+    plan_of = autograd.plan_of
+    monkeypatch.setattr(autograd, "plan_of", lambda *x: plans.append(plan_of(*x)) or plans[-1])
     out.sum().backward()  # dO is an expanded scalar
     assert torch.equal(k.grad, wanted[1]) and q.grad is None and v.grad is None
+    assert plans[0].workspace[1:] == (None, None)  # no sums, no counters
+
+
+def test_of_lse_alone(device):
+    case = BackwardCase(s_q=70, s_k=90, causal=True)
+    q, k, v = _inputs(case, device)
     _, lse = attention(case, q, k, v, device)
     dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
     exact = reference.exact(q, k, v, causal=True)[1]
     torch.testing.assert_close(dq, torch.autograd.grad(exact.sum(), q)[0], atol=4e-3, rtol=2e-2)
     assert (dv == 0).all()
+
+
+def test_gradient_of_the_sink_alone(device):
+    """Of rows without a key too, whose lse is the sink; it takes part whoever needs a gradient."""
+    case = BackwardCase(batch=2, s_q=150, s_k=100, h_q=4, causal=True, sink="fp32")
+    inputs = [x.detach() for x in _inputs(case, device)]
+    sink = case.learnable_sink(device).requires_grad_()
+    out, lse = attention(case, *inputs, device, sink)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    (given,) = gradients((out, lse), [sink], dout, dlse)
+    wide = [x.double() for x in inputs]
+    exact = reference.exact(*wide, causal=True, precision=torch.float64, sink=sink.double())
+    (wanted,) = gradients(exact, [sink], dout.double(), dlse)
+    torch.testing.assert_close(given, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_a_sink_of_no_weight(device):
+    """At -inf it has no gradient, and rows without a key have none."""
+    q, k, v = _inputs(BackwardCase(s_q=20, s_k=10), device)
+    sink = torch.full((2,), -math.inf, device=device, requires_grad=True)
+    out, lse = fa3.flash_attn_func(
+        q, k, v, causal=True, learnable_sink=sink, return_attn_probs=True
+    )
+    out.sum().backward()
+    assert (sink.grad == 0).all() and (q.grad[:, :10] == 0).all() and q.grad.isfinite().all()
 
 
 def test_no_key_and_nothing_at_all(device):
@@ -229,6 +292,11 @@ def test_no_key_and_nothing_at_all(device):
         inputs = _inputs(case, device)
         for x, gradient in zip(inputs, _all(case, inputs, device), strict=True):
             assert gradient.shape == x.shape and (gradient == 0).all()
+        sink = torch.ones(2, device=device, requires_grad=True)
+        _, lse = attention(case, *inputs, device, sink)
+        (gradient,) = torch.autograd.grad(lse.sum(), sink)
+        assert (gradient == (5 if case.s_k == 0 else gradient)).all()
+        assert gradient.isfinite().all() and (case.s_k == 0 or (gradient < 5).all())
 
 
 def test_in_place_changes_are_noticed(device):
@@ -244,8 +312,6 @@ def test_in_place_changes_are_noticed(device):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"softcap": 5.0}, ["softcap is 5.0"]),
-        ({"learnable_sink": torch.zeros(2)}, ["learnable_sink is a tensor"]),
         ({"out": torch.zeros(1, 8, 2, 64).bfloat16()}, ["out is a tensor"]),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
@@ -279,6 +345,7 @@ def test_double_backward(device):
 
 BAD = {
     "dout": (lambda x: x[:, :-1], "dout has shape"),
+    "dout of another dtype": (lambda x: x.half(), "dout has dtype torch.float16, expected torch.b"),
     "out": (lambda x: x.float(), "out has dtype torch.float32, expected torch.bfloat16"),
     "lse": (lambda x: x.half(), "lse has dtype torch.float16, expected torch.float32"),
     "dlse": (lambda x: x[..., :-1], "dlse has shape"),
@@ -291,7 +358,7 @@ def test_bad_input_of_the_operator(name, device):
     q, k, v = (x.detach() for x in _inputs(case, device))
     out, lse = attention(case, q, k, v, device)
     given = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": lse}
-    change, message = BAD[name]
+    (change, message), name = BAD[name], name.split()[0]
     with pytest.raises(ValueError, match=message):
         torch.ops.fa3.backward(**{**given, name: change(given[name])})
 
@@ -306,16 +373,20 @@ def test_opcheck(device):
         torch.ops.fa3.backward.default, (out, q, k, v, out, lse, None, None, True)
     )
     torch.library.opcheck(torch.ops.fa3.backward.default, (out, q, k, v, out, lse, lse, 0.3))
+    score = {"softcap": 5.0, "learnable_sink": torch.ones(2, device=device)}
+    torch.library.opcheck(torch.ops.fa3.backward.default, (out, q, k, v, out, lse), score)
 
 
 def test_compile_without_graph_breaks(device):
     case = BackwardCase(s_q=40, s_k=40, causal=True)
 
-    def loss(q, k, v):
-        out, lse = fa3.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)
+    def loss(q, k, v, sink):
+        out, lse = fa3.flash_attn_func(
+            q * 2, k, v, causal=True, return_attn_probs=True, learnable_sink=sink
+        )
         return out.float().square().sum() + lse.sum()
 
-    inputs = _inputs(case, device)
+    inputs = [*_inputs(case, device), torch.ones(2, device=device, requires_grad=True)]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found = [torch.autograd.grad(function(*inputs), inputs) for function in (compiled, loss)]
     for given, wanted in zip(*found, strict=True):
@@ -340,5 +411,6 @@ def test_reference(plain_torch):
     for case in (
         BackwardCase(s_q=30, s_k=50, h_q=4, h_k=2, causal=True, with_lse=True),
         BackwardCase(head_dim=192, head_dim_v=40, s_q=50, s_k=30, window=(10, 4)),
+        BackwardCase(s_q=50, s_k=30, h_k=1, causal=True, softcap=5.0, sink="bf16", with_lse=True),
     ):
         check(case, torch.device("cpu"))

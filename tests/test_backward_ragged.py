@@ -475,3 +475,31 @@ def test_reference(plain_torch, poisoned):
     dout = torch.randn_like(q)
     out = fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, causal=True)
     _close(torch.autograd.grad(out, (q, k, v), dout), _one_by_one(q, k, v, dout))
+
+
+def test_softcap_and_sinks(device):
+    """Each sequence's gradients are those that it has alone; the sink's is their sum."""
+    lengths = (70, 3, 130)
+    cu = torch.tensor([0, 70, 73, 203], dtype=torch.int32, device=device)
+    score = {"causal": True, "softcap": 5.0}
+    given = [torch.randn(210, h, 64, device=device).bfloat16() for h in (2, 1, 1, 2)]
+    *inputs, dout = given
+    inputs = [*(x.requires_grad_() for x in inputs), torch.ones(2, device=device).requires_grad_()]
+    out = fa3.flash_attn_varlen_func(
+        *inputs[:3], cu, cu, 130, 130, **score, learnable_sink=inputs[3]
+    )
+    dout[203:] = 0.0
+    found = torch.autograd.grad(out, inputs, dout)
+    wanted = [torch.zeros_like(x) for x in inputs]
+    for start, length in zip(cu.tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        alone = [x[None, rows].detach().requires_grad_() for x in inputs[:3]] + inputs[3:]
+        out = fa3.flash_attn_func(*alone[:3], **score, learnable_sink=alone[3])
+        for x, y in zip(wanted, torch.autograd.grad(out, alone, dout[None, rows]), strict=True):
+            x += (
+                y
+                if x.dim() == 1
+                else torch.nn.functional.pad(y[0], (0, 0, 0, 0, start, 210 - start - length))
+            )
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-2)

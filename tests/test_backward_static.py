@@ -21,6 +21,12 @@ VARIANTS = [
     *(BwdSignature("bf16", *dims, "full") for dims in tuning.BACKWARD),
     *(BwdSignature("fp16", *dims, mask) for mask, rows in MASKS.items() for dims in rows),
     BwdSignature("bf16", 64, 64, "causal", deterministic=True),
+    # those that the tests of accuracy run
+    BwdSignature("bf16", 64, 64, "causal", score="softcap"),
+    BwdSignature("fp16", 128, 128, "local", score="softcap"),
+    BwdSignature("bf16", 192, 128, "full", score="softcap"),
+    BwdSignature("bf16", 64, 64, "causal", with_dq=False),
+    BwdSignature("bf16", 192, 128, "local", with_dq=False),
 ]
 
 

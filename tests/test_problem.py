@@ -201,7 +201,6 @@ def test_softcap_of_wrong_type(softcap):
         (ValueError, zeros(4, 2), "learnable_sink has shape (4, 2), expected (4,), .* or (2, 4)"),
         (ValueError, zeros(4).to("meta"), "learnable_sink is on device meta but q is on cpu"),
         (ValueError, zeros(4).to_sparse(), "learnable_sink is of layout torch.sparse_coo"),
-        (NotImplementedError, zeros(4).requires_grad_(), "learnable_sink has requires_grad=True"),
     ],
 )
 def test_learnable_sink(function, error, sink, words, monkeypatch):
@@ -397,12 +396,13 @@ def test_not_supported_yet(name, value, supported):
     refused(NotImplementedError, [name, supported], **{name: value})
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "learnable_sink"])
 def test_requires_grad(name):
     """Of calls without a backward pass."""
-    x = tensors()[name].requires_grad_()
-    words = ["softcap", "2.5", "requires_grad", "torch.no_grad"]
-    refused(NotImplementedError, words, softcap=2.5, **{name: x})
+    out = zeros(2, 6, 4, 64)
+    given = {"learnable_sink": zeros(4), **tensors()}
+    words = ["out", "requires_grad", "torch.no_grad"]
+    refused(NotImplementedError, words, **{name: given[name].requires_grad_()}, out=out)
 
 
 @pytest.mark.parametrize(

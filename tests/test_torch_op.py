@@ -143,18 +143,24 @@ def test_compile_with_options_that_vary(qkv):
         assert torch.equal(compiled(*qkv, left, scale), model(*qkv, left, scale))
 
 
-def test_no_backward_pass_under_compile(qkv):
-    q, k, v = qkv
-    q = q.clone().requires_grad_()
-    compiled = torch.compile(lambda *x: fa3.flash_attn_func(*x, softcap=2.5), backend="eager")
-    with pytest.raises(NotImplementedError, match="softcap is 2.5"):
-        compiled(q, k, v)
+NO_BACKWARD = "requires_grad=True, but q has dtype torch.float8_e4m3fn.* torch.no_grad"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_backward_pass_of_fp8(compiled, qkv):
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in qkv)
+    q.requires_grad_()
+    attend = (
+        torch.compile(fa3.flash_attn_func, backend="eager") if compiled else fa3.flash_attn_func
+    )
+    with pytest.raises(NotImplementedError, match=NO_BACKWARD):
+        attend(q, k, v)
 
 
 def test_no_backward_pass_of_the_operator(qkv):
-    q, k, v = qkv
-    with pytest.raises(NotImplementedError, match="softcap is 2.5"):
-        torch.ops.fa3.forward(q.clone().requires_grad_(), k, v, softcap=2.5)
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in qkv)
+    with pytest.raises(NotImplementedError, match=NO_BACKWARD):
+        torch.ops.fa3.forward(q.requires_grad_(), k, v)
 
 
 def test_compile_with_out(qkv):

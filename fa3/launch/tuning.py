@@ -57,6 +57,8 @@ BACKWARD = {
     (192, 192): BwdConfig(tile_m=64, tile_n=64),  # 590
     (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 600
 }
+# With softcap, where these do not do.
+BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True)}  # 128 queries spill
 
 
 # Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots
@@ -105,7 +107,9 @@ def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
 
 
 def backward(signature: BwdSignature) -> BwdConfig:
-    return BACKWARD[signature.head_dim, signature.head_dim_v]
+    tiles = signature.head_dim, signature.head_dim_v
+    own = BACKWARD_SOFTCAP.get(tiles) if signature.score == "softcap" else None
+    return own or BACKWARD[tiles]
 
 
 def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:

@@ -51,16 +51,16 @@ def see_no_key(signature: Signature, arguments: Sequence) -> None:
         x.out.zero_()
         x.lse.copy_(lse[..., None])
         return
-    counts = _counts(x.q.shape[1], x.cu_seqlens_q, x.seqused_q, x.q.device)
+    counted = counts(x.q.shape[1], x.cu_seqlens_q, x.seqused_q, x.q.device)
     if lse.shape[0] > 1 and x.cu_seqlens_q.numel():
         lse = lse[_sequence_of(x.q.shape[1], x.cu_seqlens_q)].mT[None]  # (1, h_q, num_rows)
     else:
         lse = lse[..., None]
-    x.out.masked_fill_(counts[:, :, None, None], 0.0)
-    x.lse.copy_(torch.where(counts[:, None], lse, x.lse))
+    x.out.masked_fill_(counted[:, :, None, None], 0.0)
+    x.lse.copy_(torch.where(counted[:, None], lse, x.lse))
 
 
-def _counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tensor:
+def counts(num_rows: int, cu_seqlens: Tensor, seqused: Tensor, device) -> Tensor:
     """Which rows belong to a sequence: (b or 1, num_rows)."""
     row = torch.arange(num_rows, dtype=torch.int32, device=device)
     if cu_seqlens.numel() == 0:

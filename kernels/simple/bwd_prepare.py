@@ -28,7 +28,7 @@ class PrepareTensors:
     lse: cute.Tensor  # (s_q, h_q, b) fp32
     dlse: cute.Tensor  # (s_q, h_q, b or 0) fp32
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
-    dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
+    dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (n, m_blocks, h_q, b) Int32
 
 
@@ -80,13 +80,16 @@ class Prepare:
             if column == 0:
                 stats[row] = log2_sum
                 stats[self.tile_m + row] = delta
-        self._clear(tensors.dq_sums[None, block, head, entry], thread)
+        self._clear(tensors.dq_sums, (block, head, entry), thread)
         if cutlass.const_expr(tensors.dq_counters is not None):
             counters = tensors.dq_counters[None, block, head, entry]
             if thread < cute.size(counters):
                 counters[thread] = 0
 
-    def _clear(self, sums: cute.Tensor, thread: Int32):
+    def _clear(self, sums: cute.Tensor | None, place: tuple, thread: Int32):
+        if sums is None:
+            return
+        sums = sums[(None, *place)]
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
         step = 4 * self.NUM_THREADS

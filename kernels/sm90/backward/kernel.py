@@ -4,6 +4,8 @@
     backward   here                      dK and dV of a tile of keys, dQ added to its sums
     finish     finish.py                 dQ from fp32 to 16 bits
 
+Without dQ (BwdSignature.with_dq) its sums, its product and the last kernel are left out.
+
 P is computed again from Q, K and lse.  A CTA has a tile of tile_n keys of one key head, and visits
 all blocks of tile_m queries that see them, of every query head that reads the key head:
 
@@ -40,6 +42,7 @@ from ...bwd_config import BwdConfig
 from ...bwd_signature import BwdSignature
 from ...key_mask import KeyMask
 from ...scheduler import Schedule, TileList, TileOrder
+from ...scores import KeyScores
 from ...simple.bwd_clear import Clear, Gradients
 from ...simple.bwd_prepare import Prepare, PrepareTensors
 from ...tensors import permute
@@ -92,15 +95,16 @@ class BackwardSm90:
             dout=tensor(batch, s_q, heads_q, dv),
             lse=numbers(batch),
             dlse=numbers(with_dlse),
-            dq=tensor(batch, s_q, heads_q, d),
+            dq=tensor(batch, s_q, heads_q, d) if signature.with_dq else None,
             dk=tensor(batch_k, s_k, heads_k, d),
             dv=tensor(batch_k, s_k, heads_k, dv),
             row_stats=blocks(2 * tile_m),
-            dq_sums=blocks(tile_m * signature.head_dim),
+            dq_sums=blocks(tile_m * signature.head_dim) if signature.with_dq else None,
             dq_counters=self._example_counters(batch, heads_q, m_blocks),
             **dict(zip(LENGTHS, self.plan.lengths.example(), strict=True)),
             softmax_scale=Float32(1.0),
             scale_log2=Float32(1.0),
+            softcap_log2=Float32(0.0) if signature.score == "softcap" else None,
             window_left=Int32(0),
             window_right=Int32(0),
             num_ctas=Int32(1),
@@ -118,10 +122,12 @@ class BackwardSm90:
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
         smem = BwdSmem.of(plan.signature, plan.config)
-        q, k, v, out, dout, dq, dk, dv = (
-            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dq, x.dk, x.dv)
+        q, k, v, out, dout, dk, dv = (
+            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dk, x.dv)
         )
-        row_stats, dq_sums = (permute(t, [3, 2, 1, 0]) for t in (x.row_stats, x.dq_sums))
+        row_stats, dq_sums = permute(x.row_stats, [3, 2, 1, 0]), None
+        if cutlass.const_expr(plan.signature.with_dq):
+            dq_sums = permute(x.dq_sums, [3, 2, 1, 0])
         lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
         dq_counters = None
         if cutlass.const_expr(plan.signature.deterministic):
@@ -142,7 +148,9 @@ class BackwardSm90:
             dq_counters=dq_counters,
             lengths=lengths,
         )
-        scalars = BwdScalars(x.softmax_scale, x.scale_log2, x.window_left, x.window_right)
+        scalars = BwdScalars(
+            x.softmax_scale, x.scale_log2, x.softcap_log2, x.window_left, x.window_right
+        )
         order = plan.lengths.order(x, stream)
         self.kernel(tensors, scalars, order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
@@ -150,9 +158,11 @@ class BackwardSm90:
             stream=stream,
             min_blocks_per_mp=1,
         )
-        Finish(plan)(dq_sums, dq, sequences, x.softmax_scale, stream)
-        if cutlass.const_expr(plan.signature.is_ragged):
-            Clear()(Gradients(dq, dk, dv), sequences, stream)
+        if cutlass.const_expr(plan.signature.with_dq):
+            dq = permute(x.dq, [1, 3, 2, 0])
+            Finish(plan)(dq_sums, dq, sequences, x.softmax_scale, stream)
+            if cutlass.const_expr(plan.signature.is_ragged):
+                Clear()(Gradients(dq, dk, dv), sequences, stream)
 
     @cute.kernel
     def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder | TileList):
@@ -214,15 +224,13 @@ class BackwardSm90:
         tile = work.first()
         while tile.is_valid:
             blocks = work.blocks_of(tile)
-            mask = self._mask(work, tile, warp, lane)
+            scores = KeyScores.of(plan, scalars, self._mask(work, tile, warp, lane))
             frag.start()
             k.wait_and_advance()
             v.wait_and_advance()
             for i in cutlass.range(work.heads_per_group, unroll=1):
                 sums = work.dq_sums(tile, tile.head_kv * work.heads_per_group + i, thread)
-                q, do = differentiate(
-                    frag, rings, q, do, blocks, mask, sums, thread, scalars.scale_log2
-                )
+                q, do = differentiate(frag, rings, q, do, blocks, scores, sums, thread)
             keys = work.sequence_of(tile).keys
             is_storing = warp == 0
             store_gradients(

@@ -176,32 +176,29 @@ class BwdFragments:
         """dP^T = V dO^T, asynchronously."""
         issue_gemm(self.mma.scores, self.acc_dP, self.v, self.do[None, None, None, stage], False)
 
-    def exponentiate(self, scale_log2: Float32, lse: cute.Tensor):
-        """S -> P in place; lse (tile_m / 4,) of this thread's columns, in log2."""
-        rows = rows_and_columns(self.acc_S)  # (2, tile_m / 4)
-        for i in range(cute.size(rows, mode=[1])):
-            for r in range(2):
-                rows[r, i] = cute.math.exp2(rows[r, i] * scale_log2 - lse[i], fastmath=True)
-
     def differentiate(self, delta: cute.Tensor):
-        """dP -> dS in place; delta (tile_m / 4,) of this thread's columns."""
+        """dP -> dS in place, of what KeyScores left in acc_S.
+
+        delta: (tile_m / 4,) of this thread's columns.
+        """
         p, dp = rows_and_columns(self.acc_S), rows_and_columns(self.acc_dP)
         for i in range(cute.size(dp, mode=[1])):
             for r in range(2):
                 dp[r, i] = p[r, i] * (dp[r, i] - delta[i])
 
-    def hand_over_p(self, buffer, thread) -> cute.Tensor:
+    def hand_over_p(self, acc_P: cute.Tensor, buffer, thread) -> cute.Tensor:
         """P^T in 16 bits, as issue_dv() takes it."""
         if self.plan.config.splits_keys:
-            return self._converted(self.acc_S, self.p_by_keys)
-        self._write(self._converted(self.acc_S, self.acc_S), self.p_buffer, buffer, thread)
+            return self._converted(acc_P, self.p_by_keys)
+        self._write(self._converted(acc_P, acc_P), self.p_buffer, buffer, thread)
         return self.p_by_keys[None, None, None, buffer]
 
     def hand_over_ds(self, buffer, thread) -> cute.Tensor:
         """dS^T in 16 bits, as issue_dk() takes it; and in shared memory for dQ."""
         if self.plan.config.splits_keys:
             ds = self._converted(self.acc_dP, self.ds_by_keys)
-            self._write(ds, self.ds_buffer, buffer, thread)
+            if self.plan.signature.with_dq:
+                self._write(ds, self.ds_buffer, buffer, thread)
             return ds
         self._write(self._converted(self.acc_dP, self.acc_dP), self.ds_buffer, buffer, thread)
         return self.ds_by_keys[None, None, None, buffer]

@@ -27,7 +27,7 @@ class BwdTensors:
     dk: TmaOperand  # (s_k, d, h_k, b)
     dv: TmaOperand  # (s_k, dv, h_k, b)
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
-    dq_sums: cute.Tensor  # (tile_m * tile_d, m_blocks, h_q, b) fp32
+    dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
     lengths: Any  # lengths.GivenLengths, of ragged sequences
 
@@ -42,7 +42,8 @@ class BwdScalars:
     """Run-time numbers of a backward pass."""
 
     softmax_scale: Float32
-    scale_log2: Float32  # softmax_scale * log2(e)
+    scale_log2: Float32  # as in FwdScalars
+    softcap_log2: Float32 | None  # the same, with softcap
     window_left: Int32
     window_right: Int32
 
@@ -69,7 +70,7 @@ class BwdWork:
     heads_per_group: Any
     num_n_blocks: Any  # of equal lengths
     stats: cute.Tensor  # BwdTensors.row_stats
-    sums: cute.Tensor  # BwdTensors.dq_sums
+    sums: cute.Tensor | None  # BwdTensors.dq_sums
     counters: cute.Tensor | None  # BwdTensors.dq_counters
 
     def first(self) -> KeyTile:
@@ -104,8 +105,10 @@ class BwdWork:
         layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
         return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
 
-    def dq_sums(self, tile: KeyTile, head, thread) -> DqSums:
-        """Those of a query head."""
+    def dq_sums(self, tile: KeyTile, head, thread) -> DqSums | None:
+        """Those of a query head, if dQ is wanted."""
+        if self.sums is None:
+            return None
         queries, tile_m = self.sequence_of(tile).queries, self.plan.config.tile_m
         sums, counters = (
             None if x is None else queries.workspace(x, head, tile_m)
