@@ -9,6 +9,7 @@ Importing this package registers `torch.ops.fa3` and imports neither the CuTe DS
 
 import importlib
 
+from .combine import flash_attn_combine
 from .interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from .interface_cache import flash_attn_with_kvcache
 from .interface_fp8 import flash_attn_fp8_func, flash_attn_varlen_fp8_func
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Fp8Inputs",
     "emulator",
+    "flash_attn_combine",
     "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",

@@ -79,6 +79,7 @@ def attend(  # noqa: PLR0913
     check_lengths=False,
     sink=None,
     deterministic=False,
+    num_splits=1,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
     plain = are_plain(q, k, v, out, given)
@@ -101,11 +102,12 @@ def attend(  # noqa: PLR0913
     try:
         if plain:
             checks = out_dtype, check_scales, given, longest, check_lengths
-            return ops.run(q, k, v, out, options, descales, *checks, sink)
+            return ops.run(q, k, v, out, options, descales, *checks, sink, num_splits)
         *options, softcap = options
         *of_rows, page_table = given
         more = () if given is EQUAL else (*of_rows, *longest, check_lengths)
-        score = {"softcap": softcap, "learnable_sink": sink, "page_table": page_table}
+        score = {"softcap": softcap, "learnable_sink": sink, "num_splits": num_splits}
+        score["page_table"] = page_table
         if out is None:
             score["deterministic"] = deterministic
             more = *descales, out_dtype, check_scales, *more
@@ -147,24 +149,22 @@ def check_out(out) -> None:
         raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
 
 
-def check_unused(qv, attention_chunk, num_splits, pack_gqa) -> None:
+def check_unused(qv, attention_chunk, pack_gqa) -> None:
     if not (
-        qv is None
-        and type(attention_chunk) is int
-        and type(num_splits) is int
-        and attention_chunk == 0
-        and num_splits == 1
-        and pack_gqa is None
+        qv is None and type(attention_chunk) is int and attention_chunk == 0 and pack_gqa is None
     ):
-        _check_hints(num_splits, pack_gqa)
+        if pack_gqa is not None:
+            bool_of("pack_gqa", pack_gqa)
         _refuse(qv=qv, attention_chunk=attention_chunk)
 
 
-def _check_hints(num_splits, pack_gqa) -> None:
-    if int_of("num_splits", num_splits) < 0:
+def splits_of(num_splits) -> int:
+    if type(num_splits) is int and num_splits == 1:
+        return 1
+    number = int_of("num_splits", num_splits)
+    if number < 0:
         raise ValueError(f"num_splits is {num_splits}, expected at least 0")
-    if pack_gqa is not None:
-        bool_of("pack_gqa", pack_gqa)
+    return number
 
 
 def _refuse(**arguments) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .attend import attend, bounds_of, check_unused, descales_of, options_of
+from .attend import attend, bounds_of, check_unused, descales_of, options_of, splits_of
 from .call import hints, lengths
 from .call.layout import check_tensors
 from .call.options import bool_of, int_of
@@ -54,7 +54,13 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
         softmax_scale and softcap do not reach it; lse counts it; where a query sees no key, out is
         0 and lse the sink. One of -inf changes nothing. Or (batch, h_q).
     sm_margin: number of SMs that the kernel leaves to others.
-    num_splits, pack_gqa: hints about speed, of no effect so far.
+    num_splits: parts of a head's keys that different SMs work on, for few queries and many keys.
+        1: none. n: each tile of queries has its key blocks cut into n parts of about equal length;
+        what a query gets, to the bit, depends on its own lengths and n, not on others in the batch.
+        0: the smallest number that fills the machine about as well as any, which depends on the
+        shapes. Partial results, in fp32, take n times the memory of out and lse, and are combined.
+        Without effect on GPUs before Hopper, and where no kernel runs.
+    pack_gqa: a hint about speed, of no effect so far.
     deterministic: gradients are the same to the bit on every run, at some cost of speed; out and
         lse always are. torch.use_deterministic_algorithms(True) has the same effect.
     Numbers may be tensors without dimensions; these are read, which waits for their device.
@@ -96,14 +102,15 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_func, next(iter(unknown)))
-    check_unused(qv, attention_chunk, num_splits, pack_gqa)
+    check_unused(qv, attention_chunk, pack_gqa)
+    num_splits = splits_of(num_splits)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
     descales = descales_of(q_descale, k_descale, v_descale, v_shift)
     if deterministic is not False:
         deterministic = bool_of("deterministic", deterministic)
-    more = {"sink": learnable_sink, "deterministic": deterministic}
+    more = {"sink": learnable_sink, "deterministic": deterministic, "num_splits": num_splits}
     out, lse = attend(q, k, v, out, options, descales, check_scales=check_scales, **more)
     return (out, lse) if return_attn_probs else out
 
@@ -188,7 +195,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_varlen_func, next(iter(unknown)))
-    check_unused(qv, attention_chunk, num_splits, pack_gqa)
+    check_unused(qv, attention_chunk, pack_gqa)
+    num_splits = splits_of(num_splits)
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
@@ -198,7 +206,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         deterministic = bool_of("deterministic", deterministic)
     bounds = bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths)
     more = given, *bounds, learnable_sink, deterministic
-    out, lse = attend(q, k, v, out, options, descales, None, check_scales, *more)
+    checks = None, check_scales, *more
+    out, lse = attend(q, k, v, out, options, descales, *checks, num_splits=num_splits)
     return (out, lse) if return_attn_probs else out
 
 

@@ -16,6 +16,7 @@ from .attend import (
     check_unused,
     descales_of,
     options_of,
+    splits_of,
 )
 from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
@@ -93,7 +94,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     q_descale, k_descale, v_descale, softmax_scale, causal, window_size, softcap, sm_margin, out,
         learnable_sink: as in flash_attn_func, with a one-byte cache of q's kind; causal is aligned
         to the bottom right of each sequence.
-    num_splits, scheduler_metadata: hints about speed, of no effect so far.
+    num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
+    scheduler_metadata: a hint about speed, of no effect so far.
     cache_leftpad: not supported yet.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
@@ -107,7 +109,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
     if cache_leftpad is not None:
         raise NotImplementedError("cache_leftpad is a tensor: only None is supported so far")
-    check_unused(qv, attention_chunk, 1 if num_splits == 0 else num_splits, pack_gqa)
+    check_unused(qv, attention_chunk, pack_gqa)
+    num_splits = splits_of(num_splits)
     return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
     check_pages = bool_of("check_pages", check_pages)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
@@ -134,14 +137,15 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     if plain:
         if check or q.device.type == "cpu":
             cache.check_room(0 if new is None else new.counts)
-        more = options, descales, given, longest, check, learnable_sink
+        more = options, descales, given, longest, check, learnable_sink, num_splits
         ops.prepare(view(q), k_cache, v_cache, target, *more)
     if new is not None:
         new.append(cache, rotary)
     if rotary is not None:
         q = rotary.rotate(q, cu_seqlens_q, is_causal or max(left, right) >= 0)
     more = None, False, given, longest, check, learnable_sink
-    result, lse = attend(view(q), k_cache, v_cache, target, options, descales, *more)
+    inputs = view(q), k_cache, v_cache, target
+    result, lse = attend(*inputs, options, descales, *more, num_splits=num_splits)
     if out is not None:
         result, lse = out, lse.reshape(q.shape[0], -1, 1) if view is not _as_it_is else lse
     return (result, lse) if return_softmax_lse else result

@@ -28,7 +28,7 @@ from .call.lengths import EQUAL, Lengths, Sequences
 from .call.problem import Options, Problem, check_out
 from .call.scales import NO_DESCALES, Descales, Scales
 from .kernels.config import FwdConfig
-from .launch import dispatch, jit, tuning
+from .launch import dispatch, jit, splits, tuning
 from .reference import attention as reference
 from .reference import ragged as reference_ragged
 
@@ -46,15 +46,41 @@ class Plan(NamedTuple):
     lse_shape: tuple[int, ...]
     views: tuple | None  # strides for q, k, v, out that TMA accepts where only size-1 ones are odd
     copies: tuple | None  # which of q, k, v to copy, their strides being no multiples of 16 B
+    split: "Split | None"  # where the results of `run` are partial
+
+
+class Split(NamedTuple):
+    """How the partial results of a call become its results."""
+
+    number: int
+    combine: Callable  # the kernel, compiled
+
+    def partial(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out (.., s_q, h_q, number, dv) and lse (.., h_q, number, s_q), in fp32."""
+        *rows, width = out.shape
+        return (
+            lse.new_empty(*rows, self.number, width),
+            lse.new_empty(*lse.shape[:-1], self.number, lse.shape[-1]),
+        )
+
+    def finish(self, partial: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, lengths) -> None:
+        """Write out (b, s_q, h_q, dv) and lse (b, h_q, s_q); of packed tensors b is 1.
+
+        lengths: cu_seqlens_q and seqused_q of ragged sequences, else None twice.
+        """
+        parts, part_lse = partial
+        lse = lse.transpose(1, 2)  # (b, s_q, h_q)
+        self.combine(parts.permute(3, 0, 1, 2, 4), part_lse.permute(2, 0, 3, 1), out, lse, *lengths)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, descales, sink, out_dtype, lengths, *options) -> Plan:  # noqa: PLR0913
+def plan_of(  # noqa: PLR0913
+    q, k, v, out, descales, sink, out_dtype, lengths, num_splits, longest, *options
+) -> Plan:
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
     q, k, v, out, sink and each of descales and lengths are the fields of a `Layout`, or None;
-    options: of
-    `Options`.
+    options: of `Options`; longest: max_seqlen_q and max_seqlen_k where num_splits is 0.
     """
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
     out = None if out is None else Layout(*out)
@@ -74,18 +100,19 @@ def plan_of(q, k, v, out, descales, sink, out_dtype, lengths, *options) -> Plan:
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas, scratch = _kernel_of(problem)
+    run, num_ctas, scratch, split = _kernel_of(problem, num_splits, longest)
     return Plan(
         run,
         problem.scales,
         problem.sequences,
         scratch,
-        (*problem.scalars, num_ctas),
+        (*problem.scalars, num_ctas, split and split.number),
         problem.out_shape,
         problem.out_dtype,
         problem.lse_shape,
         tuple(views) if any(views) else None,
         copies if any(copies) and not problem.is_empty else None,
+        split,
     )
 
 
@@ -102,29 +129,39 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
         check_out(Layout(*out), problem)
 
 
-def _kernel_of(problem: Problem) -> tuple[Callable, int, int]:
-    """The function to call, compiled, the most CTAs it may launch, and Plan.scratch."""
+def _kernel_of(
+    problem: Problem, num_splits: int, longest: tuple
+) -> tuple[Callable, int, int, Split | None]:
+    """The function to call, compiled, the most CTAs it may launch, Plan.scratch and Plan.split."""
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0, 0
+        return _do_nothing, 0, 0, None
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0, 0
+        return functools.partial(reference_ragged.see_no_key, signature), 0, 0, None
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0, 0
+        return reference.bind(signature), 0, 0, None
     kernel = dispatch.forward(signature, target)
     config = tuning.forward(signature, target.capability)
+    num_ctas = target.num_sms - problem.sm_margin
+    number = 1
+    if num_splits != 1 and target.capability[0] == 9:
+        number = splits.of(problem, config, num_ctas, num_splits, longest)
+    split = None
+    if number > 1:
+        signature, is_ragged = signature.split(), problem.sequences.is_ragged
+        split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
-    return run, target.num_sms - problem.sm_margin, _scratch_of(problem, config)
+    return run, num_ctas, _scratch_of(problem, config, number), split
 
 
-def _scratch_of(problem: Problem, config: FwdConfig) -> int:
+def _scratch_of(problem: Problem, config: FwdConfig, num_splits: int) -> int:
     sequences = problem.sequences
     if not sequences.is_ragged:
         return 0
     from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
 
-    rows = problem.s_q, problem.h_q, sequences.q_is_packed
+    rows = problem.s_q, problem.h_q * num_splits, sequences.q_is_packed
     return capacity(config.tile_m, sequences.batch, *rows)
 
 
@@ -154,6 +191,7 @@ def run(  # noqa: PLR0913
     longest=(None, None),
     check_lengths=False,
     sink=None,
+    num_splits=1,
 ) -> tuple[Tensor, Tensor]:
     """Attention of real tensors. Returns out and lse (b, h_q, s_q), of packed q (h_q, total_q).
 
@@ -162,6 +200,7 @@ def run(  # noqa: PLR0913
     longest: max_seqlen_q and max_seqlen_k, which are only compared with the lengths, where those
         can be read without waiting, or with check_lengths.
     sink: (h_q,) or (b, h_q), or None.
+    num_splits: of the keys, 0: as many as fill the machine.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
@@ -176,6 +215,8 @@ def run(  # noqa: PLR0913
         fields(sink),
         out_dtype,
         EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
+        num_splits,
+        longest if num_splits == 0 else None,
         *options,
     )
     if has_scales or sink is not None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -197,7 +238,9 @@ def run(  # noqa: PLR0913
     if plan.copies is not None or plan.views is not None:
         q, k, v, target = _for_tma(plan, q, k, v, out)
     views = *views, None if sink is None else sink.float().expand(plan.sequences.batch, q.shape[-2])
-    if lengths is EQUAL:
+    if plan.split is not None:
+        _run_split(plan, q, k, v, target, lse, views, lengths)
+    elif lengths is EQUAL:
         plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars))
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
@@ -216,6 +259,21 @@ def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PL
     tiles = q.new_empty(plan.scratch, dtype=torch.int32)
     given = lengths_.views(lengths, q.device)
     return q, k, v, out, lse, *views, *given, tiles, *plan.scalars
+
+
+def _run_split(plan: Plan, q, k, v, out, lse, views, lengths) -> None:  # noqa: PLR0913
+    """Each split of a head is a head of the partial results."""
+    parts, part_lse = plan.split.partial(out, lse)
+    results = parts.flatten(-3, -2), part_lse.flatten(-3, -2)
+    if lengths is EQUAL:
+        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars))
+        plan.split.finish((parts, part_lse), out, lse, (None, None))
+        return
+    plan.run(_ragged(plan, q, k, v, *results, views, lengths))
+    if plan.sequences.q_is_packed:
+        parts, part_lse, out, lse = (x.unsqueeze(0) for x in (parts, part_lse, out, lse))
+    cu_seqlens_q, _, seqused_q, *_ = lengths_.views(lengths, q.device)
+    plan.split.finish((parts, part_lse), out, lse, (cu_seqlens_q, seqused_q))
 
 
 def _layout(fields: tuple | None) -> Layout | None:
@@ -241,7 +299,9 @@ def _check_addresses(q, k, v, descales, sink) -> None:
         check_address("learnable_sink", sink, sink.itemsize)
 
 
-def prepare(q, k, v, out, options, descales, lengths, longest, check_lengths, sink) -> None:  # noqa: PLR0913
+def prepare(  # noqa: PLR0913
+    q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits
+) -> None:
     """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
     plan_of(
         *map(fields, (q, k, v, out)),
@@ -249,6 +309,8 @@ def prepare(q, k, v, out, options, descales, lengths, longest, check_lengths, si
         fields(sink),
         None,
         EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
+        num_splits,
+        longest if num_splits == 0 else None,
         *options,
     )
     _check_lengths(q, k, lengths, longest, check_lengths)
@@ -307,6 +369,7 @@ def forward(  # noqa: PLR0913
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
     page_table: Tensor | None = None,
+    num_splits: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
@@ -314,7 +377,7 @@ def forward(  # noqa: PLR0913
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, None, options, descales, *checks, learnable_sink)
+    return run(q, k, v, None, options, descales, *checks, learnable_sink, num_splits)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -343,6 +406,7 @@ def forward_out(  # noqa: PLR0913
     softcap: Number = 0.0,
     learnable_sink: Tensor | None = None,
     page_table: Tensor | None = None,
+    num_splits: int = 1,
 ) -> Tensor:
     """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
@@ -350,7 +414,7 @@ def forward_out(  # noqa: PLR0913
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, out, options, descales, *checks, learnable_sink)[1]
+    return run(q, k, v, out, options, descales, *checks, learnable_sink, num_splits)[1]
 
 
 @forward.register_fake
@@ -359,7 +423,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    deterministic=False, page_table=None,
+    deterministic=False, page_table=None, num_splits=1,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
@@ -374,7 +438,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    page_table=None,
+    page_table=None, num_splits=1,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table

@@ -1,9 +1,11 @@
 """What torch's transforms ask of an operator: vmap, forward-mode AD, counts of operations.
 
-It holds for every operator of fa3 that the first dimension of each tensor, given or returned, is
-the batch, but for packed tensors, and those of SHARED, which may have none: then all entries have
-one.
+It holds for every operator of fa3, but for those with a rule of their own, that the first dimension
+of each tensor, given or returned, is the batch, but for packed tensors, and those of SHARED, which
+may have none: then all entries have one.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,10 +18,10 @@ SHARED = {"learnable_sink": 1}  # argument -> its dimensions without the batch
 _library = torch.library.Library("fa3", "FRAGMENT")
 
 
-def register(operator: CustomOpDef) -> None:
+def register(operator: CustomOpDef, batch_rule: Callable | None = None) -> None:
     """Give the operator a rule for vmap, and have it refuse forward-mode AD."""
-    operator.register_vmap(_BatchRule(operator))
-    _refuse_tangents(operator)
+    operator.register_vmap(batch_rule or _BatchRule(operator))
+    refuse_tangents(operator)
 
 
 def count_as_attention(operator: CustomOpDef) -> None:
@@ -161,7 +163,7 @@ def _unfold(results, n: int, batch: int):
     ), dims
 
 
-def _refuse_tangents(operator: CustomOpDef) -> None:
+def refuse_tangents(operator: CustomOpDef) -> None:
     """torch's own rule for derivatives lets a custom operator pass with tangents of zero.
 
     It is registered for all devices at once; ours, for the devices we have, comes before it.

@@ -86,6 +86,21 @@ class BlockRange:
             n_edge = clamp(n_edge, n_min, n_diagonal)
         return BlockRange(window.kind, n_min, n_edge, n_diagonal, n_max)
 
+    def split(self, index, num_splits) -> "BlockRange":
+        """One of `num_splits` parts as long as each other, or by one block, the first keys first.
+
+        Where there are fewer blocks than parts, those that get none visit block 0: whoever splits
+        has to hide all keys from them.
+        """
+        length = self.count // num_splits
+        longer = self.count - length * num_splits  # so many parts have one block more
+        first = self.n_min + index * length + minimum(index, longer)
+        n_min = first * clamp(self.count - index, 0, 1)
+        n_max = n_min + maximum(length + clamp(longer - index, 0, 1), 1)
+        n_diagonal = clamp(self.n_diagonal, n_min, n_max - 1)
+        n_edge = clamp(self.n_edge, n_min, n_diagonal)
+        return BlockRange(self.kind, n_min, n_edge, n_diagonal, n_max)
+
     @property
     def count(self):
         """Blocks visited; at least 1."""

@@ -14,7 +14,7 @@ BARRIER_BYTES = 1024  # mbarriers and alignment
 # k:   the slot of the tile's last K block, released once O has left; Q and the other slots refill.
 # kv:  the same, half in the slot of the last K block and half in that of the last V block.
 # q:   the space of Q: the next Q waits until O has left.
-# registers: nowhere. O of FP8 inputs is stored from registers, without TMA.
+# registers: nowhere. O of FP8 inputs, and partial O, is stored from registers, without TMA.
 OSpace = Literal["own", "k", "kv", "q", "registers"]
 
 
@@ -82,7 +82,12 @@ class FwdConfig:
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
         if quantised is None:
             yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"
-            yield "o_space", self.o_space != "registers", "own, k, kv, q or None for 16-bit inputs"
+            if signature.is_split:
+                right = self.o_space in (None, "registers")
+                yield "o_space", right, "registers or None for partial results"
+            else:
+                right = self.o_space != "registers"
+                yield "o_space", right, "own, k, kv, q or None for 16-bit inputs"
             return
         slices = [0, *(n for n in range(8, dv, 8) if dv % n == 0)]
         yield "o_slice", self.o_slice in slices, f"one of {slices}"
@@ -92,7 +97,7 @@ class FwdConfig:
 
     def space_of_o(self, signature: Signature) -> OSpace:
         """`o_space`, or the first of the spaces that is large enough."""
-        if signature.quantised is not None:
+        if signature.quantised is not None or signature.is_split:
             return "registers"
         if self.o_space is not None:
             return self.o_space
@@ -111,7 +116,7 @@ class FwdConfig:
         q, o, k_stage, v_stage = self.elements(signature)
         if signature.quantised is not None:  # V has two rings
             return q + self.num_stages * (k_stage + 2 * v_stage) + BARRIER_BYTES
-        q_and_o = {"own": q + o, "k": q, "kv": q, "q": max(q, o)}[self.space_of_o(signature)]
+        q_and_o = {"own": q + o, "q": max(q, o)}.get(self.space_of_o(signature), q)
         return self._bytes(q_and_o, k_stage, v_stage)
 
     def elements(self, signature: Signature) -> tuple[int, int, int, int]:

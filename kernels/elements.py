@@ -32,7 +32,7 @@ class Elements:
     def of(signature: Signature) -> "Elements":
         q, quantised = ELEMENT[signature.dtype], signature.quantised
         if quantised is None:
-            return Elements(q, q, q, q, q, Float32)
+            return Elements(q, q, q, q, Float32 if signature.is_split else q, Float32)
         k, v = ELEMENT[quantised.k], ELEMENT[quantised.v]
         scores = cutlass.Int32 if q is cutlass.Int8 else Float32
         return Elements(q, k, cutlass.Float8E4M3FN, v, ELEMENT[quantised.out], scores)

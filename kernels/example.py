@@ -17,6 +17,8 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
     """
     heads_q, heads_k, s_q, s_k, batch = (cute.sym_int32() for _ in range(5))
     batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
+    is_split = plan.signature.is_split
+    heads_out = cute.sym_int32() if is_split else heads_q
     d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
 
     def tensor(dtype, batch, length, heads, width):
@@ -29,8 +31,8 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         tensor(element.q, batch, s_q, heads_q, d),
         tensor(element.k, batch_k, s_k, heads_k, d),
         tensor(element.v, batch_k, s_k, heads_k, dv),
-        tensor(element.out, batch, s_q, heads_q, dv),
-        make_fake_tensor(Float32, (batch, heads_q, s_q), lse_strides, assumed_align=4),
+        tensor(element.out, batch, s_q, heads_out, dv),
+        make_fake_tensor(Float32, (batch, heads_out, s_q), lse_strides, assumed_align=4),
         *scales(batch, heads_k, dv),
         _sinks(heads_q) if plan.signature.sinks else None,
         *plan.lengths.example(),
@@ -39,6 +41,7 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         window_left=Int32(0),
         window_right=Int32(0),
         num_ctas=Int32(1),
+        num_splits=Int32(1) if is_split else None,
     )
     return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
 

@@ -171,6 +171,11 @@ class Sequence:
         may_lack_keys = not isinstance(self.keys, Span)
         return Window(kind, self.s_q, self.s_k, left, right, may_lack_keys)
 
+    def hiding_keys(self, are_hidden) -> "Sequence":
+        """The same, as if it were without keys where `are_hidden`."""
+        length = cutlass.select_(are_hidden, cutlass.Int32(0), self.s_k)
+        return replace(self, keys=replace(self.keys, length=length))
+
     def uniform(self) -> "Sequence":
         """With its numbers in uniform registers again, which values carried by a loop have left."""
         batch = cute.arch.make_warp_uniform(self.batch)
@@ -226,6 +231,21 @@ class RaggedSpans:
         """The sequence that block `block` of an entry belongs to, and its place among its own."""
         span = self[self.batch_of(entry, block, num_rows)]
         return span, block - span.first_block(num_rows)
+
+    @cute.jit
+    def holds(self, entry, row):
+        """Whether a row of an entry belongs to a sequence."""
+        batch = entry
+        if self.cu_seqlens.shape[0] > 0:
+            batch, last = cutlass.Int32(0), self.cu_seqlens.shape[0] - 2
+            while batch < last:  # the last sequence that does not begin behind the row
+                middle = (batch + last + 1) // 2
+                if self.cu_seqlens[middle] <= row:
+                    batch = middle
+                else:
+                    last = middle - 1
+        span = self[batch]
+        return row >= span.start and row < span.start + span.length
 
     @cute.jit
     def batch_of(self, entry, block, num_rows: int):

@@ -1,6 +1,6 @@
 """Signature: every compile-time fact of an attention problem, and nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 HEAD_DIM_TILES = (64, 96, 128, 192, 256)
@@ -49,8 +49,8 @@ class Signature:
     """What a kernel is compiled for.
 
     Lengths, strides, batch, head counts, the true head dims (within the tiles), the softmax scale,
-    the softcap and the window sizes are run-time values: two calls that differ only in them share a
-    kernel.
+    the softcap, the window sizes and the number of splits are run-time values: two calls that
+    differ only in them share a kernel.
     """
 
     dtype: DTypeName | ByteName  # of q; without `quantised` also of k, v and out
@@ -64,6 +64,7 @@ class Signature:
     page_rows: int = (
         0  # k and v are pages, whose sizes are multiples of so many rows; 0: they are not
     )
+    is_split: bool = False  # each head's keys are split; the results are partial, in fp32
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -85,3 +86,10 @@ class Signature:
                 f"page_rows={self.page_rows} with is_ragged={self.is_ragged}, expected 0, or "
                 f"is_ragged=True and one of {PAGE_ROWS}"
             )
+        if self.is_split and self.quantised is not None and self.quantised.out != "fp32":
+            raise ValueError(f"is_split=True does not go with out of {self.quantised.out!r}")
+
+    def split(self) -> "Signature":
+        """The same with partial results."""
+        quantised = self.quantised and replace(self.quantised, out="fp32")
+        return replace(self, quantised=quantised, is_split=True)

@@ -23,7 +23,7 @@ class FwdTensors:
     k: TmaOperand  # (s_k, d, h_k, b)
     v: TmaOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
     o: TmaOperand | cute.Tensor  # (s_q, dv, h_q, b)
-    lse: cute.Tensor  # (s_q, h_q, b) fp32
+    lse: cute.Tensor  # (s_q, h_q, b) fp32; of partial results as many heads as splits, as of o
     scales: Any = None  # Scales, of FP8 inputs
     lengths: Any = None  # lengths.GivenLengths, of ragged sequences
     sinks: cute.Tensor | None = None  # (h_q, b) fp32
@@ -45,6 +45,7 @@ class FwdScalars:
     softcap_log2: Float32  # softcap * log2(e)
     window_left: Int32
     window_right: Int32
+    num_splits: Int32 | None = None  # of a head of q, where results are partial
 
 
 def permute(tensor: cute.Tensor, modes: list[int]) -> cute.Tensor:

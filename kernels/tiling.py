@@ -38,15 +38,19 @@ class QueryTiles:
 
     def heads(self, x) -> tuple:
         """How many have tiles, and how many share nothing. x: the arguments of a call."""
-        return x.q.shape[2], x.k.shape[2]
+        return x.out.shape[2], x.k.shape[2]
+
+    def num_splits(self, x) -> Any:
+        """Where each head of q has so many tiles that share the blocks of one; else None."""
+        return x.num_splits
 
     def shared_bytes(self, x) -> Any:
         """Of one row of what is shared."""
         return _row_bytes(x)
 
-    def cost(self, window: Window, block):
+    def cost(self, window: Window, block, num_splits=None):
         blocks = BlockRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
-        return cost_of(blocks.count)
+        return cost_of(blocks.count if num_splits is None else ceil_div(blocks.count, num_splits))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class KeyTiles:
     def shared_bytes(self, x) -> Any:
         return _row_bytes(x) * (x.q.shape[2] // x.k.shape[2])
 
-    def cost(self, window: Window, block):
+    def num_splits(self, x) -> None:
+        return None
+
+    def cost(self, window: Window, block, num_splits: None = None):
         blocks = QueryRange.of(window, block, tile_m=self.tile_m, tile_n=self.tile_n)
         return cost_of(blocks.count)
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
+from cutlass import Float32
 
 from .blocks import BlockRange, Window
 from .scheduler import Schedule, WorkTile
 from .sequence import RaggedSequences, Sequence, Sequences
-from .tensors import FwdScalars
+from .tensors import FwdScalars, FwdTensors
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,39 @@ class Work:
         return self.schedule.next(replace(tile, turn=tile.turn - 1))
 
     def sequence_of(self, tile: WorkTile) -> Sequence:
-        return self.sequences[tile.batch]
+        """Of a split that gets no block it is one without keys."""
+        sequence = self.sequences[tile.batch]
+        if self.scalars.num_splits is None:
+            return sequence
+        return sequence.hiding_keys(self._split_of(tile) >= self._all_blocks_of(tile).count)
 
     def window_of(self, tile: WorkTile) -> Window:
-        left, right = self.scalars.window_left, self.scalars.window_right
-        return self.sequence_of(tile).window(self.plan.signature.mask, left, right)
+        return self._window_of(self.sequence_of(tile))
 
     def blocks_of(self, tile: WorkTile) -> BlockRange:
-        plan, window = self.plan, self.window_of(tile)
+        blocks, num_splits = self._all_blocks_of(tile), self.scalars.num_splits
+        return blocks if num_splits is None else blocks.split(self._split_of(tile), num_splits)
+
+    def head_of(self, tile: WorkTile):
+        """The head of q. A tile's own head is that of its results: each split has one."""
+        num_splits = self.scalars.num_splits
+        return tile.head if num_splits is None else tile.head // num_splits
+
+    def sink_of(self, tile: WorkTile, tensors: FwdTensors) -> Float32 | None:
+        """Of a head's splits the first one has it in its sum."""
+        sink = tensors.sink_of(replace(tile, head=self.head_of(tile)))
+        if sink is None or self.scalars.num_splits is None:
+            return sink
+        return cutlass.select_(self._split_of(tile) == 0, sink, -Float32.inf)
+
+    def _split_of(self, tile: WorkTile):
+        return tile.head - self.head_of(tile) * self.scalars.num_splits
+
+    def _window_of(self, sequence: Sequence) -> Window:
+        left, right = self.scalars.window_left, self.scalars.window_right
+        return sequence.window(self.plan.signature.mask, left, right)
+
+    def _all_blocks_of(self, tile: WorkTile) -> BlockRange:
+        """Those of all splits."""
+        plan, window = self.plan, self._window_of(self.sequences[tile.batch])
         return BlockRange.of(window, tile.m_block, tile_m=plan.tile_m, tile_n=plan.tile_n)

@@ -1,6 +1,6 @@
 """The kernels that this project ships, by Signature: what is compiled, inspected and listed."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from itertools import product
 
 from fa3.kernels.signature import Quantised, Signature
@@ -30,12 +30,14 @@ def one_byte() -> list[Signature]:
 
 
 def with_scores() -> list[Signature]:
-    """A few with a function of scores or a sink, which differ from the others in little."""
+    """A few with a function of scores, a sink or splits, which differ from the others in little."""
     block_scales = QUANTISED["block scales"]
     return [
         Signature("bf16", 128, 128, "full", score="softcap"),
         Signature("bf16", 64, 64, "causal", sinks=True),
         Signature("e4m3", 128, 128, "causal", block_scales, score="softcap", sinks=True),
+        Signature("bf16", 128, 128, "full").split(),
+        Signature("e4m3", 128, 128, "full", block_scales).split(),
     ]
 
 
@@ -52,10 +54,12 @@ def is_main(signature: Signature) -> bool:
 def name_of(signature: Signature) -> str:
     """Such as "128 bf16 full" or "192/128 e4m3 causal, block scales"."""
     dims = "/".join(map(str, dict.fromkeys((signature.head_dim, signature.head_dim_v))))
-    scales = f", {KIND_OF[signature.quantised]}" if signature.quantised else ""
+    quantised = signature.quantised
+    scales = f", {KIND_OF[replace(quantised, out='bf16')]}" if quantised else ""
     score = f", {signature.score}" if signature.score else ""
     sinks = ", sinks" if signature.sinks else ""
-    return f"{dims} {signature.dtype} {signature.mask}{scales}{score}{sinks}"
+    split = ", split" if signature.is_split else ""
+    return f"{dims} {signature.dtype} {signature.mask}{scales}{score}{sinks}{split}"
 
 
 def as_code(config) -> str:

@@ -62,6 +62,7 @@ class Case(CallCase):
     num_ctas: int | None = None  # None: one per SM
     softcap: float = 0.0
     sink: str | None = None  # one of SINKS
+    num_splits: int = 1
 
 
 class Bordered:

@@ -48,6 +48,7 @@ class Fp8Case(CallCase):
     num_ctas: int | None = None  # None: one per SM
     softcap: float = 0.0
     sink: str | None = None  # one of SINKS
+    num_splits: int = 1
 
     @property
     def scale(self) -> float:

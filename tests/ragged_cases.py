@@ -101,6 +101,7 @@ class RaggedCase(CallCase):
     layout: str = "bshd"
     softmax_scale: float | None = None
     num_ctas: int | None = None  # None: one per SM
+    num_splits: int = 1
 
     def __str__(self):
         shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if self._differs(f))
@@ -137,6 +138,7 @@ class RaggedCase(CallCase):
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
             "window_size": self.window,
+            "num_splits": self.num_splits,
         }
 
 

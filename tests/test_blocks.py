@@ -81,3 +81,24 @@ def test_interior_blocks_have_no_mask():
 def test_phases_are_known_at_compile_time(kind, phases):
     window = Window(kind, s_q=8, s_k=8, left=2, right=2)
     assert len(BlockRange.of(window, 0, 128, 128).phases()) == phases
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(windows(), st.sampled_from([(128, 80), (64, 16), (16, 8), (8, 16)]), st.data())
+def test_splits_are_a_partition_whose_parts_are_masked_where_the_whole_is(window, tile, data):
+    tile_m, tile_n = tile
+    m_block = data.draw(st.integers(0, -(-window.s_q // tile_m) - 1))
+    num_splits = data.draw(st.integers(1, 9) | st.just(300))
+    whole = BlockRange.of(window, m_block, tile_m, tile_n)
+    masks = dict(visited(whole))
+    parts = [visited(whole.split(i, num_splits)) for i in range(num_splits)]
+    empty = parts[whole.count :]
+    assert empty == [[(0, True)]] * len(empty)
+    parts = parts[: whole.count]
+    assert [n for part in parts for n, _ in reversed(part)] == sorted(masks)
+    assert max(map(len, parts)) == -(-whole.count // num_splits)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for part in parts:
+        assert all(is_masked or not masks[n] for n, is_masked in part)
+        interior = [n for n, is_masked in part[1:] if not is_masked]
+        assert interior == [n for n, _ in part[1:] if not masks[n]]

@@ -28,6 +28,7 @@ def _attention(case: Case, q, k, v, device, out=None, sink=None):
         out=out,
         softcap=case.softcap,
         learnable_sink=sink,
+        num_splits=case.num_splits,
     )
 
 

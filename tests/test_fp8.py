@@ -39,6 +39,7 @@ def _call(case: Fp8Case, q, k, v, descales, out=None, sink=None):
         out=_out(case, q.device) if out is None else out,
         softcap=case.softcap,
         learnable_sink=sink,
+        num_splits=case.num_splits,
         **descales,
     )
 

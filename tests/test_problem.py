@@ -29,7 +29,7 @@ def tensors(b=2, s_q=6, s_k=8, h_q=4, h_k=2, d=64, dv=64, dtype=torch.bfloat16, 
 def nothing_runs(monkeypatch):
     """Fails the test if a call gets past the checks."""
 
-    def kernel_of(checked):
+    def kernel_of(checked, *_):
         raise AssertionError(f"the checks let {checked} pass")
 
     monkeypatch.setattr(ops, "_kernel_of", kernel_of)
@@ -135,7 +135,7 @@ def test_stride_of_out_that_tma_cannot_take(dim):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_misaligned(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, 0, None))
     x = {**tensors(), "out": zeros(2, 6, 4, 64)}[name]
     shifted = x.new_zeros(x.numel() + 8)[1 : x.numel() + 1].view(x.shape)
     refused(ValueError, [name, 2, 16, 0], **{name: shifted})
@@ -216,7 +216,7 @@ def _Quantised(q, k, v):
 
 
 def test_out_over_the_sink(monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, 0, None))
     out = zeros(2, 6, 4, 64)
     words = ["out", "learnable_sink", hex(out.data_ptr())]
     refused(ValueError, words, out=out, learnable_sink=out[0, 0, :, 0])
@@ -238,7 +238,7 @@ def test_what_smooth_k_would_change(given, words, monkeypatch):
         "quantize_fp8",
         lambda q, k, v, **options: seen.append(options["smooth_k"]) or _Quantised(q, k, v),
     )
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda _: None, 0, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, 0, None))
     for options in ({}, given):
         fa3.flash_attn_fp8_func(**tensors(), **options, smooth_v=False)
     assert seen == [True, False]
@@ -426,7 +426,7 @@ def test_out(out, words):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_out_over_an_input(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (pytest.fail, 0, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, 0, None))
     given = tensors()
     memory = zeros(2 * 2 * 8 * 4 * 64)
     given[name] = memory[: given[name].numel()].view(given[name].shape)
@@ -479,7 +479,7 @@ def test_numpy_numbers():
 def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda x: seen.append(x[-5:]), 7, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda x: seen.append(x[-6:-1]), 7, 0, None))
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
     fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)
@@ -493,7 +493,9 @@ def test_numbers_of_other_kinds(scale, causal, monkeypatch):
 def test_ints_in_tensors(dtype, monkeypatch):
     """A window, margin or hint may be a tensor without dimensions, as with torch's operators."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0, 0))
+    monkeypatch.setattr(
+        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, 0, None)
+    )
     two = torch.tensor(2, dtype=dtype)
     window = torch.tensor([3, 4], dtype=dtype)
     given = {"window_size": window, "sm_margin": two, "num_splits": two}
@@ -527,12 +529,12 @@ def test_what_a_kernel_gets_of_softcap_and_sinks(monkeypatch):
     """Numbers of any kind; the value makes no kernel, its presence does."""
     seen = []
 
-    def kernel_of(problem):
+    def kernel_of(problem, *_):
         def run(x):
             call = FwdArguments(*x)
             seen.append((problem.signature, call.sinks, call.scale_log2, call.softcap_log2))
 
-        return run, 0, 0
+        return run, 0, 0, None
 
     monkeypatch.setattr(ops, "_kernel_of", kernel_of)
     sink = zeros(8)[::2]
@@ -566,7 +568,7 @@ def test_factors_of_scores_that_fp32_does_not_hold(softcap, factor):
 
 def test_good_layouts_pass(monkeypatch):
     """Not everything is refused: odd strides of size-1 dimensions, expanded batches, defaults."""
-    monkeypatch.setattr(ops, "_kernel_of", lambda _: (lambda *_: None, 0, 0))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, 0, None))
     given = tensors()
     given["k"] = given["k"][:1].expand(2, -1, -1, -1)
     given["q"] = given["q"][:, :1].as_strided((2, 1, 4, 64), (256, 3, 64, 1))
@@ -583,7 +585,9 @@ def test_good_layouts_pass(monkeypatch):
 def test_positions_of_arguments(monkeypatch):
     """The order is FA3's: the tenth argument is window_size, the sixteenth sm_margin."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda p: (seen.append(p) or (lambda *_: None), 0, 0))
+    monkeypatch.setattr(
+        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, 0, None)
+    )
     given = tensors().values()
     rest = (None, None, None, None, (3, 4), 0, 0.0, 1, None, False, 2, True)
     out, _ = fa3.flash_attn_func(*given, 0.5, False, *rest)

@@ -94,7 +94,7 @@ class ListTiles:
                     num_blocks = Int32(0)
             cost = Int32(0)
             if block >= 0 and block < num_blocks:
-                cost = self.tiling.cost(self._window(call, sequence), block)
+                cost = self.tiling.cost(self._window(call, sequence), block, call.num_splits)
                 longest_shared = maximum(longest_shared, rows.length)
                 if block == 0:
                     shared += rows.length

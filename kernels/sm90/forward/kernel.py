@@ -176,6 +176,7 @@ class ForwardSm90:
             arguments.softcap_log2,
             arguments.window_left,
             arguments.window_right,
+            arguments.num_splits,
         )
         order = plan.lengths.order(arguments, stream)
         self.kernel(tensors, scalars, order).launch(
@@ -263,7 +264,7 @@ class ForwardSm90:
             give_back = partial(space.give_back, rings, last, tile.turn)
             k, v = attend(frag, scores, softmax, turn, k, v, blocks, plan.keeps_last_k, give_back)
             space.scores_done(query, tile.turn)
-            sink = tensors.sink_of(tile)  # arrives beside the last product
+            sink = work.sink_of(tile, tensors)  # arrives beside the last product
             look_ahead = partial(work.next, tile)
             v, next_tile = accumulate_last(frag, v, blocks.n_min, look_ahead, plan.keeps_last_v)
             space.output_done(tile.turn)

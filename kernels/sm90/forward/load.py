@@ -22,7 +22,8 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
     tile = work.first()
     while tile.is_valid:
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
-        fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence.queries, tile.head, 0)
+        head = work.head_of(tile)
+        fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence.queries, head, 0)
         fill_k = rings.k.filler(tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0)
         fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, sequence.keys, tile.head_kv, 1)
 

@@ -19,7 +19,7 @@ from ..rings import FwdRings, Ring, swizzled
 from ..tma import tma_store
 from ..wgmma import FwdMma, FwdSmem, accumulator, issue_gemm, o_layout
 from .kernel import ForwardSm90
-from .store import OutputSpace, Place
+from .store import OutputSpace, Place, RegistersToGlobal, write_partial
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FwdFragments:
 
 @dataclass(frozen=True)
 class Operands16Bit:
-    """Q, K and V as TMA brings them; O leaves by TMA, too."""
+    """Q, K and V as TMA brings them; O leaves by TMA, too, but for partial O."""
 
     plan: Any
 
@@ -80,13 +80,20 @@ class Operands16Bit:
     def scales(self, arguments: FwdArguments) -> None:
         return None
 
-    def output(self, o: cute.Tensor) -> TmaOperand:
+    @property
+    def keeps_o(self) -> bool:
+        """O stays in registers until it is in global memory."""
+        return self.plan.o_space == "registers"
+
+    def output(self, o: cute.Tensor) -> TmaOperand | cute.Tensor:
+        if self.keeps_o:
+            return o
         plan = self.plan
         smem = o_layout(plan.signature, plan.config)
         return tma_store(plan.lengths.view(o, 0), smem, plan.o_tile)
 
-    def shared_memory(self, allocator: SmemAllocator) -> tuple[FwdRings, cute.Pointer]:
-        """Rings of Q, K and V, and where O goes."""
+    def shared_memory(self, allocator: SmemAllocator) -> tuple[FwdRings, cute.Pointer | None]:
+        """Rings of Q, K and V, and where O goes, if anywhere."""
         plan = self.plan
         layouts, o_smem = (of(plan.signature, plan.config) for of in (FwdSmem.of, o_layout))
 
@@ -103,6 +110,7 @@ class Operands16Bit:
         k = space(k_size + cute.cosize(layouts.v))
         v = k + k_size  # OutputSpace relies on V's ring following K's
         o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
+        o = None if self.keeps_o else o
         return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
 
     def assist(self, rings: FwdRings, work: Any, worker, lane):
@@ -115,7 +123,9 @@ class Operands16Bit:
         """The fragments, and the factors of the scores of a warpgroup's rows."""
         return frag, SoftmaxScale(scalars.scale_log2)
 
-    def output_space(self, pointer: cute.Pointer, warp) -> OutputSpace:
+    def output_space(self, pointer: cute.Pointer | None, warp) -> OutputSpace | RegistersToGlobal:
+        if self.keeps_o:
+            return RegistersToGlobal(write_partial)
         layout = o_layout(self.plan.signature, self.plan.config)
         return OutputSpace(self.plan, pointer, layout, warp // 4, warp % 4 == 0)
 

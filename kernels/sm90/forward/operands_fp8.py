@@ -37,8 +37,8 @@ from ...views import four_bytes
 from ..rings import FwdRings, Ring, swizzled
 from ..wgmma import FwdMma, FwdSmem, accumulator, issue_gemm, v_slice, vt_layout, vt_rows
 from .kernel import ForwardSm90
-from .store import Place
-from .store_fp8 import RegistersToGlobal
+from .store import Place, RegistersToGlobal
+from .store_fp8 import store_output
 from .transpose import TRANSPOSING_WARPS, transpose
 
 
@@ -215,7 +215,7 @@ class OperandsFp8:
         return frag.with_scales(scales), scales
 
     def output_space(self, pointer: None, warp) -> RegistersToGlobal:
-        return RegistersToGlobal()
+        return RegistersToGlobal(store_output)
 
 
 def forward(signature: Signature, config: FwdConfig) -> ForwardSm90:

@@ -1,5 +1,6 @@
-"""Epilogue of the forward kernel: O through shared memory and TMA, LSE from registers."""
+"""Epilogue of the forward kernel: O by TMA or from registers, LSE from registers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ...scheduler import WorkTile
 from ...sequence import Sequence
 from ...softmax import Totals
 from ...tensors import FwdTensors
-from ...views import convert
+from ...views import column_of, convert, rows_and_columns
 from ..rings import FwdRings, swizzled
 
 
@@ -170,3 +171,46 @@ class OutputSpace:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             if cutlass.const_expr(before_release):
                 cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
+
+
+@dataclass(frozen=True)
+class RegistersToGlobal:
+    """O waits nowhere: the tile's Q is free after its last product, and nothing is given back."""
+
+    write: Callable  # (tensors, frag, totals, place): a warpgroup's 64 rows of O
+
+    def scores_done(self, query: Any, turn: Any):
+        query.release()
+
+    def output_done(self, turn: Any):
+        pass
+
+    def give_back(self, rings: FwdRings, last: LastSlots, turn: Any):
+        pass
+
+    def stored(self, query: Any):
+        pass
+
+    def drain(self):
+        pass
+
+    def store(self, tensors: FwdTensors, frag: Any, totals: Totals, place: Place, last: LastSlots):
+        self.write(tensors, frag, totals, place)
+
+
+@cute.jit
+def write_partial(tensors: FwdTensors, frag: Any, totals: Totals, place: Place):
+    """fp32 as it is. A quad writes 8 neighbouring columns of a row: 32 bytes, a whole sector."""
+    queries, lane = place.sequence.queries, place.thread % 32
+    mO = queries.matrix(tensors.o, place.tile.head)  # (s_q, dv)
+    values = rows_and_columns(frag.acc_O)  # (2, (2, dv / 8))
+    for i in cutlass.range_constexpr(0, cute.size(values, mode=[1]), 2):
+        column = column_of(i) + 2 * (lane % 4)
+        if column < mO.shape[1]:
+            for r in cutlass.range_constexpr(2):
+                row = place.row + 8 * r
+                pair = cute.make_rmem_tensor(2, Float32)
+                pair[0], pair[1] = values[r, i], values[r, i + 1]
+                if row < queries.length:
+                    target = cute.local_tile(mO, (1, 2), (row, column // 2))
+                    cute.autovec_copy(pair, cute.make_tensor(target.iterator, cute.make_layout(2)))

@@ -1,6 +1,5 @@
 """Epilogue for FP8: O from registers to global memory."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -9,33 +8,9 @@ from cutlass import Float32
 
 from ...softmax import Totals
 from ...tensors import FwdTensors
-from ..rings import FwdRings
-from .store import LastSlots, Place
+from .store import Place
 
 CHANNELS = 16  # that are transposed together; the four lanes of a row hold 4 of them each
-
-
-@dataclass(frozen=True)
-class RegistersToGlobal:
-    """O waits nowhere: the tile's Q is free after its last product, and nothing is given back."""
-
-    def scores_done(self, query: Any, turn: Any):
-        query.release()
-
-    def output_done(self, turn: Any):
-        pass
-
-    def give_back(self, rings: FwdRings, last: LastSlots, turn: Any):
-        pass
-
-    def stored(self, query: Any):
-        pass
-
-    def drain(self):
-        pass
-
-    def store(self, tensors: FwdTensors, frag: Any, totals: Totals, place: Place, last: LastSlots):
-        store_output(tensors, frag, totals, place)
 
 
 @cute.jit
