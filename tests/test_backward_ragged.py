@@ -147,7 +147,7 @@ class Call:
         options["window_left"], options["window_right"] = options.pop("window_size")
         if case.num_ctas is not None:
             options["sm_margin"] = dispatch.target_of(device).num_sms - case.num_ctas
-        found = torch.ops.fa3.backward(**given, **options, deterministic=case.deterministic)
+        *found, _ = torch.ops.fa3.backward(**given, **options, deterministic=case.deterministic)
         packed = (case.rows_q != "dense", *[case.rows_k != "dense"] * 2)
         return tuple(x[None] if p else x for x, p in zip(found, packed, strict=True))
 
