@@ -78,8 +78,8 @@ def covering(seed: int = 1) -> list[RaggedBackwardCase]:
                 row["layout"],
                 row["scale"],
                 row["num_ctas"],
-                row["with_lse"],
-                deterministic,
+                with_lse=row["with_lse"],
+                deterministic=deterministic,
             )
         )
     return sorted(cases, key=lambda c: (c.head_dim, c.causal, repr(c)))
@@ -145,6 +145,7 @@ class Call:
         given |= {"k": keys.given(k), "v": keys.given(v)}
         options = case.arguments(device)
         options["window_left"], options["window_right"] = options.pop("window_size")
+        del options["num_splits"]
         if case.num_ctas is not None:
             options["sm_margin"] = dispatch.target_of(device).num_sms - case.num_ctas
         *found, _ = torch.ops.fa3.backward(**given, **options, deterministic=case.deterministic)
