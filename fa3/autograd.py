@@ -99,6 +99,8 @@ def _signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSig
     """Raises NotImplementedError if there is no backward pass for the problem."""
     if problem.scales is not None:
         _refuse(f"q has dtype {problem.dtype}, which is none of {', '.join(map(str, DTYPES))}")
+    if problem.rows_per_query > 1:
+        _refuse(f"rows_per_query is {problem.rows_per_query}")
     forward = problem.signature
     tiles = tuning.backward_tiles(forward.head_dim, forward.head_dim_v)
     facts = forward.mask, deterministic and with_dq, forward.is_ragged, forward.score, with_dq
@@ -321,7 +323,8 @@ def _remember(ctx, inputs, output) -> None:
     layouts = Lengths(*(None if x is None else Layout.of(x) for x in lengths))
     _signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options), lengths=layouts))
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.deterministic = tuple(options), named["deterministic"]
+    *ctx.options, _ = options  # rows_per_query is 1
+    ctx.deterministic = named["deterministic"]
     ctx.longest = named["max_seqlen_q"], named["max_seqlen_k"]
     ctx.save_for_backward(q, k, v, *output, named["learnable_sink"], *lengths)
 

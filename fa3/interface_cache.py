@@ -1,7 +1,6 @@
 """Attention with a cache of keys and values, as programs that generate text call it."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from .call.options import bool_of, int_of
 from .call.problem import BYTE_DTYPES
 
 ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
+PACKED_QUERIES = 64  # of a sequence, at most, if pack_gqa does not say: half of a tile
 
 
 @hints.closed
@@ -86,8 +86,11 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     rotary_seqlens: (batch,) int32, instead of cache_seqlens in these positions.
     rotary_interleaved: columns 2 i and 2 i + 1 turn together; else i and i + n / 2.
 
-    pack_gqa: False keeps the queries of different heads apart. Otherwise the heads of a group share
-        a tile where each sequence has one query, all keys count and there is no sink.
+    pack_gqa: True puts the query heads of a key head under one another in the rows of a tile, so
+        that K and V are loaded once for all, False keeps them apart; neither changes a result. By
+        default they share where no sequence has more than 64 queries. Beside a sink, or with scales
+        per block of queries, they never do. q and out are copied for it, but for one query or one
+        key head.
     check_pages: wait for the device and refuse cache_seqlens and page_table that do not fit the
         cache. On CPU tensors all is checked anyway. Elsewhere lengths are cut to what the cache
         has, and pages that do not exist hold zeros.
@@ -107,9 +110,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
-    if cache_leftpad is not None:
-        raise NotImplementedError("cache_leftpad is a tensor: only None is supported so far")
-    check_unused(qv, attention_chunk, pack_gqa)
+    check_unused(qv, attention_chunk, pack_gqa, cache_leftpad=cache_leftpad)
     num_splits = splits_of(num_splits)
     return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
     check_pages = bool_of("check_pages", check_pages)
@@ -125,55 +126,90 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     longest, check = bounds_of(given, max_seqlen_q, None, check_pages)
     if out is not None:
         check_out(out)
-    _, is_causal, left, right, *_ = options
-    view = _as_it_is
-    wants_pack = pack_gqa is None or bool_of("pack_gqa", pack_gqa)
-    if wants_pack and _are_rows_of_a_tile(q, k_cache, options, q_descale, learnable_sink):
-        view = partial(_packed, k_cache.shape[2])
-        options = options[0], False, -1, -1, *options[4:]  # one query sees all keys
-        out = _new_out(q, v_cache) if out is None else out
-    target = None if out is None else view(out)
     plain = are_plain(q, k_cache, v_cache, out, given)
+    if plain and (check or q.device.type == "cpu"):
+        cache.check_room(0 if new is None else new.counts)
+    heads = _Heads.of(q, k_cache, longest[0], q_descale, learnable_sink, pack_gqa)
+    packed_options = heads.options(options)
+    out, target = heads.targets(q, v_cache, out)
+    given, longest = heads.lengths(given), (heads.rows(longest[0]), None)
     if plain:
-        if check or q.device.type == "cpu":
-            cache.check_room(0 if new is None else new.counts)
-        more = options, descales, given, longest, check, learnable_sink, num_splits
-        ops.prepare(view(q), k_cache, v_cache, target, *more)
+        more = packed_options, descales, given, longest, check, learnable_sink, num_splits
+        ops.prepare(heads.pack(q), k_cache, v_cache, target, *more)
     if new is not None:
         new.append(cache, rotary)
     if rotary is not None:
-        q = rotary.rotate(q, cu_seqlens_q, is_causal or max(left, right) >= 0)
+        q = rotary.rotate(q, cu_seqlens_q, options)
+    inputs = heads.pack(q), k_cache, v_cache, target
     more = None, False, given, longest, check, learnable_sink
-    inputs = view(q), k_cache, v_cache, target
-    result, lse = attend(*inputs, options, descales, *more, num_splits=num_splits)
-    if out is not None:
-        result, lse = out, lse.reshape(q.shape[0], -1, 1) if view is not _as_it_is else lse
-    return (result, lse) if return_softmax_lse else result
+    result, lse = attend(*inputs, packed_options, descales, *more, num_splits=num_splits)
+    if out is None:
+        out = heads.unpack(result)
+    elif target is None:
+        out.copy_(heads.unpack(result))
+    return (out, heads.unpack_lse(lse)) if return_softmax_lse else out
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+@dataclass(frozen=True)
+class _Heads:
+    """Which query heads are rows of one tile: those of a key head, or none.
 
+    Few queries leave most of a tile empty.  Put under one another, the heads of a group fill it,
+    and what they attend to is loaded once for all.
+    """
 
-def _are_rows_of_a_tile(q, k_cache, options, q_descale, sink) -> bool:
-    """The query heads of a key head are one tensor's rows that differ in nothing else."""
-    if q.dim() != 4 or k_cache.dim() != 4 or q.shape[1] != 1:
-        return False
-    h_q, h_k = q.shape[2], k_cache.shape[2]
-    if h_k == 0 or h_q % h_k or h_q == h_k:
-        return False
-    _, _, window_left, *_ = options
-    return window_left < 0 and sink is None and (q_descale is None or q_descale.dim() == 2)
+    group: int  # 1: each head has tiles of its own
+    h_k: int
+    has_views: bool  # with one query there is a view of q and out that has its heads as rows
 
+    @classmethod
+    def of(cls, q, k_cache, longest, q_descale, sink, pack_gqa) -> "_Heads":  # noqa: PLR0913
+        if pack_gqa is None:
+            pack_gqa = (q.shape[1] if longest is None else longest) <= PACKED_QUERIES
+        wants = bool_of("pack_gqa", pack_gqa)
+        h_q, h_k = q.shape[-2], k_cache.shape[-2]
+        has_group = h_k > 0 and h_q > h_k and h_q % h_k == 0
+        differ = sink is not None or (q_descale is not None and q_descale.dim() != 2)
+        group = h_q // h_k if has_group and wants and not differ else 1
+        return cls(group, h_k, q.dim() == 4 and q.shape[1] == 1)
 
-def _packed(h_k: int, x: Tensor) -> Tensor:
-    """(b, 1, h_q, d) -> (b, group, h_k, d)"""
-    return x[:, 0].unflatten(1, (h_k, -1)).transpose(1, 2)
+    def options(self, options: tuple) -> tuple:
+        return options if self.group == 1 else (*options, self.group)
 
+    def lengths(self, given: Lengths) -> Lengths:
+        if self.group == 1 or given.cu_seqlens_q is None:
+            return given
+        return given._replace(cu_seqlens_q=given.cu_seqlens_q * self.group)
 
-def _new_out(q: Tensor, v_cache: Tensor) -> Tensor:
-    dtype = torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype
-    return q.new_empty(*q.shape[:-1], v_cache.shape[-1], dtype=dtype)
+    def rows(self, longest: int | None) -> int | None:
+        return None if longest is None else longest * self.group
+
+    def targets(self, q, v_cache, out) -> tuple[Tensor | None, Tensor | None]:
+        """out, and what attention is to write, which is None where out is made of its result."""
+        if self.group == 1 or not self.has_views:
+            return out, out if self.group == 1 else None
+        if out is None:
+            dtype = torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype
+            out = q.new_empty(*q.shape[:-1], v_cache.shape[-1], dtype=dtype)
+        return out, self.pack(out)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(.., s_q, h_q, d) -> (.., s_q * group, h_k, d)"""
+        if self.group == 1:
+            return x
+        return x.unflatten(-2, (self.h_k, self.group)).transpose(-2, -3).flatten(-4, -3)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The other way."""
+        if self.group == 1:
+            return x
+        return x.unflatten(-3, (-1, self.group)).transpose(-2, -3).flatten(-3, -2)
+
+    def unpack_lse(self, lse: Tensor) -> Tensor:
+        """(.., h_k, s_q * group) -> (.., h_q, s_q)"""
+        if self.group == 1:
+            return lse
+        return lse.unflatten(-1, (-1, self.group)).transpose(-1, -2).flatten(-3, -2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -311,5 +347,8 @@ class _Rotary:
     def angles(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.cos, self.sin, self.seqlens
 
-    def rotate(self, q: Tensor, cu_seqlens, advances: bool) -> Tensor:
+    def rotate(self, q: Tensor, cu_seqlens, options: tuple) -> Tensor:
+        """Queries follow each other under a mask; without one all have the first one's position."""
+        _, is_causal, left, right, *_ = options
+        advances = is_causal or max(left, right) >= 0
         return append.rotate(q, *self.angles, cu_seqlens, self.interleaved, advances)

@@ -106,7 +106,7 @@ def plan_of(  # noqa: PLR0913
         problem.scales,
         problem.sequences,
         scratch,
-        (*problem.scalars, num_ctas, split and split.number),
+        (*problem.scalars, num_ctas, split and split.number, problem.given_rows_per_query),
         problem.out_shape,
         problem.out_dtype,
         problem.lse_shape,
@@ -370,9 +370,10 @@ def forward(  # noqa: PLR0913
     deterministic: bool = False,
     page_table: Tensor | None = None,
     num_splits: int = 1,
+    rows_per_query: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
-    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
+    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
@@ -407,9 +408,10 @@ def forward_out(  # noqa: PLR0913
     learnable_sink: Tensor | None = None,
     page_table: Tensor | None = None,
     num_splits: int = 1,
+    rows_per_query: int = 1,
 ) -> Tensor:
     """The lse; `out` is written."""
-    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
+    options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
@@ -423,7 +425,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    deterministic=False, page_table=None, num_splits=1,
+    deterministic=False, page_table=None, num_splits=1, rows_per_query=1,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
@@ -438,7 +440,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    page_table=None, num_splits=1,
+    page_table=None, num_splits=1, rows_per_query=1,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table

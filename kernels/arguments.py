@@ -36,3 +36,4 @@ class FwdArguments:
     window_right: Any  # Int32
     num_ctas: Any  # Int32, at most so many are launched
     num_splits: Any = None  # Int32, where Signature.is_split: heads of out and lse per head of q
+    rows_per_query: Any = None  # Int32, where Signature.packs_heads

@@ -15,7 +15,8 @@ from .signature import MaskKind
 class Window:
     """Query i sees key j iff  i + shift - left <= j <= i + shift + right  and  0 <= j < s_k.
 
-    `shift` = s_k - s_q aligns the last query with the last key (bottom right).
+    `shift` = s_k - s_q aligns the last query with the last key (bottom right).  A row is a query,
+    or one of several heads of it; then s_q counts rows, and shift queries.
     """
 
     kind: MaskKind  # compile-time; "full" reads no bound, "causal" only the right one (0)
@@ -24,19 +25,23 @@ class Window:
     left: Any
     right: Any
     may_lack_keys: bool = False  # compile-time: s_k may be 0
+    rows_per_query: Any = None  # heads that follow each other in the rows; None: one
 
     @property
     def shift(self):
-        return self.s_k - self.s_q
+        return self.s_k - self._query(self.s_q)
 
     def first_key(self, row):
-        """The first key that query `row` may see (may be negative)."""
-        return row + self.shift - self.left
+        """The first key that the query of a row may see (may be negative)."""
+        return self._query(row) + self.shift - self.left
 
     def end_key(self, row):
-        """One past the last key that query `row` may see (may be negative or beyond s_k)."""
+        """One past the last key that the query of a row may see (may be negative or beyond s_k)."""
         right = 0 if self.kind == "causal" else self.right
-        return row + self.shift + right + 1
+        return self._query(row) + self.shift + right + 1
+
+    def _query(self, row):
+        return row if self.rows_per_query is None else row // self.rows_per_query
 
 
 @dataclass(frozen=True)

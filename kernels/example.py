@@ -42,6 +42,7 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         window_right=Int32(0),
         num_ctas=Int32(1),
         num_splits=Int32(1) if is_split else None,
+        rows_per_query=Int32(1) if plan.signature.packs_heads else None,
     )
     return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
 

@@ -117,6 +117,7 @@ class RaggedLengths:
             max_ctas=x.num_ctas,
             rows_in_l2=L2_BUDGET // tiling.shared_bytes(x),
             memory=x.tiles,
+            rows_per_query=tiling.rows_per_query(x),
             num_splits=tiling.num_splits(x),
         )
         ListTiles(tiling)(call, stream)

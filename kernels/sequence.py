@@ -167,9 +167,9 @@ class Sequence:
         """(n, heads, b) -> (n,) of a head, where all rows have the same."""
         return tensor[None, head, self.batch]
 
-    def window(self, kind: MaskKind, left, right) -> Window:
+    def window(self, kind: MaskKind, left, right, rows_per_query=None) -> Window:
         may_lack_keys = not isinstance(self.keys, Span)
-        return Window(kind, self.s_q, self.s_k, left, right, may_lack_keys)
+        return Window(kind, self.s_q, self.s_k, left, right, may_lack_keys, rows_per_query)
 
     def hiding_keys(self, are_hidden) -> "Sequence":
         """The same, as if it were without keys where `are_hidden`."""

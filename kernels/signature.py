@@ -61,10 +61,11 @@ class Signature:
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
     score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
     sinks: bool = False  # a score without a value in each row's sum
-    page_rows: int = (
-        0  # k and v are pages, whose sizes are multiples of so many rows; 0: they are not
-    )
+    page_rows: int = 0  # k and v are pages of multiples of so many rows; 0: they are not pages
     is_split: bool = False  # each head's keys are split; the results are partial, in fp32
+    packs_heads: bool = (
+        False  # rows of q are heads of a query, several of each; not if mask is full
+    )
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):

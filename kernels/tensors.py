@@ -46,6 +46,7 @@ class FwdScalars:
     window_left: Int32
     window_right: Int32
     num_splits: Int32 | None = None  # of a head of q, where results are partial
+    rows_per_query: Int32 | None = None  # heads that follow each other in the rows of q
 
 
 def permute(tensor: cute.Tensor, modes: list[int]) -> cute.Tensor:

@@ -40,6 +40,9 @@ class QueryTiles:
         """How many have tiles, and how many share nothing. x: the arguments of a call."""
         return x.out.shape[2], x.k.shape[2]
 
+    def rows_per_query(self, x) -> Any:
+        return x.rows_per_query
+
     def num_splits(self, x) -> Any:
         """Where each head of q has so many tiles that share the blocks of one; else None."""
         return x.num_splits
@@ -74,6 +77,9 @@ class KeyTiles:
 
     def shared_bytes(self, x) -> Any:
         return _row_bytes(x) * (x.q.shape[2] // x.k.shape[2])
+
+    def rows_per_query(self, x) -> None:
+        """A row is a query."""
 
     def num_splits(self, x) -> None:
         return None

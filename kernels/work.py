@@ -59,8 +59,9 @@ class Work:
         return tile.head - self.head_of(tile) * self.scalars.num_splits
 
     def _window_of(self, sequence: Sequence) -> Window:
-        left, right = self.scalars.window_left, self.scalars.window_right
-        return sequence.window(self.plan.signature.mask, left, right)
+        x = self.scalars
+        kind = self.plan.signature.mask
+        return sequence.window(kind, x.window_left, x.window_right, x.rows_per_query)
 
     def _all_blocks_of(self, tile: WorkTile) -> BlockRange:
         """Those of all splits."""

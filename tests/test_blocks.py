@@ -12,7 +12,8 @@ def visible(window: Window, row: int, key: int) -> bool:
     """The definition, as documented for flash_attn_func."""
     if window.kind == "full":
         return True
-    aligned = row + window.s_k - window.s_q
+    heads = window.rows_per_query or 1
+    aligned = row // heads + window.s_k - window.s_q // heads
     if window.kind == "causal":
         return key <= aligned
     return aligned - window.left <= key <= aligned + window.right
@@ -29,12 +30,14 @@ def visited(blocks: BlockRange) -> list[tuple[int, bool]]:
 @st.composite
 def windows(draw):
     side = st.integers(0, 300) | st.just(UNBOUNDED)
+    heads = draw(st.sampled_from([None, None, 2, 3, 8]))
     return Window(
         kind=draw(st.sampled_from(["full", "causal", "local"])),
-        s_q=draw(st.integers(1, 400)),
+        s_q=draw(st.integers(1, 400 // (heads or 1))) * (heads or 1),
         s_k=draw(st.integers(1, 400)),
         left=draw(side),
         right=draw(side),
+        rows_per_query=heads,
     )
 
 

@@ -94,14 +94,30 @@ def test_varlen_func_takes_pages(device):
     assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (50, 0)], ids=str)
-def test_heads_of_a_group_share_a_tile(window, device):
-    """Where there is one query; the bits do not tell."""
-    call = Call(CacheCase(num_queries=(1, 1), h_q=6, h_k=2, window=window), device)
-    packed = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
-    apart = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), pack_gqa=False)
-    for a, b in zip(packed, apart, strict=True):
-        assert a.shape == b.shape and torch.equal(a, b)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CacheCase(num_queries=(1, 1), h_q=6),
+        CacheCase(num_queries=(1, 1), h_q=6, window=(50, 0)),
+        CacheCase(num_queries=(4, 4), h_q=6),
+        CacheCase(num_queries=(4, 4), h_q=6, h_k=1),
+        CacheCase(num_queries=(1, 70), pages=48),
+        CacheCase(num_queries=(30, 50), h_q=16, lengths=(20, 200)),  # queries that see no key
+    ],
+    ids=str,
+)
+def test_heads_of_a_group_share_a_tile(case, device):
+    """The bits do not tell."""
+    call = Call(case, device)
+    packed, lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), pack_gqa=True)
+    apart, its_lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), pack_gqa=False)
+    assert packed.shape == apart.shape and packed.is_contiguous() and torch.equal(packed, apart)
+    assert torch.equal(lse, its_lse) and lse.is_contiguous()
+    out = Bordered(torch.zeros_like(apart)[None] if case.is_packed else apart * 0, "packed")
+    target = out.tensor[0] if case.is_packed else out.tensor
+    fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), pack_gqa=True, out=target)
+    assert torch.equal(target, apart)
+    out.assert_border_untouched("out")
 
 
 def test_out(device):

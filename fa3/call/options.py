@@ -19,6 +19,7 @@ class Options(NamedTuple):
     window_right: int = -1
     sm_margin: int = 0  # SMs left to other kernels
     softcap: float = 0.0  # bound of the scores; 0: none
+    rows_per_query: int = 1  # heads of a query that follow each other in the rows of q and out
 
     @classmethod
     def of(  # noqa: PLR0913

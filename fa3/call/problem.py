@@ -81,6 +81,7 @@ class Problem:
     sm_margin: int
     softcap: float  # 0: none
     has_sink: bool
+    rows_per_query: int
 
     @classmethod
     def of(
@@ -134,6 +135,7 @@ class Problem:
             _margin_of(options.sm_margin),
             _softcap_of(options.softcap),
             _has_sink(learnable_sink, q, sequences.batch),
+            _rows_per_query_of(options.rows_per_query, s_q),
         )
 
     @property
@@ -144,6 +146,7 @@ class Problem:
         more = {"score": "softcap" if self.softcap else None, "sinks": self.has_sink}
         if self.sequences.page_size:
             more["page_rows"] = self.sequences.page_rows
+        more["packs_heads"] = self.given_rows_per_query is not None
         return Signature(
             dtype, *tiles, self.mask.kind, self._quantised, self.sequences.is_ragged, **more
         )
@@ -172,6 +175,11 @@ class Problem:
             scale = min(max(scale * (2 / self.softcap), FP32.tiny), FP32.max)
         num_sequences = self.batch if self.sequences.is_ragged else None
         return num_sequences, scale, self.softcap * LOG2_E, self.mask.left, self.mask.right
+
+    @property
+    def given_rows_per_query(self) -> int | None:
+        """The last field of FwdArguments: None where each row is a query, or it makes no odds."""
+        return self.rows_per_query if self.rows_per_query > 1 and self.mask.kind != "full" else None
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -344,6 +352,12 @@ def _has_sink(sink: Layout | None, q: Layout, batch: int) -> bool:
             f"of q, or {(batch, h_q)}"
         )
     return True
+
+
+def _rows_per_query_of(number: int, s_q: int) -> int:
+    if number < 1 or s_q % number:
+        raise ValueError(f"rows_per_query is {number}, expected a divisor of the {s_q} rows of q")
+    return number
 
 
 def _margin_of(sm_margin: int) -> int:

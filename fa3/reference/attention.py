@@ -56,7 +56,8 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
         if signature.score == "softcap":
             scores.mul_(0.5).tanh_().mul_(x.softcap_log2 * math.log(2))
         window = x.window_left, x.window_right
-        unseen = hidden(signature.mask, start, stop, s_q, s_k, *window, q.device)
+        numbers = start, stop, s_q, s_k, *window
+        unseen = hidden(signature.mask, *numbers, q.device, x.rows_per_query or 1)
         if unseen is not None:
             scores.masked_fill_(unseen, -math.inf)
         # Subtracting the maximum is exact near it; a rounded lse would not give weights of sum 1.
@@ -102,12 +103,13 @@ def _per_row(descale: torch.Tensor, length: int, block: int) -> torch.Tensor:
     return descale.transpose(1, 2)[..., None]
 
 
-def hidden(mask, start, stop, s_q, s_k, window_left, window_right, device):
+def hidden(mask, start, stop, s_q, s_k, window_left, window_right, device, rows_per_query=1):
     """Which keys rows start..stop do not see, (stop - start, s_k); None: they see all."""
     if mask == "full":
         return None
     # the key on each row's diagonal
-    position = torch.arange(start, stop, dtype=torch.int64, device=device)[:, None] + (s_k - s_q)
+    query = torch.arange(start, stop, dtype=torch.int64, device=device) // rows_per_query
+    position = query[:, None] + (s_k - s_q // rows_per_query)
     key = torch.arange(s_k, dtype=torch.int64, device=device)[None, :]
     if mask == "causal":
         return key > position

@@ -24,6 +24,7 @@ class ListArguments:
     max_ctas: Any  # of the kernel that computes them, before TileList.count limits them
     rows_in_l2: Any  # L2_BUDGET // bytes of a row that tiles share
     memory: cute.Tensor  # int32, `capacity`
+    rows_per_query: Any = None  # Window.rows_per_query
     num_splits: Any = None  # of a tile's blocks, where each split counts as a head
 
     @property

@@ -112,7 +112,8 @@ class ListTiles:
             cute.arch.atomic_max(totals.iterator + 3, longest_shared)
 
     def _window(self, call: ListArguments, sequence: Sequence) -> Window:
-        return sequence.window(self.tiling.mask, call.window_left, call.window_right)
+        bounds = call.window_left, call.window_right
+        return sequence.window(self.tiling.mask, *bounds, call.rows_per_query)
 
     @cute.jit
     def _sequence_of(self, call: ListArguments, slot) -> Int32:

@@ -156,7 +156,9 @@ class ForwardSm80:
             sinks=permute(x.sinks, [1, 0]) if plan.signature.sinks else None,
             lengths=plan.lengths.given(x),
         )
-        scalars = FwdScalars(x.scale_log2, x.softcap_log2, x.window_left, x.window_right)
+        window = x.window_left, x.window_right
+        more = {"rows_per_query": x.rows_per_query}
+        scalars = FwdScalars(x.scale_log2, x.softcap_log2, *window, **more)
         order = plan.lengths.order(x, stream)
         self.kernel(tensors, scalars, order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),

@@ -177,6 +177,7 @@ class ForwardSm90:
             arguments.window_left,
             arguments.window_right,
             arguments.num_splits,
+            arguments.rows_per_query,
         )
         order = plan.lengths.order(arguments, stream)
         self.kernel(tensors, scalars, order).launch(
