@@ -78,8 +78,8 @@ def covering(seed: int = 1) -> list[RaggedBackwardCase]:
                 row["layout"],
                 row["scale"],
                 row["num_ctas"],
-                row["with_lse"],
-                deterministic,
+                with_lse=row["with_lse"],
+                deterministic=deterministic,
             )
         )
     return sorted(cases, key=lambda c: (c.head_dim, c.causal, repr(c)))
@@ -145,9 +145,10 @@ class Call:
         given |= {"k": keys.given(k), "v": keys.given(v)}
         options = case.arguments(device)
         options["window_left"], options["window_right"] = options.pop("window_size")
+        del options["num_splits"]
         if case.num_ctas is not None:
             options["sm_margin"] = dispatch.target_of(device).num_sms - case.num_ctas
-        found = torch.ops.fa3.backward(**given, **options, deterministic=case.deterministic)
+        *found, _ = torch.ops.fa3.backward(**given, **options, deterministic=case.deterministic)
         packed = (case.rows_q != "dense", *[case.rows_k != "dense"] * 2)
         return tuple(x[None] if p else x for x, p in zip(found, packed, strict=True))
 
@@ -321,6 +322,21 @@ def test_deterministic_reaches_the_kernels(plain_torch, monkeypatch):
         more = {"causal": True, "deterministic": deterministic}
         fa3.flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, **more)[:70].sum().backward()
     assert asked == [False, True]
+
+
+def test_only_what_is_asked_for(device, poisoned):
+    """Without dQ, of packed and of dense queries."""
+    (q, k, v), cu = _packed(device)
+    dout = torch.randn_like(q)
+    wanted = _one_by_one(q, k, v, dout)[1:]
+    out = fa3.flash_attn_varlen_func(q.detach(), k, v, cu, cu, 40, 40, causal=True)
+    _close(torch.autograd.grad(out, (k, v), dout), wanted)
+    dense, used = (x.detach()[:60].view(2, 30, 2, 64) for x in (q, k, v)), cu.new_tensor([30, 7])
+    q, k, v = dense
+    k.requires_grad_()
+    out = fa3.flash_attn_varlen_func(q, k, v, None, None, None, None, used, used, causal=True)
+    (dk,) = torch.autograd.grad(out[:, :7].float().sum(), k)
+    assert dk.isfinite().all() and (dk[1, 7:] == 0).all() and (dk[1, :7] != 0).any()
 
 
 def test_compile_with_other_lengths(device):
