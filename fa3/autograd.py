@@ -204,7 +204,7 @@ def run(  # noqa: PLR0913
         for x, copy, strides in zip(given, plan.copies, plan.strides, strict=True)
     ]
     given = [x.clone() if x.data_ptr() % 16 else x for x in given]
-    gradients = [_like(x) for x in (q if with_dq else None, k, v)]
+    gradients = [_like(x) for x in (q if makes_dq else None, k, v)]
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     row_stats, *others, tiles = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
