@@ -141,7 +141,9 @@ def features(signature: AnySignature) -> list[str]:
     """Words for what few kernels do."""
     found = [signature.score] if getattr(signature, "score", None) else []
     found += ["sinks"] * getattr(signature, "sinks", False)
-    return found + ["deterministic"] * getattr(signature, "deterministic", False)
+    found += ["split"] * getattr(signature, "is_split", False)
+    found += ["deterministic"] * getattr(signature, "deterministic", False)
+    return found + ["no dQ"] * (not getattr(signature, "with_dq", True))
 
 
 def _beside(report: Report) -> str:
