@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
-from .backends import OURS, OWN
+from .backends import FA2_OWN, OURS, OWN
 from .cases import BACKWARD, FORWARD, TRAINING, Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +129,12 @@ def ratios(rows: Iterable[Row]) -> dict[tuple, float]:
         if OURS in speed and peers:
             found[case] = speed[OURS] / max(peers)
     return found
+
+
+def over_fa2(rows: Iterable[Row]) -> dict[tuple, float]:
+    """Ours over our kernels for Ampere, as `ratios`: what Hopper's own instructions bring."""
+    found = speeds(rows).items()
+    return {case: x[OURS] / x[FA2_OWN] for case, x in found if {OURS, FA2_OWN} <= set(x)}
 
 
 def speeds(rows: Iterable[Row]) -> dict[tuple, dict[str, float]]:

@@ -141,13 +141,24 @@ def test_the_exact_output_is_torchs(causal, window):
     assert check.row_error(out, expected.transpose(1, 2).float()) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["fa2", "fa3", FA2_OWN])
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_backends_that_run_here_are_right(backend, causal):
     case = Case("bf16", 64, causal, length=150, batch=1, heads=2)
     qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
     _, error = sweep.admit(case, BACKENDS[FORWARD][backend], qkv, check.exact(case, *qkv))
     assert 0 < error < check.ROW_ERROR["bf16"]
+
+
+def test_the_row_of_ampere_is_right_too(monkeypatch):
+    """By the reference: the emulator is one GPU per process, tests/test_sm80.py has its kernels."""
+    monkeypatch.setenv("FA3_CPU", "reference")
+    for of_pass in ("", BACKWARD):
+        case = Case("bf16", 64, True, 150, batch=1, heads=2, gradients=of_pass)
+        qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
+        prepare = BACKENDS[case.of_pass][FA2_OWN]
+        _, error = sweep.admit(case, prepare, qkv, sweep.exact(case, *qkv))
+        assert 0 < error < check.ROW_ERROR["bf16"]
 
 
 @pytest.mark.parametrize("of_pass", [BACKWARD, TRAINING])
