@@ -22,6 +22,23 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
+    *(
+        ("backward-.*", what, why)
+        for what, why in (
+            ("wait load.py:load: fill_v", "K, waited for ahead of V, is released with it"),
+            ("wait load.py:load: fill_do", "Q, waited for ahead of dO, is released after it"),
+            ("wait differentiate.py:differentiate: warpgroup.wait_group(2)", "the same"),
+            ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
+            ("fence kernel.py:", "only products have written these registers since the last one"),
+            ("barrier plan.py:dq_in_order", "order between CTAs, which run one after another here"),
+            ("fence dq.py:_let_next", "the same"),
+        )
+    ),
+    (
+        "backward-256",
+        "barrier plan.py:_wait",
+        "K and V are overwritten by who alone still read them",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from .traffic import Sums, Traffic, bytes_loaded
 
 BULK_SUMS = ("UBLKRED", "UTMAREDG")  # copies that add to global memory
 FULL = 0.95  # share of the time from which on a unit is the bound
+WAITED = 0.1  # share of the warps' time from which on they wait for something worth a word
 
 Edit = Callable[[Trace], Trace]
 
@@ -103,6 +104,8 @@ class Prediction:
             return "sums in L2"
         if self.traffic.total > FULL * self.cycles:
             return "shared memory"
+        if self.result.stalls.get("sums in L2", 0) > WAITED:
+            return "sums in L2, which warps wait for"
         return bound(self.result.busy)
 
     @property
