@@ -33,7 +33,7 @@ def test_lean(variant, device):
     slots = report.steady.straight.per_exponential
     limit = SLOTS[signature.head_dim, signature.head_dim_v]
     is_plain = signature.mask == "full" and not signature.deterministic
-    assert slots <= (limit if is_plain else 1.06 * limit)
+    assert slots <= (limit if is_plain else 1.07 * limit)
     assert static.worse(static.read()[variant.name], static.Line.of(found)) == []
 
 
