@@ -92,11 +92,14 @@ def _check_layouts(q, k, v, lengths, *options) -> None:
     problem = Problem.of(*layouts.values(), Options(*options), lengths=_layouts(lengths))
     for name, layout in layouts.items():
         check_last_stride(name, layout)
-    _signature_of(problem)
+    signature_of(problem)
 
 
-def _signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSignature:
-    """Raises NotImplementedError if there is no backward pass for the problem."""
+def signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSignature:
+    """What its kernels are compiled for.
+
+    Raises NotImplementedError if there is no backward pass for the problem.
+    """
     if problem.scales is not None:
         _refuse(f"q has dtype {problem.dtype}, which is none of {', '.join(map(str, DTYPES))}")
     if problem.rows_per_query > 1:
@@ -135,7 +138,7 @@ def _refuse(why: str) -> None:
 
 def _kernel_of(problem: Problem, deterministic: bool, with_dq: bool) -> tuple[Callable, tuple, int]:
     """The function to call, compiled, Plan.workspace, and the most CTAs it may launch."""
-    signature = _signature_of(problem, deterministic, with_dq)
+    signature = signature_of(problem, deterministic, with_dq)
     if problem.is_empty or problem.s_k == 0 or problem.device.type == "meta":
         return _set_to_zero, _NO_WORKSPACE, 0
     target = dispatch.target_of(problem.device)
@@ -321,7 +324,7 @@ def _remember(ctx, inputs, output) -> None:
     others |= sinks_without(named["learnable_sink"], lengths.cu_seqlens_q)
     check(q, k, v, options, lengths, others, plain=False)
     layouts = Lengths(*(None if x is None else Layout.of(x) for x in lengths))
-    _signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options), lengths=layouts))
+    signature_of(Problem.of(*map(Layout.of, (q, k, v)), Options(*options), lengths=layouts))
     ctx.set_materialize_grads(False)
     *ctx.options, _ = options  # rows_per_query is 1
     ctx.deterministic = named["deterministic"]

@@ -11,6 +11,7 @@ COLOURS = {
     "fa4": "#2980b9",
     "cudnn": "#27ae60",
     "fa2": "#b0b6bb",
+    "fa2 (this project)": "#6c8ebf",
     "fa3-unscaled": "#e67e22",
     "fa3-bf16": "#d7a9a3",
 }

@@ -1,33 +1,38 @@
 """Rewrite the table of docs/evidence.md from what this machine does now: compile, run, compare.
 
-    python -m perf.evidence            every kernel variant, some minutes on two cores
-    python -m perf.evidence --check    compile and run, but leave the document alone
+    python -m perf.evidence             every kernel variant for Hopper, some minutes on two cores
+    python -m perf.evidence backward    only those with this word in their names, others stay
+    FA3_ARCH=sm_80 python -m perf.evidence    those for such a GPU, which the emulator is then
+    python -m perf.evidence --check     compile and run, but leave the document alone
 
-A variant is a row of the tuning tables, a dtype and a mask. Each is compiled for sm_90a, its SASS
-is read, and it runs on the CPU emulator with all checks on, against fp32. The GPU columns come from
+A variant is a row of the tuning tables, a dtype and a mask. Each is compiled, its SASS is read, and
+it runs on the CPU emulator with all checks on, against fp32. The GPU columns come from
 perf/results/*.csv, which perf.sweep wrote on a GPU; a variant without a line there is not measured.
 """
 
 import argparse
 import datetime
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from fa3.inspect.cli import features, inspect
+from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import Q_BLOCK, Signature
 from fa3.launch import tuning
 
 from .backends import OURS
-from .cases import DTYPES
+from .cases import BACKWARD, DTYPES, TRAINING
 from .check import attention, visible_keys
 from .document import insert, table
 from .progress import track
 from .results import RESULTS, ROOT, Row, read_all
 from .sweep import commit
-from .variants import QUANTISED, name_of, shipped
+from .variants import QUANTISED, Variant, ampere, backward, shipped
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- begin: python -m perf.evidence -->", "<!-- end -->"
@@ -47,41 +52,71 @@ COLUMNS = (
 )
 
 
-def compiled(signature: Signature) -> tuple[str, str, str, str]:
-    """Compile for sm_90a and read the SASS: tile, stages, local memory in bytes, slots per exp.
+def every() -> list[Variant]:
+    """What the table has a line of; of Ampere only what makes plain calls."""
+    plain = [v for v in ampere() if not (features(v.signature) or v.signature.is_ragged)]
+    return [*map(Variant, shipped()), *backward(), *plain]
+
+
+def compiled(variant: Variant) -> tuple[str, str, str, str]:
+    """Compile and read the SASS: tile, stages, local memory in bytes, slots per exp.
 
     The slots are those of the steady main loop, per exponential of one thread.
     """
-    from fa3.inspect.cli import inspect
-
-    found = inspect(signature)
+    found = inspect(variant.signature, target=variant.target)
     config, report = found.config, found.report
     if report.serialised:
-        raise RuntimeError(f"{name_of(signature)}: ptxas runs its warpgroup MMAs one by one")
+        raise RuntimeError(f"{variant.name}: ptxas runs its warpgroup MMAs one by one")
     slots = f"{report.steady.straight.per_exponential:.2f}" if report.steady else "-"
     tile = f"{config.tile_m} x {config.tile_n}"
     return tile, str(config.num_stages), str(report.resources.frame), slots
 
 
-def emulated(signature: Signature) -> tuple[float, float]:
+def emulated(variant: Variant) -> tuple[float, float]:
     """Run on the emulator with all checks: the largest errors against fp32, ours and torch's own.
 
-    torch's is that of the same formula with every step in the variant's dtype.
+    torch's is that of the same formula with every step in the variant's dtype. Of a backward pass
+    they are those of dq, dk and dv.
     """
     import fa3
 
     torch.manual_seed(0)
+    signature = variant.signature
     heads, widths = 2, (signature.head_dim, signature.head_dim, signature.head_dim_v)
     shapes = zip((S_Q, S_K, S_K), widths, strict=True)
     q, k, v = (torch.randn(1, length, heads, width) for length, width in shapes)
     attend = _attend_16_bit if signature.quantised is None else _attend_one_byte
+    if isinstance(signature, BwdSignature):
+        attend = _differentiate
     with fa3.emulator.options(checks=fa3.emulator.ALL_CHECKS):
         out, exact, plain = attend(signature, q, k, v)
     ours, torchs = ((x.float() - exact).abs().max().item() for x in (out, plain))
     if not ours <= 2 * torchs:
-        name = name_of(signature)
+        name = variant.name
         raise RuntimeError(f"{name}: largest error {ours:.2g}, torch's own is {torchs:.2g}")
     return ours, torchs
+
+
+def _differentiate(signature: BwdSignature, *inputs) -> tuple:
+    """dq, dk and dv, flat: the kernel's, those of fp32, those of torch."""
+    import fa3
+
+    causal, window = _mask(signature)
+    leaves = [x.to(DTYPES[signature.dtype]).requires_grad_() for x in inputs]
+    options = {"causal": causal, "window_size": window, "deterministic": signature.deterministic}
+    out = fa3.flash_attn_func(*leaves, **options)
+    dout = torch.randn_like(out)
+    seen = visible_keys(S_Q, S_K, window[0], 0 if causal else window[1])
+
+    def plain(*tensors):
+        return attention(*(x[0].transpose(0, 1) for x in tensors), seen).transpose(0, 1)[None]
+
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    results = (out, leaves), (plain(*wide), wide), (plain(*leaves), leaves)
+    return tuple(
+        torch.cat([x.flatten() for x in torch.autograd.grad(y, given, dout.to(y.dtype))])
+        for y, given in results
+    )
 
 
 def _attend_16_bit(signature: Signature, *inputs) -> tuple:
@@ -119,7 +154,7 @@ def _attend_one_byte(signature: Signature, *inputs) -> tuple:
     return out, attended.exact(torch.float32), plain
 
 
-def _mask(signature: Signature) -> tuple[bool, tuple[int, int]]:
+def _mask(signature) -> tuple[bool, tuple[int, int]]:
     return signature.mask == "causal", WINDOW if signature.mask == "local" else (-1, -1)
 
 
@@ -131,35 +166,59 @@ def _per_element(descale, x):
     return descale.repeat_interleave(block, 2)[:, :, : x.shape[1]].transpose(1, 2)[..., None]
 
 
-def measured(signature: Signature, folder: Path = RESULTS) -> tuple[str, str]:
+def measured(variant: Variant, folder: Path = RESULTS) -> tuple[str, str]:
     """(device and date, TFLOPs/s and length) of the newest sweep at the longest length."""
-    found = [(row, machine) for row, machine in read_all(folder) if _is_of(row, signature)]
+    found = [(row, machine) for row, machine in read_all(folder) if _is_of(row, variant)]
     if not found:
         return NOT_MEASURED, NOT_MEASURED
     row, machine = max(found, key=lambda pair: (pair[0].length, pair[1].date))
     return f"{machine.device}, {machine.date[:10]}", f"{row.tflops:.0f} at {row.length}"
 
 
-def _is_of(row: Row, signature: Signature) -> bool:
+def _is_of(row: Row, variant: Variant) -> bool:
+    if variant.arch != "sm_90a":
+        return False  # a Hopper GPU runs these kernels compiled for itself
+    signature, gradients = variant.signature, (BACKWARD, TRAINING)
+    is_backward = isinstance(signature, BwdSignature)
+    if (row.of_pass == BACKWARD) != is_backward or (row.of_pass in gradients) != is_backward:
+        return False
     mask = "causal" if row.causal else "full"
     wanted = signature.dtype, signature.head_dim, signature.head_dim_v, signature.mask
     is_timed = row.backend == OURS and row.tflops is not None
-    if signature.quantised not in (None, QUANTISED["block scales"]):
+    if signature.quantised not in (None, QUANTISED["block scales"]) or features(signature):
         return False  # the sweep times what calls get by default
     return is_timed and (row.dtype, row.head_dim, row.head_dim, mask) == wanted
 
 
-def rows():
+def rows(variants: list[Variant]):
     """A table row per variant; whatever fails ends the run."""
-    for signature in track(shipped(), "variant"):
-        ours, torchs = emulated(signature)
-        read = compiled(signature)
+    for variant in track(variants, "variant"):
+        ours, torchs = emulated(variant)
+        read = compiled(variant)
         errors = f"{ours:.1e}", f"{torchs:.1e}"
-        yield (name_of(signature), *read, *errors, *measured(signature))
+        yield (variant.name, *read, *errors, *measured(variant))
 
 
-def markdown(table_rows, made: str) -> str:
-    return "\n".join([BEGIN, "", made, "", table(COLUMNS, table_rows), "", END])
+def markdown(table_rows, made: list[str]) -> str:
+    return "\n".join([BEGIN, "", *made, "", table(COLUMNS, table_rows), "", END])
+
+
+def written(document: str) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Of the generated part: the lines that say when rows were made, and the rows by variant."""
+    lines = document.partition(BEGIN)[2].partition(END)[0].splitlines()
+    cells = [tuple(re.split(r" *\| *", line.strip("| "))) for line in lines if "|" in line]
+    return [line for line in lines if line and "|" not in line], {x[0]: x for x in cells[2:]}
+
+
+def made_now(made: list[str], what: str) -> list[str]:
+    """With a line for rows made now in place of the earlier one of such rows."""
+    now = (
+        f"{what}{datetime.date.today()}, commit {commit()}: nvidia-cutlass-dsl "
+        f"{version('nvidia-cutlass-dsl-libs-base')}, torch {torch.__version__}.  "
+    )
+    if not what:
+        return [now.rstrip()]
+    return [*(line for line in made if not line.startswith(what)), now]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,20 +227,27 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names: only these")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     os.environ["FA3_CPU"] = "emulate"
-    table_rows = list(rows())
-    made = (
-        f"{datetime.date.today()}, commit {commit()}: nvidia-cutlass-dsl "
-        f"{version('nvidia-cutlass-dsl-libs-base')}, torch {torch.__version__}."
-    )
-    text = markdown(table_rows, made)
+    arch, words = os.environ.get("FA3_ARCH", "sm_90a"), options.words
+    chosen = [
+        variant
+        for variant in every()
+        if variant.arch == arch and set(words) <= set(re.split(r"[ ,]+", variant.name))
+    ]
+    found = {row[0]: row for row in rows(chosen)}
+    made, old = written(DOCUMENT.read_text())
+    of = words if arch == "sm_90a" else [arch, *words]
+    made = made_now(made, f"Rows of {' '.join(of)}: " if of else "")
+    known = old | found
+    text = markdown([known[v.name] for v in every() if v.name in known], made)
     if options.check:
         print(text)
     else:
         DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))
-        print(f"{len(table_rows)} variants, written: {DOCUMENT.relative_to(ROOT)}")
+        print(f"{len(found)} variants, written: {DOCUMENT.relative_to(ROOT)}")
     return 0
 
 

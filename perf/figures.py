@@ -5,6 +5,7 @@ not how long they take on a GPU.
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,9 @@ TIMELINES = (
     Timeline("forward_d128", ("--head-dim", "128"), 4800, 14_700),
     Timeline("forward_d64", ("--head-dim", "64"), 4800, 9800),
     Timeline("forward_fp8_d128", ("--head-dim", "128", "--dtype", "e4m3"), 8300, 14_300),
+    Timeline(
+        "backward_d128", ("--backward", "--head-dim", "128"), 6000, 14_000, Lengths(1024, 128)
+    ),
 )
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.figures", description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (docs/figures)")
     args = parser.parse_args()
+    os.environ["FA3_CPU"] = "emulate"  # a backward pass is run by a call
     emulator.install()
     args.out.mkdir(parents=True, exist_ok=True)
     for timeline in TIMELINES:

@@ -12,10 +12,21 @@ from itertools import groupby
 from pathlib import Path
 
 from . import bandwidth, page
-from .backends import OURS, OWN
+from .backends import FA2_OWN, OURS, OWN
 from .cases import PASSES
 from .progress import end_with_reader
-from .results import RESULTS, Measured, Row, names, newest, panels, ratios, read_all, speeds
+from .results import (
+    RESULTS,
+    Measured,
+    Row,
+    names,
+    newest,
+    over_fa2,
+    panels,
+    ratios,
+    read_all,
+    speeds,
+)
 
 NOT_MEASURED = "not measured"
 BOLD, PLAIN = "\033[1m", "\033[0m"
@@ -74,7 +85,10 @@ def summary(measured: Iterable[Measured]) -> list[str]:
             continue
         over = f"{count}" if len(found) == count else f"{len(found)} of {count}"
         mean, worst = statistics.geometric_mean(found), min(found)
-        lines.append(f"{of_pass}: geomean {mean:.2f} worst {worst:.2f} over {over} rows {where}")
+        own = list(over_fa2(run.rows).values())
+        times = f", geomean {statistics.geometric_mean(own):.2f} times {FA2_OWN}" if own else ""
+        figures = f"geomean {mean:.2f} worst {worst:.2f} over {over} rows"
+        lines.append(f"{of_pass}: {figures}{times} {where}")
     return lines
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
-from .backends import OURS, OWN
-from .cases import FORWARD, Case
+from .backends import FA2_OWN, OURS, OWN
+from .cases import BACKWARD, FORWARD, TRAINING, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"  # what was measured and committed
@@ -65,12 +65,13 @@ class Row:
         )
 
     @property
-    def panel(self) -> tuple[str, int, bool]:
-        return self.dtype, self.head_dim, self.causal
+    def panel(self) -> tuple[str, int, bool, str]:
+        return self.dtype, self.head_dim, self.causal, self.of_pass
 
     @property
     def title(self) -> str:
-        return f"{self.dtype} head dim {self.head_dim} {'causal' if self.causal else 'full'}"
+        what = f", {self.of_pass}" if self.of_pass in (BACKWARD, TRAINING) else ""
+        return f"{self.dtype} head dim {self.head_dim} {'causal' if self.causal else 'full'}{what}"
 
 
 Measured = tuple[Row, Machine]
@@ -121,13 +122,19 @@ def _parsed(kind, line: dict[str, str]):
 
 
 def ratios(rows: Iterable[Row]) -> dict[tuple, float]:
-    """Ours over the best peer, by (dtype, head_dim, causal, length) of the cases that have both."""
+    """Ours over the best peer, by (dtype, head_dim, causal, pass, length) where there are both."""
     found = {}
     for case, speed in speeds(rows).items():
         peers = [value for name, value in speed.items() if name not in OWN]
         if OURS in speed and peers:
             found[case] = speed[OURS] / max(peers)
     return found
+
+
+def over_fa2(rows: Iterable[Row]) -> dict[tuple, float]:
+    """Ours over our kernels for Ampere, as `ratios`: what Hopper's own instructions bring."""
+    found = speeds(rows).items()
+    return {case: x[OURS] / x[FA2_OWN] for case, x in found if {OURS, FA2_OWN} <= set(x)}
 
 
 def speeds(rows: Iterable[Row]) -> dict[tuple, dict[str, float]]:

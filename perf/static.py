@@ -1,7 +1,7 @@
 """What can be read of every shipped kernel without a GPU, kept beside what it was.
 
     python -m perf.static            compile all of them, rewrite tests/golden/static.json
-    python -m perf.static e4m3       only those with this word in their names, the others stay
+    python -m perf.static e4m3       only those with these words in their names, the others stay
     python -m perf.static --check    compile all of them, name what became worse
 
 tests/test_static.py compares every kernel with its line there, so that a change that makes a main
@@ -64,10 +64,16 @@ def worse(committed: Line, found: Line) -> list[str]:
 
 
 def compared() -> list[Signature]:
-    """Of kernels that differ in little, one of each: every config is among them."""
+    """Of forward kernels for Hopper that differ in little, one of each: every config is there."""
     every = [*variants.sixteen_bit(), *variants.one_byte()]
     dense = [s for s in every if s.mask == "full" or variants.is_main(s)]
     return dense + variants.with_scores()
+
+
+def kernels() -> list[variants.Variant]:
+    """All of the table."""
+    back = variants.backward() + variants.backward_with_options()
+    return [*map(variants.Variant, compared()), *back, *variants.ampere()]
 
 
 def read(path: Path = TABLE) -> dict[str, Line]:
@@ -89,18 +95,19 @@ def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is worse")
     options = parser.parse_args(argv)
     committed = read(path) if path.is_file() else {}
-    kernels = {variants.name_of(signature): signature for signature in compared()}
-    chosen = [name for name in kernels if set(options.words) <= set(re.split(r"[ ,]+", name))]
+    by_name = {variant.name: variant for variant in kernels()}
+    chosen = [name for name in by_name if set(options.words) <= set(re.split(r"[ ,]+", name))]
     found, losses = {}, 0
     for name in track(chosen, "kernel"):
-        found[name] = Line.of(inspect(kernels[name]))
+        variant = by_name[name]
+        found[name] = Line.of(inspect(variant.signature, target=variant.target))
         for loss in worse(committed[name], found[name]) if name in committed else ():
             losses += 1
             print(f"{name}: {loss}")
     if options.check:
         return 1 if losses else 0
     lines = committed | found
-    write({name: lines[name] for name in kernels if name in lines}, path)
+    write({name: lines[name] for name in by_name if name in lines}, path)
     print(f"{len(found)} kernels, {losses} losses; written: {path}")
     return 0
 

@@ -1,10 +1,12 @@
-"""Attention forward speed beside other kernels, in the setting of the FlashAttention-3 paper.
+"""Attention's speed beside other kernels, in the setting of the FlashAttention-3 paper.
 
     python -m perf.sweep                          bf16 and FP8, head dims 64 128 256, 512 to 16k
     python -m perf.sweep --head-dims 128 --lengths 1024 16384 --causal no --dtype bf16 fp16
+    python -m perf.sweep --passes backward "forward and backward"
 
 16k tokens in all, hidden size 2048, random normal inputs. e4m3: all backends get the same numbers,
-which bf16 holds as well; quantising is not timed. Every backend's output is first compared
+which bf16 holds as well; quantising is not timed. Gradients are those of autograd, their operations
+2.5 times the forward pass's, with it 3.5. Every backend's results are first compared
 with fp32; then all backends and a large matrix product are timed in interleaved rounds, each call
 with a cold L2. Prints a table, writes a CSV file and a PNG chart. Needs a CUDA GPU; without one it
 says so and does nothing else.
@@ -24,8 +26,8 @@ from pathlib import Path
 import torch
 
 from . import check, timing
-from .backends import BACKENDS, Absent, Call, Prepare, Scaled
-from .cases import DTYPES, HEAD_DIMS, LENGTHS, Case, flops, paper_cases
+from .backends import BACKENDS, Absent, Call, Prepare, Scaled, gradients
+from .cases import DTYPES, HEAD_DIMS, LENGTHS, PASSES, Case, flops, paper_cases
 from .charts import write_chart
 from .progress import track
 from .report import table
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), metavar="D")
     add("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="N")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16", "e4m3"])
+    add("--passes", nargs="+", choices=PASSES, default=PASSES)
     add("--causal", choices=CAUSAL, default="both")
     backends = list(dict.fromkeys(name for of_pass in BACKENDS.values() for name in of_pass))
     add("--backends", nargs="+", choices=backends, default=backends)
@@ -87,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def sweep(options: argparse.Namespace):
     """The rows of one case after the other, behind a progress bar."""
-    cases = paper_cases(options.dtype, options.head_dims, CAUSAL[options.causal], options.lengths)
+    grid = options.dtype, options.head_dims, CAUSAL[options.causal], options.lengths
+    cases = paper_cases(*grid, options.passes)
     sample = timing.GpuTimer()
     products = {name: timing.matmul_call(DTYPES[name]) for name in options.dtype}
     timing.warm_up(products[options.dtype[0]][0], WARM_UP_SECONDS)
@@ -108,7 +112,7 @@ def run_case(
     """Check, then time every backend on one case; product: a matrix product and its operations."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(case.shape, device=device).to(DTYPES[case.dtype]) for _ in range(3))
-    expected = check.exact(case, q, k, v)
+    expected = exact(case, q, k, v)
     calls, errors, notes = {}, {}, {}
     for name, prepare in backends.items():
         try:
@@ -145,10 +149,22 @@ def run_case(
     return rows
 
 
+def exact(case: Case, q, k, v):
+    """What a call should give, in fp32."""
+    if case.gradients:
+        return check.exact_gradients(case, q, k, v, gradients.upstream(q))
+    return check.exact(case, q, k, v)
+
+
 def admit(case: Case, prepare: Prepare, qkv, expected) -> tuple[Call, float]:
-    """The backend's call and its error; raises where the output is not right."""
+    """The backend's call and its error; raises where the results are not right."""
     call = prepare(case, *qkv)
     out = call()
+    if case.gradients:
+        error = check.gradient_error(out, expected)
+        if error > check.GRADIENT_ERROR[case.dtype]:
+            raise ValueError(f"wrong gradients at {case}: a row is off by {error:.2g}")
+        return call, error
     shape = out.values.shape if isinstance(out, Scaled) else out.shape
     if shape != expected.shape:
         raise ValueError(f"wrong shape {tuple(shape)}, expected {tuple(expected.shape)}")

@@ -1,10 +1,12 @@
 """The kernels that this project ships, by Signature: what is compiled, inspected and listed."""
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import product
 
+from fa3.inspect.cli import TARGETS, AnySignature, features
+from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import Quantised, Signature
-from fa3.launch import tuning
+from fa3.launch import dispatch, tuning
 
 SIXTEEN_BIT = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
@@ -15,6 +17,24 @@ QUANTISED = {
     "int8 scores": Quantised("int8", "e4m3", "bf16", k_block=128, v_block=128),
 }
 KIND_OF = {quantised: kind for kind, quantised in QUANTISED.items()}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel for an architecture."""
+
+    signature: AnySignature
+    arch: str = "sm_90a"
+
+    @property
+    def target(self) -> dispatch.Target:
+        return TARGETS[self.arch]
+
+    @property
+    def name(self) -> str:
+        words = [] if self.arch == "sm_90a" else [self.arch]
+        words += ["backward"] * isinstance(self.signature, BwdSignature)
+        return " ".join([*words, name_of(self.signature)])
 
 
 def sixteen_bit() -> list[Signature]:
@@ -41,6 +61,51 @@ def with_scores() -> list[Signature]:
     ]
 
 
+def backward() -> list[Variant]:
+    """Every pair of a row of the tuning table and a mask; without one in bf16, else in turns."""
+    rows = list(enumerate(tuning.BACKWARD))
+    found = [BwdSignature("bf16", *dims, "full") for _, dims in rows]
+    for (i, dims), (j, mask) in product(rows, enumerate(("causal", "local"))):
+        wide = dims == (256, 256)  # tests/test_backward.py has these dtypes
+        found.append(BwdSignature(SIXTEEN_BIT[(i + j + 1 + wide) % 2], *dims, mask))
+    in_order = [
+        BwdSignature("bf16", 64, 64, "full", deterministic=True),
+        BwdSignature("bf16", 256, 256, "causal", deterministic=True),
+    ]
+    return [Variant(signature) for signature in found + in_order]
+
+
+def backward_with_options() -> list[Variant]:
+    """A few with a function of scores, and without dQ: those that the tests of accuracy run."""
+    found = (
+        BwdSignature("bf16", 64, 64, "causal", score="softcap"),
+        BwdSignature("fp16", 128, 128, "local", score="softcap"),
+        BwdSignature("bf16", 192, 128, "full", score="softcap"),
+        BwdSignature("bf16", 64, 64, "causal", with_dq=False),
+        BwdSignature("bf16", 192, 128, "local", with_dq=False),
+    )
+    return [*map(Variant, found)]
+
+
+def ampere() -> list[Variant]:
+    """Forward, for much and for little shared memory: every pair with a row of the table, and every
+    mask, but for combinations that differ in little."""
+    large, small = "sm_80", "sm_89"
+    kinds = (
+        (large, 64, 64, "causal"),
+        (large, 96, 96, "full"),
+        (small, 96, 96, "local"),
+        (large, 128, 128, "causal"),
+        (small, 128, 128, "local"),
+        (large, 192, 128, "full"),
+        (small, 192, 192, "causal"),
+        (large, 256, 256, "full", None, False, "softcap", True),
+        (small, 256, 256, "full"),
+        (large, 128, 128, "local", None, True, "softcap", True),
+    )
+    return [Variant(Signature("bf16", *facts), arch) for arch, *facts in kinds]
+
+
 def shipped() -> list[Signature]:
     return sixteen_bit() + one_byte()
 
@@ -51,15 +116,16 @@ def is_main(signature: Signature) -> bool:
     return signature.dtype == "bf16" or quantised == QUANTISED["block scales"]
 
 
-def name_of(signature: Signature) -> str:
+def name_of(signature: AnySignature) -> str:
     """Such as "128 bf16 full" or "192/128 e4m3 causal, block scales"."""
     dims = "/".join(map(str, dict.fromkeys((signature.head_dim, signature.head_dim_v))))
-    quantised = signature.quantised
-    scales = f", {KIND_OF[replace(quantised, out='bf16')]}" if quantised else ""
-    score = f", {signature.score}" if signature.score else ""
-    sinks = ", sinks" if signature.sinks else ""
-    split = ", split" if signature.is_split else ""
-    return f"{dims} {signature.dtype} {signature.mask}{scales}{score}{sinks}{split}"
+    scales = []
+    if signature.quantised:
+        scales.append(KIND_OF[replace(signature.quantised, out="bf16")])
+    ragged = ["ragged"] * signature.is_ragged
+    return ", ".join(
+        [f"{dims} {signature.dtype} {signature.mask}", *scales, *ragged, *features(signature)]
+    )
 
 
 def as_code(config) -> str:

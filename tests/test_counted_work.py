@@ -1,4 +1,4 @@
-"""The work that the emulator counts in the forward kernels is that which their tiles amount to."""
+"""The work that the emulator counts in the kernels is that which their tiles amount to."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 
 import fa3
 from fa3.call.scales import num_blocks, packed_blocks
+from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import Quantised, Signature, head_dim_tile
 from fa3.launch import tuning
 
@@ -212,6 +213,148 @@ def test_counted_work_is_that_of_the_tiles(work, device):
     else:
         assert total.bytes.bulk_written == rows * work.dv * 2
         assert total.bytes.stored == 4 * rows  # the lse
+
+
+@dataclass(frozen=True)
+class WorkBack:
+    """A backward pass of one batch, and what its tiles multiply, exponentiate and move."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    s_q: int
+    s_k: int
+    head_dim_v: int = 0  # 0: head_dim
+    group: int = 1  # query heads, to one key head
+
+    def __str__(self):
+        return f"{self.dtype}-d{self.head_dim}-{'causal' if self.causal else 'full'}-{self.s_q}"
+
+    @property
+    def dv(self) -> int:
+        return self.head_dim_v or self.head_dim
+
+    @property
+    def tile_dims(self) -> tuple[int, int]:
+        return tuning.backward_tiles(head_dim_tile(self.head_dim), head_dim_tile(self.dv))
+
+    @property
+    def config(self):
+        mask = "causal" if self.causal else "full"
+        return tuning.backward(BwdSignature(self.dtype, *self.tile_dims, mask))
+
+    @property
+    def tiles(self) -> list[tuple[int, list[int]]]:
+        """Keys of each tile, as far as they exist, and the queries of the blocks that it visits."""
+        found, c = [], self.config
+        for first in range(0, self.s_k, c.tile_n):
+            seen_from = max(0, first - (self.s_k - self.s_q)) if self.causal else 0
+            starts = range(seen_from // c.tile_m * c.tile_m, self.s_q, c.tile_m)
+            rows = [min(c.tile_m, self.s_q - start) for start in starts]
+            found.append((min(c.tile_n, self.s_k - first), rows * self.group))
+        return found
+
+    @property
+    def blocks(self) -> int:
+        """Visited, by all tiles."""
+        return sum(len(rows) for _, rows in self.tiles)
+
+    @property
+    def flops(self) -> int:
+        d, dv = self.tile_dims
+        return 2 * self.config.tile_m * self.config.tile_n * (3 * d + 2 * dv) * self.blocks
+
+    @property
+    def exponentials(self) -> int:
+        return self.config.tile_m * self.config.tile_n * self.blocks
+
+    @property
+    def loaded(self) -> int:
+        """Bytes that arrive in shared memory: K and V; Q and dO with two numbers per row."""
+        c, width = self.config, 2 * sum(self.tile_dims)
+        return c.tile_n * width * len(self.tiles) + c.tile_m * (width + 8) * self.blocks
+
+    @property
+    def read(self) -> int:
+        """Bytes of those that the tensors have."""
+        width = 2 * (self.head_dim + self.dv)
+        rows = sum(keys + sum(queries) for keys, queries in self.tiles)
+        return width * rows + 8 * self.config.tile_m * self.blocks
+
+    @property
+    def summed(self) -> int:
+        """Bytes of dQ that the tiles add, of whole blocks."""
+        return 4 * self.config.tile_m * self.tile_dims[0] * self.blocks
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.s_q // self.config.tile_m) * self.group
+
+    def run(self):
+        """(profile, its launches in order: prepare, backward, finish)."""
+        from fa3 import emulator
+
+        torch.manual_seed(0)
+        shapes = (
+            *((self.s_q, self.group, self.head_dim), (self.s_k, 1, self.head_dim)),
+            *((self.s_k, 1, self.dv), (self.s_q, self.group, self.dv)),
+        )
+        q, k, v, dout = (torch.randn(1, *shape).to(DTYPES[self.dtype]) for shape in shapes)
+        out, lse = torch.zeros_like(dout), torch.zeros(1, self.group, self.s_q)
+        with emulator.options(checks=()), emulator.profile() as profile:
+            torch.ops.fa3.backward(dout, q, k, v, out, lse, causal=self.causal)
+        return profile.launches
+
+
+BACK = [
+    WorkBack("bf16", 64, False, 200, 300, group=2),
+    WorkBack("fp16", 40, True, 150, 257, head_dim_v=8),
+    WorkBack("bf16", 128, False, 130, 257),
+    WorkBack("bf16", 192, True, 200, 150, head_dim_v=128),
+    WorkBack("bf16", 256, False, 130, 70),
+]
+
+
+@pytest.mark.parametrize("work", BACK, ids=str)
+def test_counted_work_of_a_backward_pass_is_that_of_the_tiles(work, device):
+    prepare, launch, finish = work.run()
+    counters, total = launch.counters, launch.total
+    assert counters["mma"].warps == 4 * work.config.num_mma_warpgroups
+    assert counters["mma"].flops == total.flops == work.flops
+    assert counters["mma"].exponentials == total.exponentials == work.exponentials
+    assert counters["load"].bytes.bulk_loaded == total.bytes.bulk_loaded == work.loaded
+    assert counters["load"].bytes.bulk_read == work.read
+    assert counters["mma"].bytes.summed == total.bytes.summed == work.summed
+    assert total.bytes.bulk_written == 2 * work.s_k * (work.head_dim + work.dv)
+    assert total.bytes.stored == 0
+    waits = 2 * len(work.tiles) + 2 * work.blocks  # for K and V, for Q and dO
+    assert counters["load"].waits["mbarrier"].executed == waits
+    assert counters["mma"].waits["mbarrier"].executed == waits * counters["mma"].warps
+    rows = work.query_blocks * work.config.tile_m
+    sums = 4 * rows * work.tile_dims[0]
+    assert prepare.total.bytes.stored == 8 * rows + sums
+    assert finish.total.bytes.loaded == sums
+    assert finish.total.bytes.bulk_written == 2 * work.s_q * work.group * work.head_dim
+    kinds = [*launch.total.shared.values(), *finish.total.shared.values()]
+    assert sum(x.conflicts for x in kinds) == 0
+
+
+# Cycles of shared memory per cycle of the tensor cores in a step, as docs/algorithm.md has them.
+SHARED = {64: 1.103, 96: 1.135, 128: 1.052, 192: 1.435, 256: 1.352}
+
+
+@pytest.mark.parametrize("head_dim", SHARED)
+def test_shared_memory_of_a_step_back(head_dim, device):
+    from fa3.emulator.profiling.clock import MMA_FLOPS
+
+    cycles, flops = [], []
+    for s_q in (128, 256):
+        work = WorkBack("bf16", head_dim, False, s_q, 64)
+        _, launch, _ = work.run()
+        cycles.append(launch.total.shared_cycles)
+        flops.append(work.flops)
+    products = (flops[1] - flops[0]) / MMA_FLOPS[2]
+    assert (cycles[1] - cycles[0]) / products == pytest.approx(SHARED[head_dim], abs=0.001)
 
 
 def test_a_profile_changes_no_result(device):

@@ -11,6 +11,7 @@ from fa3.inspect.cli import inspect
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
 from fa3.kernels.sm80.config import SMEM_OF_SM, Sm80Config
 from fa3.launch import dispatch, tuning
+from perf import static, variants
 
 from . import test_forward, test_ragged
 from .cases import Case
@@ -158,30 +159,16 @@ def test_a_config_that_no_kernel_can_have():
         Sm80Config(tile_n=96, num_stages=2).check(signature)
 
 
-VARIANTS = [
-    (capability, Signature("bf16", d, dv, *more))
-    for capability, d, dv, *more in (
-        (LARGE, 64, 64, "causal"),
-        (LARGE, 96, 96, "full"),
-        (SMALL, 96, 96, "local"),
-        (LARGE, 128, 128, "causal"),
-        (SMALL, 128, 128, "local"),
-        (LARGE, 192, 128, "full"),
-        (SMALL, 192, 192, "causal"),
-        (LARGE, 256, 256, "full", None, False, "softcap", True),
-        (SMALL, 256, 256, "full"),
-        (LARGE, 128, 128, "local", None, True, "softcap", True),
-    )
-]
 # Issue slots per exponential of FlashAttention-2's C++ kernels.
 FLASH_ATTENTION_2 = {64: 8.6, 96: 10.4, 128: 13.0, 192: 17.3, 256: 21.3}
 
 
-@pytest.mark.parametrize(("capability", "signature"), VARIANTS, ids=str)
-def test_nothing_spills(capability, signature, device):
-    target = _target(capability)
-    report = inspect(signature, target=target).report
-    assert report.resources.sm == int(target.arch[3:])
+@pytest.mark.parametrize("variant", variants.ampere(), ids=lambda variant: variant.name)
+def test_nothing_spills(variant, device):
+    found = inspect(variant.signature, target=variant.target)
+    report = found.report
+    assert report.resources.sm == int(variant.arch[3:])
     assert report.resources.frame == 0
     slots = report.steady.straight.per_exponential
-    assert slots < FLASH_ATTENTION_2[signature.head_dim]
+    assert slots < FLASH_ATTENTION_2[variant.signature.head_dim]
+    assert static.worse(static.read()[variant.name], static.Line.of(found)) == []

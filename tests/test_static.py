@@ -12,7 +12,7 @@ from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
 from fa3.launch import tuning
 from perf import static
-from perf.variants import QUANTISED, as_code, name_of
+from perf.variants import QUANTISED, Variant, as_code, name_of
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
 VARIANTS = static.compared()
@@ -132,9 +132,10 @@ def test_every_row_is_looked_at(table):
 
 def test_the_committed_lines_are_those_of_the_shipped_kernels():
     lines = static.read()
-    assert list(lines) == [name_of(signature) for signature in VARIANTS]
-    for signature in VARIANTS:
-        assert lines[name_of(signature)].config == as_code(tuning.forward(signature))
+    assert list(lines) == [variant.name for variant in static.kernels()]
+    for variant in static.kernels():
+        config = cli.shipped_config(variant.signature, variant.target)
+        assert lines[variant.name].config == as_code(config)
 
 
 LINE = static.Line("FwdConfig(tile_n=128)", 168, 0, 200_000, 5.2, 8.2)
@@ -160,13 +161,13 @@ def test_what_became_worse_is_named(change, losses):
 def test_the_table_is_written_and_checked(tmp_path, monkeypatch, capsys):
     path, (signature, other, *_) = tmp_path / "static.json", VARIANTS
     found = [LINE, replace(LINE, slots_per_exp=6.0)]
-    monkeypatch.setattr(static, "compared", lambda: [signature])
-    monkeypatch.setattr(static, "inspect", lambda signature: None)
+    monkeypatch.setattr(static, "kernels", lambda: [Variant(signature)])
+    monkeypatch.setattr(static, "inspect", lambda signature, target: None)
     monkeypatch.setattr(static.Line, "of", lambda inspection: found[0])
     assert static.main([], path) == 0
     assert static.read(path) == {name_of(signature): LINE}
     assert static.main(["--check"], path) == 0
-    monkeypatch.setattr(static, "compared", lambda: [signature, other])
+    monkeypatch.setattr(static, "kernels", lambda: [Variant(signature), Variant(other)])
     assert static.main([other.mask], path) == 0  # the two differ in their masks
     assert static.read(path) == {name_of(signature): LINE, name_of(other): LINE}
     found.pop(0)

@@ -22,6 +22,23 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
+    *(
+        ("backward-.*", what, why)
+        for what, why in (
+            ("wait load.py:load: fill_v", "K, waited for ahead of V, is released with it"),
+            ("wait load.py:load: fill_do", "Q, waited for ahead of dO, is released after it"),
+            ("wait differentiate.py:differentiate: warpgroup.wait_group(2)", "the same"),
+            ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
+            ("fence kernel.py:", "only products have written these registers since the last one"),
+            ("barrier plan.py:dq_in_order", "order between CTAs, which run one after another here"),
+            ("fence dq.py:_let_next", "the same"),
+        )
+    ),
+    (
+        "backward-256",
+        "barrier plan.py:_wait",
+        "K and V are overwritten by who alone still read them",
+    ),
 ]
 
 
@@ -108,6 +125,38 @@ def _quantize(**options) -> Callable[[], Run]:
     return case
 
 
+def _backward(*lengths, dtype="bfloat16", d=128, deterministic=False, **options):
+    """The kernels of a backward pass on each of these (s_q, s_k); options: of the operator."""
+
+    def case() -> Run:
+        import torch
+
+        import fa3  # noqa: F401 - for its operators
+
+        torch.manual_seed(0)
+        # one CTA works off all tiles, so that its rings go round; in order two, of which one waits
+        settings = {"sm_margin": 130 if deterministic else 131, **options}
+        given = []
+        for s_q, s_k in lengths:
+            q, k, v, dout = (
+                torch.randn(1, s, h, d).to(getattr(torch, dtype))
+                for s, h in ((s_q, 2), (s_k, 1), (s_k, 1), (s_q, 2))
+            )
+            given.append((dout, q, k, v, *torch.ops.fa3.forward(q, k, v, **settings)))
+
+        def run():
+            backward = torch.ops.fa3.backward
+            return [
+                x
+                for tensors in given
+                for x in backward(*tensors, **settings, deterministic=deterministic)
+            ]
+
+        return run
+
+    return case
+
+
 # At these lengths each loop runs, and some tile has as many key blocks as a ring has stages.
 CASES: dict[str, Callable[[], Run]] = {
     "forward-full": _forward((200, 512), (200, 700), d=64),
@@ -118,6 +167,11 @@ CASES: dict[str, Callable[[], Run]] = {
     "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
     "ragged-causal": _ragged((200, 0, 70, 300), (250, 40, 0, 600), causal=True),
     "ragged-fp8": _ragged((200, 0, 70, 150), (256, 40, 0, 500), dtype="float8_e4m3fn"),
+    "backward-full": _backward((200, 256), (300, 150), d=64),
+    "backward-causal": _backward((330, 300), (70, 200), causal=True),
+    "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),
+    "backward-256": _backward((200, 150), dtype="float16", d=256),
+    "backward-in-order": _backward((200, 300), d=64, deterministic=True),
     "quantize-block": _quantize(hadamard=True),
     "quantize-channel": _quantize(v_per_channel=True, smooth_k=True),
 }

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import autograd
 from ..call.layout import Layout
 from ..call.problem import Options, Problem
 from ..call.scales import Descales, num_blocks
+from ..kernels.bwd_signature import BwdSignature
+from ..kernels.signature import Signature
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -38,6 +41,8 @@ class Call:
     options: Options
     scales: str  # of one-byte inputs, a key of SCALES
     has_sink: bool
+    is_backward: bool = False  # the kernels of its gradients
+    is_deterministic: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Call":
@@ -52,7 +57,17 @@ class Call:
             Options(causal=args.causal, window_left=left, window_right=right, softcap=args.softcap),
             args.scales,
             args.sinks,
+            args.backward,
+            args.deterministic,
         )
+
+    @property
+    def signature(self) -> Signature | BwdSignature:
+        """What the public function would compile for; its errors are that function's."""
+        problem = self.problem(Lengths())
+        if not self.is_backward:
+            return problem.signature
+        return autograd.signature_of(problem, self.is_deterministic)
 
     @property
     def v_dtype(self) -> torch.dtype:

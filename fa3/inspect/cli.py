@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,17 +13,19 @@ from pathlib import Path
 
 from .. import emulator
 from ..emulator.profiling import LaunchProfile
+from ..kernels.bwd_config import BwdConfig
+from ..kernels.bwd_signature import BwdSignature
 from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
-from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
+from ..kernels.sm80.config import RESERVED, SMEM_OF_SM, Sm80Config
 from ..launch import dispatch, jit, tuning
 from ..launch.jit import Artifacts
 from . import run
-from .call import DTYPES, SCALES, Call, Lengths
+from .call import DTYPES, SCALES, Call
 from .model import cli as model_cli
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
-from .report import Report, analyse
+from .report import Report, analyse, analyse_rest
 from .sass import DisassemblerMissing
 
 TARGETS = {
@@ -31,13 +34,16 @@ TARGETS = {
 }
 HOPPER = TARGETS["sm_90a"]
 
+AnySignature = Signature | BwdSignature
+AnyConfig = FwdConfig | BwdConfig | Sm80Config
+
 
 @dataclass(frozen=True)
 class Inspection:
-    """A kernel with all that led to it."""
+    """A kernel with all that led to it; of a backward pass the one with the matrix products."""
 
-    signature: Signature
-    config: FwdConfig | Sm80Config
+    signature: AnySignature
+    config: AnyConfig
     kernel: dispatch.Kernel
     artifacts: Artifacts
     report: Report
@@ -48,10 +54,23 @@ class Inspection:
         """Dynamic shared memory of a CTA: what a launch asks for, or up to 1024 bytes more."""
         return self.config.smem_bytes(self.signature)
 
+    @property
+    def is_backward(self) -> bool:
+        return isinstance(self.signature, BwdSignature)
+
+    @property
+    def is_ampere(self) -> bool:
+        return self.target.capability[0] == 8
+
+    @cached_property
+    def rest(self) -> tuple[Report, ...]:
+        """The other kernels that a call launches, in the order of the cubin."""
+        return analyse_rest(self.artifacts.cubin, self.report) if self.is_backward else ()
+
     @cached_property
     def prediction(self) -> Prediction | None:
         """Of the timing model, for a long sequence on an H100; it knows no other GPU."""
-        if isinstance(self.config, Sm80Config):
+        if self.is_ampere:
             return None
         settings = Settings(consumers=self.config.num_mma_warpgroups)
         return predict_report(self.report, settings)
@@ -61,10 +80,11 @@ class Inspection:
         """File name without a suffix."""
         s = self.signature
         scales = "" if s.quantised is None else f"_{s.quantised.out}_v{s.quantised.v_block}"
-        more = f"_{s.score}" * (s.score is not None) + "_sinks" * s.sinks
-        arch = self.target.arch.removesuffix("a")
+        arch = self.target.arch.removesuffix("a").replace("_", "")
         dims = f"d{s.head_dim}_dv{s.head_dim_v}"
-        return f"forward_{arch.replace('_', '')}_{s.dtype}_{dims}_{s.mask}{scales}{more}"
+        words = [*features(s)]
+        kind = "backward" if self.is_backward else "forward"
+        return "_".join([kind, arch, s.dtype, dims, f"{s.mask}{scales}", *words])
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -74,6 +94,7 @@ class Inspection:
             "config": asdict(self.config) | {"tile_m": self.config.tile_m},
             "smem_bytes": self.smem_bytes,
             "report": self.report.as_dict(),
+            "rest": [report.as_dict() for report in self.rest],
             "prediction": self.prediction and as_dict(self.prediction),
         }
 
@@ -81,43 +102,82 @@ class Inspection:
         s, c = self.signature, self.config
         lines = [
             f"call              {s.dtype}, head dim {s.head_dim}, of v {s.head_dim_v} (tiles), "
-            f"mask {s.mask}{f', {s.score}' if s.score else ''}{', sinks' if s.sinks else ''}",
+            f"{', '.join([f'mask {s.mask}', *features(s)])}",
             *([f"one-byte inputs   {s.quantised}"] if s.quantised else []),
             f"served by         {self.kernel.name}, {self.kernel.where}",
             f"config            {c}",
             f"tiles             {c.tile_m} query rows x {c.tile_n} key rows",
-            f"stages            {c.num_stages} of K and of V",
+            f"stages            {c.num_stages} of {self._streamed}",
             self._roles(),
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
             f"the limit is {self._smem_limit()}",
             str(self.report),
             *(summary(self.prediction) if self.prediction else ()),
+            *map(_beside, self.rest),
         ]
         return "\n".join(lines)
+
+    @property
+    def _streamed(self) -> str:
+        return "Q and of dO" if self.is_backward else "K and of V"
 
     def _roles(self) -> str:
         c = self.config
         if isinstance(c, Sm80Config):
             rows, ctas = c.rows_per_warp, c.ctas_per_sm
             return f"warps             {c.num_warps}, each of {rows} query rows; {ctas} CTAs per SM"
+        if self.is_ampere:
+            return f"warps             {c.num_threads // 32}"
         return f"warpgroups        1 producer, {c.num_mma_warpgroups} consumers"
 
     def _smem_limit(self) -> int:
-        if isinstance(self.config, Sm80Config):
-            return self.config.smem_limit(SMEM_OF_SM[self.target.capability])
-        return SMEM_LIMIT
+        if not self.is_ampere:
+            return SMEM_LIMIT
+        of_sm = SMEM_OF_SM[self.target.capability]
+        return of_sm - RESERVED if self.is_backward else self.config.smem_limit(of_sm)
 
 
-def signature_of(args: argparse.Namespace) -> Signature:
+def features(signature: AnySignature) -> list[str]:
+    """Words for what few kernels do."""
+    found = [signature.score] if getattr(signature, "score", None) else []
+    found += ["sinks"] * getattr(signature, "sinks", False)
+    found += ["split"] * getattr(signature, "is_split", False)
+    found += ["deterministic"] * getattr(signature, "deterministic", False)
+    return found + ["no dQ"] * (not getattr(signature, "with_dq", True))
+
+
+def _beside(report: Report) -> str:
+    """A line on a kernel that is launched beside the one with the matrix products."""
+    r, local = report.resources, report.local
+    spills = f"{local.spill_store_bytes} bytes spilled, {r.frame} of local memory"
+    return (
+        f"beside            {r.threads} threads, {r.registers} registers, {spills}: {r.name[:60]}"
+    )
+
+
+def signature_of(args: argparse.Namespace) -> AnySignature:
     """What the public function would compile for such tensors; its errors are that function's."""
-    return Call.of(args).problem(Lengths()).signature
+    return Call.of(args).signature
+
+
+def kernel_of(signature: AnySignature, target: dispatch.Target = HOPPER) -> dispatch.Kernel:
+    """Raises NotImplementedError if there is none."""
+    is_backward = isinstance(signature, BwdSignature)
+    return (dispatch.backward if is_backward else dispatch.forward)(signature, target)
+
+
+def shipped_config(signature: AnySignature, target: dispatch.Target = HOPPER) -> AnyConfig:
+    """The tuning table's."""
+    if isinstance(signature, BwdSignature):
+        return tuning.backward(signature)
+    return tuning.forward(signature, target.capability)
 
 
 def config_of(
-    signature: Signature, changes: list[str], target: dispatch.Target = HOPPER
-) -> FwdConfig | Sm80Config:
+    signature: AnySignature, changes: list[str], target: dispatch.Target = HOPPER
+) -> AnyConfig:
     """The tuning table's, with NAME=NUMBER changes; ValueError for what a config does not have."""
-    shipped = tuning.forward(signature, target.capability)
+    shipped = shipped_config(signature, target)
     known = {name for name, value in asdict(shipped).items() if isinstance(value, int)}
     values = {}
     for change in changes:
@@ -134,13 +194,13 @@ def config_of(
 
 
 def inspect(
-    signature: Signature,
-    config: FwdConfig | Sm80Config | None = None,
+    signature: AnySignature,
+    config: AnyConfig | None = None,
     target: dispatch.Target = HOPPER,
 ) -> Inspection:
     """Compile, or take from the cache, and read; the tuning table's config unless told."""
-    kernel = dispatch.forward(signature, target)
-    config = config or tuning.forward(signature, target.capability)
+    kernel = kernel_of(signature, target)
+    config = config or shipped_config(signature, target)
     artifacts = jit.artifacts(kernel.where, signature, config, target.arch)
     report = analyse(artifacts.cubin)
     return Inspection(signature, config, kernel, artifacts, report, target)
@@ -186,6 +246,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     p.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
     p.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
+    p.add_argument("--backward", action="store_true", help="the kernels of the call's gradients")
+    p.add_argument("--deterministic", action="store_true", help="gradients in one order")
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
@@ -208,16 +270,30 @@ def _text(inspection: Inspection, launch: LaunchProfile | None) -> str:
     return str(inspection) if launch is None else f"{inspection}\nrun on the emulator: {launch}"
 
 
+def _check_backward(args: argparse.Namespace) -> None:
+    if args.deterministic and not args.backward:
+        raise ValueError("--deterministic is of a backward pass: expected --backward, too")
+    if args.backward and args.config and (args.run or args.timeline):
+        raise ValueError("--run of a backward pass is of the tuning table: expected no --config")
+
+
+def _emulate(arch: str) -> None:
+    """Calls on CPU tensors, too: --run of a backward pass makes one."""
+    os.environ.update(FA3_CPU="emulate", FA3_ARCH=arch)
+    emulator.install(arch)
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     if args.command == "predict":
         return model_cli.run(args)
     try:
         lengths = run.lengths_of(args)
+        _check_backward(args)
         if args.run or args.timeline:
-            emulator.install(args.arch)  # before anything is compiled
+            _emulate(args.arch)  # before anything is compiled
         signature, target = signature_of(args), TARGETS[args.arch]
-        dispatch.forward(signature, target)
+        kernel_of(signature, target)
         config = config_of(signature, args.config, target)
         runs = args.run or args.timeline
         if runs:

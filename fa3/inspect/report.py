@@ -73,6 +73,12 @@ def analyse(cubin: bytes, kernel: str | None = None) -> Report:
     return _report(image, chosen[0])
 
 
+def analyse_rest(cubin: bytes, chosen: Report) -> tuple[Report, ...]:
+    """The cubin's other kernels, in its order."""
+    image, name = Cubin.parse(cubin), chosen.resources.name
+    return tuple(_report(image, p) for p in sass.load(cubin) if p.name != name)
+
+
 def _report(image: Cubin, program: Program) -> Report:
     flow = Flow(program)
     loops = main_loops(flow)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from ..call.options import Options
 from ..call.scales import NO_DESCALES
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
+from ..kernels.bwd_signature import BwdSignature
 from ..launch import jit
 from ..ops import NO_LENGTHS
 from .call import Call, Lengths
@@ -42,6 +44,8 @@ def lengths_of(args: argparse.Namespace) -> Lengths:
 
 def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     """Needs the emulator installed before anything was compiled."""
+    if call.is_backward:
+        return _run_backward(call, lengths)
     problem = call.problem(lengths)
     if problem.signature != inspection.signature:
         raise ValueError(f"{lengths} needs another kernel: {problem.signature}")
@@ -55,6 +59,17 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     with profile() as found, options(progress=_show):
         kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS))
     return found.launches[-1]
+
+
+def _run_backward(call: Call, lengths: Lengths) -> LaunchProfile:
+    """The launch with the matrix products; FA3_CPU is `emulate`."""
+    qkv, _ = call.tensors(lengths)
+    given = dict(zip(Options._fields, call.options, strict=True))
+    out, lse = torch.ops.fa3.forward(*qkv, **given)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    with profile() as found, options(progress=_show):
+        torch.ops.fa3.backward(dout, *qkv, out, lse, **given, deterministic=call.is_deterministic)
+    return max(found.launches, key=lambda launch: launch.total.flops)
 
 
 def _show(done: int, total: int) -> None:
@@ -76,8 +91,13 @@ def title_of(inspection) -> str:
     )
 
 
-def names_of(launch: LaunchProfile) -> dict[str, str]:
-    """Names that a person knows for the events of a forward kernel."""
+def names_of(launch: LaunchProfile, is_backward: bool = False) -> dict[str, str]:
+    """Names that a person knows for the events of a kernel.
+
+    Products of one shape have one name.
+    """
+    if is_backward:
+        return _names_of_backward(launch)
     found = {}
     loads = {e.name for e in launch.events if e.kind == "load"}
     parameters = sorted(loads, key=lambda name: int(name.split()[-1]))
@@ -88,10 +108,33 @@ def names_of(launch: LaunchProfile) -> dict[str, str]:
     return found
 
 
+def _names_of_backward(launch: LaunchProfile) -> dict[str, str]:
+    loads = {e.name for e in launch.events if e.kind == "load"}
+    boxes = sorted((x for x in loads if "parameter" in x), key=lambda x: int(x.split()[-1]))
+    found = dict(zip(boxes, ("Q", "K", "V", "dO"), strict=True))
+    found |= {name: "lse, delta" for name in loads - found.keys()}
+    return found | _products_of_backward([e.name for e in launch.events if e.kind == "mma"])
+
+
+def _products_of_backward(events: list[str]) -> dict[str, str]:
+    """Each warpgroup makes S and dP before any other product, and these two are alike."""
+    of_scores, found = events[0], {}
+    for name in events:
+        words = ["S\u1d40, dP\u1d40"] * (name == of_scores)
+        if "registers" in name:
+            words = ["dV, dK"]
+        elif name != of_scores:
+            words = ["dQ"] if any("registers" in x for x in events) else ["dV, dK, dQ"]
+        elif {x for x in events if "registers" not in x} == {of_scores}:
+            words += ["dQ"]
+        found[name] = ", ".join(words)
+    return found
+
+
 def write_timeline(inspection, launch: LaunchProfile, path: Path, **stretch) -> None:
     """A trace, or a picture of CTA 0; stretch: its start and end in nominal cycles."""
+    names = names_of(launch, isinstance(inspection.signature, BwdSignature))
     if path.suffix == ".png":
-        names, title = names_of(launch), title_of(inspection)
-        launch.write_png(path, labels=names, title=title, **stretch)
+        launch.write_png(path, labels=names, title=title_of(inspection), **stretch)
     else:
-        launch.write_trace(path, labels=names_of(launch))
+        launch.write_trace(path, labels=names)

@@ -19,7 +19,7 @@ class Scaled(NamedTuple):
         return self.values.float() * self.descale
 
 
-Call = Callable[[], Tensor | Scaled]
+Call = Callable[[], Tensor | Scaled | tuple[Tensor, ...]]
 Prepare = Callable[[Case, Tensor, Tensor, Tensor], Call]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import check, results, timing
-from ..cases import HIDDEN, TOKENS
+from ..cases import FORWARD, FORWARD_FP8, HIDDEN, TOKENS
 from ..variants import as_code, name_of
 from .compiling import compile_one, pool
 from .log import Log, of_failed
@@ -32,7 +32,8 @@ def by_need(signatures: list, csv_file: Path) -> list:
     worst: dict[tuple, float] = {}
     if csv_file.is_file():
         rows = [row for row, _ in results.read_csv(csv_file)]
-        for case, ratio in results.ratios(rows).items():
+        ratios = results.ratios(rows).items()
+        for case, ratio in ((c, x) for c, x in ratios if c[3] in (FORWARD, FORWARD_FP8)):
             panel = case[0], case[1], "causal" if case[2] else "full"
             worst[panel] = min(ratio, worst.get(panel, math.inf))
 

@@ -63,6 +63,46 @@ TRANSPOSE = f"""
     @P1 BRA ->turn
     EXIT
 """
+# A step back of 64 queries and 64 keys at head dim 64 in one warpgroup: S, dP; dV, dK; dQ, which
+# leaves by RED, or by a copy of the producer, whose loop loads Q and dO with a number per row.
+DQ = [
+    f"""
+    WARPGROUP.ARRIVE
+    HGMMA.64x64x16.F32.BF16 R{first}, gdesc[UR8], RZ, !UPT
+    {repeat(2, f"HGMMA.64x64x16.F32.BF16 R{first}, gdesc[UR8], R{first}")}
+    HGMMA.64x64x16.F32.BF16 R{first}, gdesc[UR8], R{first}, gsb0
+"""
+    for first in (24, 56, 120)
+]
+BACKWARD = f"""
+    loop:
+    {DQ[0]}
+    {DQ[1]}
+    WARPGROUP.DEPBAR.LE gsb0, 0x1
+    {repeat(32, "MUFU.EX2 R{0}, R{0}")}
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    {VALUES}
+    {VALUES}
+    {DQ[2]}
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    ADD_DQ
+    @P3 BRA ->loop
+    EXIT
+"""
+REDS = repeat(8, "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR40][R4.64], R120")
+LOADS = """
+    more:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R2
+    MOV R2, 0x2100
+    @P0 SYNCS.ARRIVE.TRANS64 RZ, [UR15], R2
+    UTMALDG.4D [UR16], [UR4]
+    IMAD.MOV.U32 R3, RZ, RZ, 0x2100
+    @P0 SYNCS.ARRIVE.TRANS64 RZ, [UR15+0x8], R3
+    UTMALDG.4D [UR18], [UR4]
+    UBLKRED.G.S.ADD.F32.RN [UR8], [UR11], UR13
+    @P1 BRA ->more
+    EXIT
+"""
 SCORES_FP8 = f"""
     WARPGROUP.ARRIVE
     QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], RZ, !UPT

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fa3.inspect import cli
+from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import Quantised, Signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +104,37 @@ def test_softcap_and_sinks(call, tmp_path):
     assert {path.stem.split("full_")[1] for path in tmp_path.iterdir()} == {"softcap_sinks"}
 
 
+def test_a_backward_pass(call, tmp_path):
+    status, out, _ = call("--backward", "--head-dim", "64", "--causal", "--dump", str(tmp_path))
+    assert status == 0
+    lines = {line[:18].strip(): line[18:] for line in out.splitlines() if line[:1] != " "}
+    assert lines["call"] == "bf16, head dim 64, of v 64 (tiles), mask causal"
+    assert lines["served by"] == "backward sm90, fa3.kernels.sm90.backward.kernel:BackwardSm90"
+    assert lines["stages"] == "2 of Q and of dO"
+    assert re.search(r"floors .* sums in L2 \d+", out)
+    beside = [line for line in out.splitlines() if line.startswith("beside")]
+    assert ["finish" in beside[0], "prepare" in beside[1], len(beside)] == [True, True, 2]
+    assert {x.stem for x in tmp_path.iterdir()} == {"backward_sm90_bf16_d64_dv64_causal"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--deterministic",), "--deterministic is of a backward pass: expected --backward, too"),
+        (
+            ("--backward", "--run", "--config", "tile_m=64"),
+            "--run of a backward pass is of the tuning table: expected no --config",
+        ),
+        (("--backward", "--config", "tile_m=80"), "tile_m is 80, expected 64 or 128"),
+        (("--backward", "--dtype", "e4m3"), "there is no backward pass for that yet"),
+    ],
+)
+def test_what_has_no_backward_pass_is_refused(call, arguments, message):
+    status, out, err = call("--head-dim", "64", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("fa3 inspect: ") and message in err
+
+
 def test_an_fp8_kernel_is_read_and_predicted(call):
     status, out, _ = call("--head-dim", "64", "--dtype", "e4m3", "--scales", "head")
     assert status == 0
@@ -161,6 +193,11 @@ def test_head_dims_are_rounded_up_to_tiles(device):
     args = cli.arguments(["inspect", "--head-dim", "40", "--head-dim-v", "104"])
     signature = cli.signature_of(args)
     assert (signature.head_dim, signature.head_dim_v) == (64, 128)
+
+
+def test_gradients_in_one_order_are_another_kernel():
+    args = cli.arguments(["inspect", "--head-dim", "96", "--backward", "--deterministic"])
+    assert cli.signature_of(args) == BwdSignature("bf16", 96, 96, "full", deterministic=True)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from fa3.inspect.model.cli import machine
 from fa3.inspect.model.machine import Machine
 from fa3.inspect.model.ops import decode, decode_all
 from fa3.inspect.model.predict import bound, tflops
-from fa3.inspect.model.producer import Beside, transpose, v_bytes
+from fa3.inspect.model.producer import Beside, loaded_per_step, transpose, v_bytes
 from fa3.inspect.model.simulate import kv_bytes, simulate
 from fa3.inspect.model.trace import TAKEN, trace
-from fa3.inspect.model.traffic import Traffic
+from fa3.inspect.model.traffic import Sums, Traffic, bytes_loaded
 from fa3.inspect.sass import Control, Instruction
 from fa3.kernels.signature import Signature
 
 from .listings import program, repeat
-from .model_programs import FP8, PINGPONG, SCORES, TRANSPOSE
+from .model_programs import BACKWARD, FP8, LOADS, PINGPONG, REDS, SCORES, TRANSPOSE
 
 CALM = Machine(steal=0.0, slow=0.0)
 
@@ -232,6 +232,44 @@ def test_shared_memory_of_a_step():
     assert traffic.other == 0
     assert traffic.total == 1152
     assert str(traffic) == "A 128, B 512, TMA 256, transpose of V 256"
+
+
+def backward(add_dq: str) -> list:
+    code = program(BACKWARD.replace("ADD_DQ", add_dq))
+    (loop,) = main_loops(Flow(code))
+    return [trace(code, loop, 0)]
+
+
+@pytest.mark.parametrize("has_bulk", [False, True])
+def test_shared_memory_and_sums_of_a_step_back(has_bulk):
+    """64 x 64 at head dim 64; Q and dO arrive with 256 bytes of numbers each."""
+    traces = backward("NOP" if has_bulk else REDS)
+    sums = Sums.of(traces, has_bulk)
+    dq = 64 * 64 * 4
+    assert sums == (Sums(0, dq) if has_bulk else Sums(dq, 0))
+    loaded = bytes_loaded(traces, loaded_per_step(program(LOADS)), sums)
+    assert loaded == 2 * (64 * 64 * 2 + 256)
+    traffic = Traffic.of(traces, None, Machine(), sums, loaded)
+    assert traffic.a == 3 * 64 * 64 * 2 / 128  # K and V of S and dP, dS; P and dS are in registers
+    assert traffic.b == 5 * 64 * 64 * 2 / 128
+    assert (traffic.tma, traffic.sums) == (loaded / 128, sums.bulk / 128)
+
+
+def test_loads_of_several_ways_through_a_loop_are_not_believed():
+    traces = backward(REDS)
+    assert bytes_loaded(traces, 100_000, Sums.of(traces, False)) == 64 * 64 * 4
+    assert loaded_per_step(program(BACKWARD)) is None
+    assert bytes_loaded(traces, None, Sums.of(traces, False)) == 64 * 64 * 4
+
+
+def test_sums_in_l2_hold_a_warp_up_when_too_many_wait():
+    traces = backward(REDS)
+    fast, slow, full = (simulate(traces, Machine(l2_sums=x), 24) for x in (1e6, 30.0, 4.0))
+    assert fast.busy["sums"] < 0.01 and "sums in L2" not in fast.stalls
+    assert slow.stalls["sums in L2"] > 0.1 and slow.cycles > fast.cycles + 100
+    assert full.cycles == pytest.approx(64 * 64 * 4 / 4.0, rel=0.01)
+    patient = simulate(traces, Machine(l2_sums=30.0, sums_queue=8), 24)
+    assert patient.cycles < fast.cycles + 10
 
 
 def test_a_transpose_that_is_no_bottleneck_only_contends():

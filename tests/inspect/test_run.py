@@ -53,7 +53,7 @@ def test_a_picture_says_what_it_shows(monkeypatch, tmp_path):
     args = cli.arguments(["inspect", "--head-dim", "64"])
     signature = cli.signature_of(args)
     inspection = SimpleNamespace(signature=signature, config=cli.config_of(signature, []))
-    monkeypatch.setattr(run, "names_of", lambda launch: {"a": "Q"})
+    monkeypatch.setattr(run, "names_of", lambda launch, is_backward: {"a": "Q"})
     run.write_timeline(inspection, launch, tmp_path / "x.png", start=5)
     title = seen.pop("title")
     assert title.startswith("bf16, head dim 64, 3 consumer warpgroups, 192 queries x 128 keys, 4 s")
@@ -91,3 +91,21 @@ def test_a_call_that_needs_another_kernel_is_refused():
 def test_what_cannot_be_run_is_refused(capsys, arguments, message):
     assert cli.main(["inspect", "--head-dim", "64", "--run", *arguments]) == 2
     assert capsys.readouterr() == ("", f"fa3 inspect: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "products"),
+    [("64", {"S\u1d40, dP\u1d40", "dV, dK", "dQ"}), ("256", {"S\u1d40, dP\u1d40", "dV, dK, dQ"})],
+)
+def test_a_backward_pass_and_the_names_of_its_events(ran, head_dim, products, tmp_path):
+    lengths = Lengths(s_q=100, s_k=130)
+    inspection, launch = ran("--backward", "--head-dim", head_dim, lengths=lengths)
+    tile = inspection.config.tile_m * inspection.config.tile_n
+    blocks = -(-100 // inspection.config.tile_m) * -(-130 // inspection.config.tile_n)
+    assert launch.total.flops == 10 * tile * int(head_dim) * blocks
+    assert set(run.names_of(launch, True).values()) == {
+        *("Q", "K", "V", "dO", "lse, delta"),
+        *products,
+    }
+    run.write_timeline(inspection, launch, tmp_path / "cta.png")
+    assert (tmp_path / "cta.png").read_bytes()[:4] == b"\x89PNG"

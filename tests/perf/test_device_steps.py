@@ -36,7 +36,7 @@ def test_sweep_leaves_a_file_and_its_summary(tmp_path):
     line = "{}: geomean 1.10 worst 1.10 over 36 rows on SYNTHETIC GPU, 1970-01-01"
     assert (good, text) == (True, "\n".join(map(line.format, CASE_PASSES)))
     measured = read_csv(tmp_path / speed.CSV)
-    assert len(measured) == 144
+    assert len(measured) == 288
     assert {machine for _, machine in measured} == {SYNTHETIC}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf.cases import Case, flops, paper_cases, visible_pairs
+from perf.cases import BACKWARD, PASSES, TRAINING, Case, flops, paper_cases, visible_pairs
 
 
 def count(s_q, s_k, left, right):
@@ -44,6 +44,15 @@ def test_window_counts_its_pairs(causal):
 
 
 def test_paper_cases_are_all_different():
-    cases = paper_cases(("bf16", "fp16"), (64, 128), (False, True), (512, 1024, 2048))
-    assert len(cases) == len(set(cases)) == 24
-    assert len({str(case) for case in cases}) == 24
+    grid = ("bf16", "e4m3"), (64, 128), (False, True), (512, 1024, 2048)
+    cases = paper_cases(*grid)
+    assert len(cases) == len(set(cases)) == 12 * 4
+    assert len({(case.of_pass, str(case)) for case in cases}) == 12 * 4
+    assert {case.of_pass for case in cases} == set(PASSES)
+    assert paper_cases(*grid, [BACKWARD]) == [x for x in cases if x.of_pass == BACKWARD]
+
+
+def test_gradients_take_five_products_more_for_two():
+    of = [flops(Case.paper("bf16", 64, True, 512, gradients)) for gradients in ("", BACKWARD)]
+    both = flops(Case.paper("bf16", 64, True, 512, TRAINING))
+    assert of[1] == 2.5 * of[0] and both == sum(of)

@@ -8,13 +8,16 @@ from itertools import combinations
 import pytest
 
 from perf import bandwidth, charts, page
+from perf.backends import FA2_OWN
 from perf.bandwidth import Moved
-from perf.cases import Case, flops
+from perf.cases import BACKWARD, PASSES, Case, flops
 from perf.charts import write_chart
 from perf.report import BOLD, main, summary, table
 from perf.results import RESULTS, Machine, Row, read_all, read_csv, write_csv
 
 SYNTHETIC = Machine("SYNTHETIC GPU", "0.0", "0.0", "0.0", "synthetic", "1970-01-01T00:00Z")
+
+NOTHING = [f"{of_pass}: not measured" for of_pass in PASSES]
 
 
 def row(backend, tflops, length=1024, causal=False, head_dim=64):
@@ -179,7 +182,7 @@ def test_summary(rows):
     mean = (1.2 * 0.6 * 2.0) ** (1 / 3)
     assert summary(measured(rows)) == [
         f"forward: geomean {mean:.2f} worst 0.60 over 3 rows on SYNTHETIC GPU, 1970-01-01",
-        "forward fp8: not measured",
+        *NOTHING[1:],
     ]
 
 
@@ -201,8 +204,7 @@ def test_summary_is_of_the_newest_run_alone(rows):
 
 def test_summary_where_nothing_was_measured(rows):
     peers = [one for one in rows if one.backend != "fa3"]
-    nothing = ["forward: not measured", "forward fp8: not measured"]
-    assert summary([]) == summary(measured(peers)) == nothing
+    assert summary([]) == summary(measured(peers)) == NOTHING
 
 
 def test_summary_without_any_peer():
@@ -213,6 +215,16 @@ def test_summary_without_any_peer():
 def fp8_row(backend, tflops, head_dim=128):
     case = Case.paper("e4m3", head_dim, False, 1024)
     return Row.of(case, backend, ms=flops(case) / tflops / 1e9, tflops=tflops)
+
+
+def test_gradients_are_a_pass_of_their_own_and_are_compared_with_fa2_too(rows):
+    case = Case.paper("bf16", 64, False, 1024, BACKWARD)
+    speeds = ("fa3", 300.0), ("cudnn", 250.0), (FA2_OWN, 200.0)
+    back = [Row.of(case, name, ms=1.0, tflops=speed) for name, speed in speeds]
+    forward, _, backward, _ = summary(measured([*rows, *back]))
+    assert "worst 0.60 over 3 rows on" in forward
+    assert "geomean 1.20 worst 1.20 over 1 rows, geomean 1.50 times fa2 (this pro" in backward
+    assert "bf16 head dim 64 full, backward" in table([*rows, *back])
 
 
 def test_our_own_kernels_are_no_peers():
@@ -255,7 +267,8 @@ def sections(page_text):
 
 def test_a_page_without_measurements_has_no_figures():
     found = sections(page.text([], []))
-    assert list(found) == ["Forward", "Forward FP8", "quantize_fp8"]
+    parts = ["Forward", "Forward FP8", "Backward", "Forward and backward", "quantize_fp8"]
+    assert list(found) == parts
     assert {text.strip() for text in found.values()} == {"Not measured."}
 
 
@@ -289,17 +302,17 @@ def test_every_speed_of_the_page_is_in_the_measurements(rows):
 def test_command(rows, tmp_path, capsys):
     results, target = tmp_path / "results", tmp_path / "page.md"
     results.mkdir()
-    nothing = ["forward: not measured", "forward fp8: not measured", "quantize: not measured"]
+    nothing = [*NOTHING, "quantize: not measured"]
     assert main(["--summary"], results, target) == 0
     assert capsys.readouterr().out.splitlines() == nothing and not target.exists()
     write_csv(results / "sweep-synthetic.csv", rows, SYNTHETIC)
     assert main([], results, target) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "forward on SYNTHETIC GPU, 1970-01-01T00:00Z, commit synthetic"
-    assert lines[-3:] == [*summary(measured(rows)), nothing[-1]]
+    assert lines[-5:] == [*summary(measured(rows)), nothing[-1]]
     assert target.read_text() == page.text(measured(rows), [])
     chart = tmp_path / "performance-forward.png"
     assert chart.name in target.read_text()
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert main(["--summary"], results, target) == 0
-    assert capsys.readouterr().out.splitlines() == lines[-3:]
+    assert capsys.readouterr().out.splitlines() == lines[-5:]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from perf import check, sweep, timing
-from perf.backends import BACKENDS, OURS, Absent, vllm
-from perf.cases import DTYPES, FORWARD, FORWARD_FP8, Case
+from perf.backends import BACKENDS, FA2_OWN, OURS, Absent, ampere, gradients, vllm
+from perf.cases import BACKWARD, DTYPES, FORWARD, FORWARD_FP8, TRAINING, Case
 from perf.progress import track
 from perf.results import Machine
 
@@ -148,6 +148,72 @@ def test_backends_that_run_here_are_right(backend, causal):
     qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
     _, error = sweep.admit(case, BACKENDS[FORWARD][backend], qkv, check.exact(case, *qkv))
     assert 0 < error < check.ROW_ERROR["bf16"]
+
+
+def test_the_row_of_ampere_is_right_too(monkeypatch):
+    """By the reference: the emulator is one GPU per process, tests/test_sm80.py has its kernels."""
+    monkeypatch.setenv("FA3_CPU", "reference")
+    for of_pass in ("", BACKWARD):
+        case = Case("bf16", 64, True, 150, batch=1, heads=2, gradients=of_pass)
+        qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
+        prepare = BACKENDS[case.of_pass][FA2_OWN]
+        _, error = sweep.admit(case, prepare, qkv, sweep.exact(case, *qkv))
+        assert 0 < error < check.ROW_ERROR["bf16"]
+
+
+@pytest.mark.parametrize("of_pass", [BACKWARD, TRAINING])
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_gradients_of_backends_that_run_here_are_right(backend, of_pass):
+    case = Case("bf16", 64, backend == "fa3", 150, batch=1, heads=2, gradients=of_pass)
+    qkv = [torch.randn(case.shape).bfloat16() for _ in range(3)]
+    call, error = sweep.admit(case, BACKENDS[of_pass][backend], qkv, sweep.exact(case, *qkv))
+    assert 0 < error < check.GRADIENT_ERROR["bf16"]
+    again = call()  # as the clock calls it, more than once
+    assert [x.shape for x in again] == [case.shape] * 3
+
+
+def test_exact_gradients_are_torchs():
+    case = Case("bf16", 32, True, length=50, batch=2, heads=2, gradients=BACKWARD)
+    q, k, v = (torch.randn(case.shape).double().requires_grad_() for _ in range(3))
+    dout = gradients.upstream(q)
+    expected = torch.autograd.grad(sdpa(case, q, k, v)(), (q, k, v), dout)
+    found = check.exact_gradients(case, q, k, v, dout)
+    assert check.gradient_error(found, [x.float() for x in expected]) < 1e-5
+
+
+def test_wrong_gradients_get_no_time():
+    def wrong(case, q, k, v):
+        call = gradients.of(sdpa)(case, q, k, v)
+        return lambda: [*call()[:2], torch.zeros_like(v)]
+
+    case = Case("bf16", 64, True, length=96, batch=2, heads=3, gradients=BACKWARD)
+    rows = run({"fa3": wrong, "fa2": gradients.of(sdpa), "fa3-cpp": absent}, case)
+    assert rows["fa3"].tflops is None and "wrong gradients" in rows["fa3"].note
+    assert rows["fa3-cpp"].note == "not installed"
+    forward = 4 * 2 * 3 * 64 * 96 * 96 / 2
+    assert rows["fa2"].tflops == pytest.approx(2.5 * forward / 2e-3 / 1e12)
+    assert rows["fa2"].of_pass == BACKWARD and rows["fa2"].title.endswith("causal, backward")
+
+
+def test_nan_gradients_are_an_error():
+    exact = [torch.ones(1, 4, 1, 8)]
+    wrong = [exact[0].clone()]
+    wrong[0][0, 1] = float("nan")
+    assert check.gradient_error(wrong, exact) == float("inf")
+
+
+def test_the_kernels_of_ampere_are_chosen_for_one_call_only(monkeypatch):
+    from fa3.launch import dispatch
+
+    monkeypatch.setenv("FA3_ARCH", "sm_90a")
+    plain, seen = dispatch.target_of, []
+    monkeypatch.setattr(dispatch, "_gpu", lambda properties, arch: seen.append(arch))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+    with ampere.as_ampere():
+        assert dispatch.target_of is not plain
+        dispatch.target_of(torch.device("cuda", 7))
+    assert seen == [ampere.ARCH]
+    assert dispatch.target_of is plain and os.environ["FA3_ARCH"] == "sm_90a"
 
 
 def fp8_inputs(case):

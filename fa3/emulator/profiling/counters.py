@@ -10,6 +10,7 @@ ROLES = {
     "load": "others that issue bulk loads or cp.async",
     "other": "the rest",
 }
+WAVEFRONT_BYTES = 128
 WAITS = ("mbarrier", "named barrier", "cluster barrier", "wgmma", "bulk group", "cp.async group")
 
 
@@ -47,6 +48,8 @@ class Bytes(_Sum):
     cp_async: int = 0  # read by cp.async
     loaded: int = 0  # by ld, from global memory, all lanes
     stored: int = 0  # by st
+    summed: int = 0  # added to global memory by atom and red
+    operands: int = 0  # read from shared memory by wgmma
 
 
 @dataclass
@@ -95,6 +98,13 @@ class Counters(_Sum):
     @property
     def conflicts(self) -> int:
         return sum(x.conflicts for x in self.shared.values())
+
+    @property
+    def shared_cycles(self) -> float:
+        """Cycles of an SM's shared memory: of wavefronts, copies and operands of wgmma."""
+        moved = self.bytes.bulk_loaded + self.bytes.bulk_stored + self.bytes.cp_async
+        wavefronts = sum(x.wavefronts for x in self.shared.values())
+        return wavefronts + (moved + self.bytes.operands) / WAVEFRONT_BYTES
 
     @property
     def role(self) -> str:

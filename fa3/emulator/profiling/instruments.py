@@ -14,7 +14,7 @@ from ..execution import fragments, register_file, sync
 from ..execution.fragments import WAITING
 from ..matrix import ldmatrix, mma, wgmma
 from ..matrix.elements import ELEMENT
-from ..memory import bulk, cp_async, generic, mbarrier, shared, tensormap
+from ..memory import atomics, bulk, cp_async, generic, mbarrier, shared, tensormap
 from ..memory.shared import OFFSET
 from ..numerics.formats import rows as full_rows
 from . import observer
@@ -77,6 +77,15 @@ def _store(w, m, dtype, rows, address, offset, strong=False):
     generic.store(w, m, dtype, rows, address, offset, strong)
 
 
+@instruments(atomics.atomic)
+def _atomic(w, m, how, row, address, offset, b, c):
+    space, _, _, dtype = how
+    if space == "global" and (m is None or m.any()):
+        if generic.window(w, m, address) == generic.GLOBAL:
+            w.profile.count_bytes(w, m, "summed", np.dtype(dtype).itemsize)
+    atomics.atomic(w, m, how, row, address, offset, b, c)
+
+
 @instruments(ldmatrix.load)
 def _ldmatrix(w, m, registers, address, offset, transposed):
     warps, at = ldmatrix.row_addresses(w, m, address, offset, len(registers))
@@ -102,7 +111,7 @@ def _mma(w, m, how, d, a, b, c):
 
 @instruments(wgmma.issue)
 def _wgmma(w, shape, a, b, accumulate):
-    w.profile.wgmma(w, shape)
+    w.profile.wgmma(w, shape, ELEMENT[shape.types[1]][0])
     wgmma.issue(w, shape, a, b, accumulate)
 
 

@@ -149,8 +149,11 @@ class Observer:
             self.tally.warps[warp].mmas += 1
             self.tally.warps[warp].flops += mma_flops(16, 8, k)
 
-    def wgmma(self, w, shape) -> None:
+    def wgmma(self, w, shape, width: int) -> None:
+        """width: bytes of an element of A and B."""
         counters = self._counters(w, None)
+        rows = shape.n + (64 if shape.a_registers is None else 0)
+        counters.bytes.operands += rows * shape.k * width
         counters.mmas += 1
         counters.flops += mma_flops(64, shape.n, shape.k)
         self.issued.setdefault(w, []).append(shape)

@@ -39,6 +39,8 @@ class Machine:
     steal: float = 0.7  # MMA cycles lost per register that another instruction reads
     slow: float = 0.8  # while an MMA runs, cycles per register until the next operands can be read
     smem_share: float = 1.0  # MMA cycles lost per cycle of LDS/STS, times the MMA's own smem use
+    l2_sums: float = 17.4  # bytes of fp32 sums that L2 takes per cycle and SM, of all SMs at once
+    sums_queue: int = 2  # REDs of a warp that may wait for their turn
     l2_bytes: float = 0.0  # K/V bytes per cycle and SM from TMA; 0: the producer is always ahead
 
 

@@ -7,7 +7,7 @@ from ..sass import Instruction
 from .machine import Machine
 from .trace import TAKEN, Trace
 
-VECTOR = ("fma", "heavy", "alu", "xu", "lsu")  # kinds that read vector registers
+VECTOR = ("fma", "heavy", "alu", "xu", "lsu", "sums")  # kinds that read vector registers
 KIND_OF = {
     base: kind
     for kind, bases in {
@@ -15,6 +15,7 @@ KIND_OF = {
         "heavy": "IMAD IDP",  # one of the two FMA halves only
         "xu": "MUFU F2I I2F F2F POPC FRND",
         "lsu": "LDS STS LDSM STSM SHFL LDL STL LDG STG ATOMS LDC MOVM SYNCS",
+        "sums": "RED REDG",
         "uniform": "R2UR S2UR VOTEU",
         "control": "BRA NOP BSSY BSYNC WARPSYNC NANOSLEEP YIELD EXIT WARPGROUP CALL RET FENCE "
         "DEPBAR ERRBAR MEMBAR CCTL BMOV ELECT S2R CS2R BAR",
@@ -22,12 +23,14 @@ KIND_OF = {
     for base in bases.split()
 }
 SMEM = ("LDS", "STS", "LDSM", "STSM", "LDL", "STL", "ATOMS")
+SUB_PARTITIONS = 4
+LANES = 32
 REGISTER = re.compile(r"(?<![UA-Z])R(\d+)(\.reuse)?")
 
 
 @dataclass
 class Op:
-    kind: str  # fma heavy alu xu uniform lsu mma depbar branch control, or a named barrier:
+    kind: str  # fma heavy alu xu uniform lsu sums mma depbar branch control, or a named barrier:
     # turn and pass of a ping-pong, meet of all consumers
     stall: int
     write_barrier: int
@@ -55,6 +58,8 @@ def decode(x: Instruction, machine: Machine, consumers: int = 2) -> Op:
         op.busy = machine.fma
     elif op.kind == "lsu":
         _decode_memory(op, x, machine)
+    elif op.kind == "sums":
+        op.busy = SUB_PARTITIONS * summed_bytes(x) / machine.l2_sums
     elif op.kind in ("alu", "xu", "uniform"):
         op.busy = getattr(machine, op.kind)
         if op.kind == "xu":
@@ -72,7 +77,7 @@ def decode_all(trace: Trace, machine: Machine, consumers: int) -> list[Op]:
         op = decode(x, machine, consumers)
         now = {}
         if op.kind in VECTOR:
-            first = 0 if x.opcode.startswith(("ST", "SYNCS")) else 1
+            first = 0 if x.opcode.startswith(("ST", "SYNCS", "RED")) else 1
             for slot, operand in enumerate(x.operands.split(",")[first:]):
                 for register, reuse in REGISTER.findall(operand):
                     op.reads += kept.get(slot) != register
@@ -104,6 +109,17 @@ def a_bytes(x: Instruction) -> int:
     """Bytes of A that an MMA reads from shared memory."""
     m, _, k = x.mma_shape
     return 0 if registers_hold_a(x) else m * k * _element_bytes(x)
+
+
+def starts_from_zero(x: Instruction) -> bool:
+    """A matrix product that adds to nothing."""
+    return "RZ, !UPT" in x.operands
+
+
+def summed_bytes(x: Instruction) -> int:
+    """Bytes that a warp's RED adds to global memory."""
+    width = re.search(r"\.[FU]32x(\d)", x.opcode)
+    return 4 * LANES * (int(width[1]) if width else 1)
 
 
 def registers_hold_a(x: Instruction) -> bool:

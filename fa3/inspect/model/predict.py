@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
+from ..loops import MainLoop
 from ..report import Report, analyse
 from .machine import CLOCK, RIVALS, SMS, TAIL, Machine
 from .ops import decode
-from .producer import AHEAD, WARPS, Beside, Transpose, transpose, v_bytes
-from .simulate import ITERATIONS, Result, kv_bytes, simulate
+from .producer import AHEAD, WARPS, Beside, Transpose, loaded_per_step, transpose, v_bytes
+from .simulate import ITERATIONS, Result, simulate
 from .trace import Trace, trace
-from .traffic import Traffic
+from .traffic import Sums, Traffic, bytes_loaded
 
+BULK_SUMS = ("UBLKRED", "UTMAREDG")  # copies that add to global memory
 FULL = 0.95  # share of the time from which on a unit is the bound
+WAITED = 0.1  # share of the warps' time from which on they wait for something worth a word
 
 Edit = Callable[[Trace], Trace]
 
@@ -43,8 +47,8 @@ class Prediction:
 
     @property
     def cycles(self) -> float:
-        """Per iteration of the CTA tile: those of the simulation, or the bound of shared memory."""
-        return max(self.result.cycles, self.traffic.total)
+        """Per iteration of the CTA tile: those of the simulation, or the bound of memory."""
+        return max(self.result.cycles, *self._floors)
 
     @property
     def tflops(self) -> float:
@@ -52,8 +56,27 @@ class Prediction:
         return self._rate(self.result, self.settings.clock)
 
     @cached_property
+    def sums(self) -> Sums:
+        return Sums.of(self.traces, any(x.base in BULK_SUMS for x in self.report.program.code))
+
+    @cached_property
+    def loaded(self) -> int:
+        """Bytes that TMA brings per iteration of the CTA tile."""
+        return bytes_loaded(self.traces, loaded_per_step(self.report.program), self.sums)
+
+    @cached_property
     def traffic(self) -> Traffic:
-        return Traffic.of(self.traces, self.producer, self.settings.machine)
+        machine = self.settings.machine
+        return Traffic.of(self.traces, self.producer, machine, self.sums, self.loaded)
+
+    @property
+    def sums_floor(self) -> float:
+        """Cycles in which L2 adds the sums of one iteration of the CTA tile."""
+        return self.sums.total / self.settings.machine.l2_sums
+
+    @property
+    def _floors(self) -> tuple[float, float]:
+        return self.traffic.total, self.sums_floor
 
     @property
     def tensor_floor(self) -> float:
@@ -71,14 +94,18 @@ class Prediction:
         return sum(map(len, self.traces)) + (len(self.producer.steps) if self.producer else 0)
 
     @property
-    def kv_bytes_per_cycle(self) -> float:
-        return kv_bytes(self.traces[0]) / self.cycles
+    def loaded_per_cycle(self) -> float:
+        return self.loaded / self.cycles
 
     @property
     def bound(self) -> str:
         """What limits the loop, in words."""
+        if self.sums_floor > FULL * self.cycles:
+            return "sums in L2"
         if self.traffic.total > FULL * self.cycles:
             return "shared memory"
+        if self.result.stalls.get("sums in L2", 0) > WAITED:
+            return "sums in L2, which warps wait for"
         return bound(self.result.busy)
 
     @property
@@ -95,7 +122,7 @@ class Prediction:
         return rates
 
     def _rate(self, result: Result, clock: float) -> float:
-        slower = max(1.0, self.traffic.total / result.cycles)
+        slower = max(1.0, *(floor / result.cycles for floor in self._floors))
         return tflops(result, clock, self.settings.tail) / slower
 
 
@@ -125,13 +152,26 @@ def traces_of(report: Report, settings: Settings) -> list[Trace]:
     if loop is None:
         raise ValueError(f"{report.resources.name} has no attention main loop")
     count = settings.consumers or max(1, report.resources.threads // 128 - 1)
+    loops = [loop] * count
+    if len(parts := _parts(report)) == count:
+        loops = parts
     traces = []
-    for warp in range(count):
+    for warp, loop in enumerate(loops):
         steps = trace(report.program, loop, warp, settings.rescale_always)
         for edit in settings.edits:
             steps = edit(steps)
         traces.append(steps)
     return traces
+
+
+def _parts(report: Report) -> list[MainLoop]:
+    """The steady loops of warpgroups that multiply unequal parts for equally many scores."""
+    found: dict[tuple[int, int], MainLoop] = {}
+    for loop in report.loops:  # those with the fewest slots first
+        flops = sum(prod(x.mma_shape) for i in loop.path if (x := report.program.code[i]).is_mma)
+        found.setdefault((loop.straight.exponentials, flops), loop)
+    alike = {exponentials for exponentials, _ in found}
+    return sorted(found.values(), key=lambda loop: loop.head) if len(alike) == 1 else []
 
 
 def bound(busy: dict[str, float]) -> str:
@@ -144,6 +184,7 @@ def bound(busy: dict[str, float]) -> str:
         "alu": "ALU",
         "fma": "FMA",
         "lsu": "shared memory",
+        "sums": "sums in L2",
         "issue": "issue slots",
     }
     unit = max(names, key=lambda name: busy[name])

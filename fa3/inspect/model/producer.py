@@ -1,20 +1,20 @@
-"""What a producer warp issues beside the consumers: the transpose of V in shared memory.
+"""What a producer warp does beside the consumers: loads, and the transpose of V in shared memory.
 
 8-bit matrix products take only operands whose rows run along k, so V is transposed after its
 arrival: LDSM, byte permutes, STSM. These instructions share the issue slots of the sub-partition
 and the bandwidth of shared memory with the consumers.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 from ..flow import Flow, NaturalLoop
 from ..loops import cheapest_way
 from ..sass import Instruction, Program
 from .machine import Machine
-from .ops import Op, decode_all, loaded_bytes, registers_hold_a
+from .ops import SUB_PARTITIONS, Op, decode_all, loaded_bytes, registers_hold_a
 from .trace import TAKEN, Trace
 
-SUB_PARTITIONS = 4
 WARPS = 3  # that transpose: one of the producer's four issues the copies
 AHEAD = 2  # blocks of V that wait transposed
 MATRIX_BYTES = 128  # an 8 x 8 matrix of 16-bit pairs, of which LDSM and STSM move up to four
@@ -71,6 +71,18 @@ def transpose(program: Program) -> Transpose | None:
     return min(ways, key=lambda way: len(way.steps) / way.bytes, default=None)
 
 
+def loaded_per_step(program: Program) -> int | None:
+    """Bytes that the producer's loop expects to arrive, per time round; None where it is not clear.
+
+    A barrier is told the bytes of what will complete it (SYNCS.ARRIVE of a number), and ptxas puts
+    the number into a register close ahead.
+    """
+    flow = Flow(program)
+    found = [loop for loop in flow.loops if _loads(_code(flow, loop.blocks))]
+    inner = [a for a in found if not any(b.blocks < a.blocks for b in found)]
+    return max((_expected(_code(flow, loop.blocks)) for loop in inner), default=0) or None
+
+
 def v_bytes(trace: Trace) -> int:
     """Bytes of V in one iteration: the B operands of products whose A, which is P, is registers."""
     return sum(loaded_bytes(x) for x in trace if x.is_mma and registers_hold_a(x))
@@ -83,6 +95,20 @@ def _code(flow: Flow, blocks) -> list[Instruction]:
 def _transposes(code: list[Instruction]) -> bool:
     bases = {x.base for x in code}
     return {"LDSM", "STSM"} <= bases and not any(x.is_mma for x in code)
+
+
+def _loads(code: list[Instruction]) -> bool:
+    return any(x.base == "UTMALDG" for x in code) and not any(x.is_mma for x in code)
+
+
+def _expected(code: list[Instruction]) -> int:
+    numbers, total = {}, 0
+    for x in code:
+        if match := re.fullmatch(r"(R\d+), (?:RZ, RZ, )?(0x[0-9a-f]+)", x.operands):
+            numbers[match[1]] = int(match[2], 16)
+        elif x.opcode == "SYNCS.ARRIVE.TRANS64":
+            total += numbers.get(x.operands.rsplit(", ", 1)[-1], 0)
+    return total
 
 
 def _way(flow: Flow, loop: NaturalLoop) -> Transpose:

@@ -7,7 +7,7 @@ from .predict import Prediction
 from .simulate import Mma, Result
 
 COLUMNS = 116
-LETTERS = {"xu": "x", "alu": "a", "fma": "f", "heavy": "f", "lsu": "s"}
+LETTERS = {"xu": "x", "alu": "a", "fma": "f", "heavy": "f", "lsu": "s", "sums": "s"}
 
 
 def text(prediction: Prediction) -> str:
@@ -26,12 +26,12 @@ def text(prediction: Prediction) -> str:
         f"  loop {code[loop.head].address:#x} to {code[loop.latch].address:#x}, "
         f"{len(p.traces)} consumer warpgroups, each {mmas}; instructions {counts} {what}{beside}",
         f"  {p.cycles:.0f} cycles per iteration of the CTA tile; floors: tensor "
-        f"{p.tensor_floor:.0f}, MUFU {p.mufu_floor}, issue {p.issue_floor}",
+        f"{p.tensor_floor:.0f}, MUFU {p.mufu_floor}, issue {p.issue_floor}{_sums(p)}",
         f"  {_memory(p)}",
         f"  tensor core {p.tensor_floor / p.cycles:.1%} of peak; bound: {p.bound}",
         f"  predicted {p.tflops:.0f} TFLOPs/s at {p.settings.clock} GHz with a tail factor of "
         f"{p.settings.tail} (spread over starting skews {r.spread:.1%})",
-        f"  K/V traffic {p.kv_bytes_per_cycle:.0f} bytes per cycle and SM",
+        f"  loaded {p.loaded_per_cycle:.0f} bytes per cycle and SM",
         f"  busy: {_shares(r.busy)}",
         f"  warp time: {_shares({k: v for k, v in r.stalls.items() if v >= 0.01})}",
         *(f"  warning: {warning}" for warning in p.warnings),
@@ -47,7 +47,7 @@ def summary(prediction: Prediction) -> list[str]:
         "by the timing model (docs/timing_model.md)",
         f"  bound           {p.bound}",
         f"  floors          of {p.cycles:.0f} cycles per step: tensor cores {p.tensor_floor:.0f}, "
-        f"exponentials {p.mufu_floor}, issue {p.issue_floor}",
+        f"exponentials {p.mufu_floor}, issue {p.issue_floor}{_sums(p)}",
         f"  {_memory(p)}",
     ]
 
@@ -59,10 +59,19 @@ def as_dict(prediction: Prediction) -> dict:
         "tflops": p.tflops,
         "bound": p.bound,
         "cycles": p.cycles,
-        "floors": {"tensor": p.tensor_floor, "mufu": p.mufu_floor, "issue": p.issue_floor},
+        "floors": {
+            "tensor": p.tensor_floor,
+            "mufu": p.mufu_floor,
+            "issue": p.issue_floor,
+            "sums_in_l2": p.sums_floor,
+        },
         "shared_memory": asdict(p.traffic),
         "busy": p.result.busy,
     }
+
+
+def _sums(p: Prediction) -> str:
+    return f", sums in L2 {p.sums_floor:.0f}" if p.sums.total else ""
 
 
 def _memory(p: Prediction) -> str:

@@ -16,8 +16,14 @@ SKEWS = (0, 150, 400, 700, 1100)  # cycles by which each warpgroup starts after 
 ITERATIONS = 40
 STARVED = 20  # times the iterations asked for that one warp may do while another does none
 NO_BARRIER = 7
-UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform")
-WAITS = {"mma": "tensor queue", "depbar": "wait for MMA", "turn": "barrier", "meet": "barrier"}
+UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform", "sums")
+WAITS = {
+    "mma": "tensor queue",
+    "sums": "sums in L2",
+    "depbar": "wait for MMA",
+    "turn": "barrier",
+    "meet": "barrier",
+}
 
 
 class Mma:
@@ -114,6 +120,7 @@ class Simulation:
         names = ("fma0", "fma1", "alu", "xu", "uniform", "lsu", "registers")
         self.free = dict.fromkeys(names, 0.0)
         self.pending: deque[Mma] = deque(maxlen=16)  # issued, in order of execution
+        self.sums: deque[float] = deque([0.0], maxlen=64)  # when L2 has taken each RED
         self.passes: list[list[float]] = [[] for _ in ops]  # times of BAR.ARV
         self.arrivals: list[list[float]] = [[] for _ in ops]  # at barriers of all consumers
         bytes_ = kv_bytes(self.traces[0])
@@ -122,6 +129,7 @@ class Simulation:
             "fma": lambda w: min(self.free["fma0"], self.free["fma1"]),
             "heavy": lambda w: self.free["fma0"],
             "mma": self._queue_free,
+            "sums": self._sums_queue_free,
             "depbar": self._groups_done,
             "turn": self._turn_comes,
             "meet": self._all_arrive,
@@ -189,6 +197,10 @@ class Simulation:
     def _queue_free(self, w: int) -> float:
         depth = self.machine.mma_queue
         return self.pending[-depth].start if len(self.pending) >= depth else 0
+
+    def _sums_queue_free(self, w: int) -> float:
+        depth = self.machine.sums_queue
+        return self.sums[-depth] if len(self.sums) >= depth else 0
 
     def _groups_done(self, w: int) -> float:
         warp = self.warps[w]
@@ -275,6 +287,9 @@ class Simulation:
             self.used["fma"] += op.busy / 2
         elif kind in self.free:
             self.free[kind] = t + op.busy
+            self.used[kind] += op.busy
+        elif kind == "sums":
+            self.sums.append(max(t, self.sums[-1]) + op.busy)
             self.used[kind] += op.busy
         elif kind == "mma":
             self._start_mma(w, op, t)
