@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fa3
 from fa3 import emulator
 from fa3.call.mask import MaskSpec
 from fa3.inspect.flow import Flow
@@ -69,6 +70,26 @@ def test_keys_that_no_query_sees_have_no_gradient(device, ampere):
     unseen = case.s_k - case.s_q - 20
     assert (dk[:, :unseen] == 0).all() and (dv[:, :unseen] == 0).all()
     assert (dv[:, unseen:] != 0).any(dim=-1).all()
+
+
+def test_gradients_of_some_inputs(device, ampere):
+    """Without dQ."""
+    ampere(LARGE)
+    case = BackwardCase("fp16", s_q=70, s_k=90, causal=True)
+    q, k, v = _inputs(case, device)
+    wanted = gradients(attention(case, q, k, v, device), (q, k, v), torch.ones_like(q))
+    given = gradients(attention(case, q.detach(), k, v, device), (k, v), torch.ones_like(q))
+    assert torch.equal(given[0], wanted[1]) and torch.equal(given[1], wanted[2])
+
+
+def test_what_has_no_backward_pass(device, ampere):
+    ampere(LARGE)
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    with pytest.raises(NotImplementedError, match="has no backward pass for softcap"):
+        fa3.flash_attn_func(q, k, v, softcap=5.0)
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    with pytest.raises(NotImplementedError, match="has no backward pass for sequences of diff"):
+        fa3.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 5, 5)
 
 
 @pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
