@@ -18,7 +18,6 @@ from .call.layout import Layout, check_last_stride, check_like, odd_dimension, t
 from .call.lengths import EQUAL, Lengths
 from .call.problem import DTYPES, LOG2_E, Options, Problem
 from .kernels.bwd_arguments import BwdArguments
-from .kernels.bwd_config import BwdConfig
 from .kernels.bwd_signature import BwdSignature
 from .launch import dispatch, jit, tuning
 from .reference import backward as reference_backward
@@ -145,12 +144,12 @@ def _kernel_of(problem: Problem, deterministic: bool, with_dq: bool) -> tuple[Ca
     if target.kind == "reference":
         return reference_backward.bind(signature), _NO_WORKSPACE, 0
     kernel = dispatch.backward(signature, target)
-    config = tuning.backward(signature)
-    run = jit.compile(kernel.where, signature, config, target.kind)
+    config = tuning.backward(signature, target.capability)
+    run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
     return run, _workspace(problem, signature, config), target.num_sms - problem.sm_margin
 
 
-def _workspace(problem: Problem, signature: BwdSignature, config: BwdConfig) -> tuple:
+def _workspace(problem: Problem, signature: BwdSignature, config: tuning.AnyBwdConfig) -> tuple:
     """Plan.workspace; a sequence of packed queries has blocks of its own."""
     sequences, tile_m = problem.sequences, config.tile_m
     blocks = problem.batch, problem.h_q, -(-problem.s_q // tile_m)
@@ -158,7 +157,7 @@ def _workspace(problem: Problem, signature: BwdSignature, config: BwdConfig) -> 
         blocks = 1, problem.h_q, problem.s_q // tile_m + problem.batch
     counters = tiles = None
     if signature.deterministic:
-        counters = (*blocks, config.num_mma_warpgroups), torch.int32
+        counters = (*blocks, config.dq_counters), torch.int32
     if signature.is_ragged:
         from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
 

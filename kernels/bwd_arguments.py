@@ -22,6 +22,7 @@ class BwdArguments:
     dq: Any  # (b, s_q, h_q, d), if it is wanted; or None
     dk: Any  # (b, s_k, h_k, d)
     dv: Any  # (b, s_k, h_k, dv)
+    # Workspace, contiguous.
     row_stats: Any  # (b, h_q, m_blocks, 2 * tile_m) fp32: of the rows of a block lse, then delta
     dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32, beside dq
     dq_counters: Any  # (b, h_q, m_blocks, warpgroups) int32, if deterministic; or None

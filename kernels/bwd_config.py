@@ -55,6 +55,11 @@ class BwdConfig:
         return {1: 256, 2: 240}[self.num_mma_warpgroups]
 
     @property
+    def dq_counters(self) -> int:
+        """Per block of queries, if deterministic."""
+        return self.num_mma_warpgroups
+
+    @property
     def dq_is_split_by_rows(self) -> bool:
         """A warpgroup makes 64 rows of dQ, else an equal part of its columns."""
         return self.tile_m == 64 * self.num_mma_warpgroups

@@ -177,12 +177,12 @@ class Schedule:
         return Schedule(order, order.deal(cta, num_ctas))
 
     def first(self) -> WorkTile:
-        return self._at(0)
+        return self.at(0)
 
     def next(self, tile: WorkTile) -> WorkTile:
-        return self._at(tile.turn + 1)
+        return self.at(tile.turn + 1)
 
-    def _at(self, turn) -> WorkTile:
-        """Beyond its last tile a CTA is dealt a position from `end` on."""
+    def at(self, turn) -> WorkTile:
+        """The turn-th tile.  Beyond its last tile a CTA is dealt a position from `end` on."""
         position = self.deal[turn]
         return replace(self.order[position], turn=turn, is_valid=position < self.deal.end)

@@ -57,20 +57,46 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def plain_torch(monkeypatch):
-    """CPU tensors are computed without a kernel, whatever FA3_CPU says."""
+def run_on(monkeypatch):
+    """Chooses the target of all calls; what is known of calls to another one is forgotten."""
     from fa3 import autograd, ops
     from fa3.launch import dispatch
 
-    target = dispatch.Target("reference", "CPU", (0, 0), 1)
-    monkeypatch.setattr(dispatch, "target_of", lambda device: target)
-    plans = (x for module in (ops, autograd) for x in (module.plan_of, module._check_layouts))
-    plans = tuple(plans)
-    for plan in plans:
-        plan.cache_clear()
-    yield
-    for plan in plans:
-        plan.cache_clear()
+    def choose(target):
+        monkeypatch.setattr(dispatch, "target_of", lambda device: target)
+        forget()
+
+    def forget():
+        for module in (ops, autograd):
+            for plan in (module.plan_of, module._check_layouts):
+                plan.cache_clear()
+
+    yield choose
+    forget()
+
+
+@pytest.fixture
+def plain_torch(run_on):
+    """CPU tensors are computed without a kernel, whatever FA3_CPU says."""
+    from fa3.launch import dispatch
+
+    run_on(dispatch.Target("reference", "CPU", (0, 0), 1))
+
+
+@pytest.fixture
+def ampere(device, run_on):
+    """Chooses the GPU that tensors live on, by its compute capability."""
+    from fa3.launch import dispatch
+
+    from .ampere import target_of
+
+    def choose(capability):
+        target = target_of(capability)
+        if HOPPER:  # which runs the same kernels, compiled for itself
+            target = dispatch.target_of(device)._replace(capability=capability)
+        run_on(target)
+
+    return choose
 
 
 def pytest_runtest_setup(item):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import fa3
-from fa3 import ops
 from fa3.inspect.cli import inspect
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
 from fa3.kernels.sm80.config import SMEM_OF_SM, Sm80Config
@@ -14,36 +13,10 @@ from fa3.launch import dispatch, tuning
 from perf import static, variants
 
 from . import test_forward, test_ragged
+from .ampere import LARGE, SMALL
 from .cases import Case
 from .conftest import HOPPER
 from .ragged_cases import RaggedCase
-
-LARGE, SMALL = (8, 0), (8, 9)  # shared memory: 164 and 100 KiB
-ARCH = {LARGE: "sm_80", SMALL: "sm_89"}
-
-
-def _target(capability) -> dispatch.Target:
-    name = f"emulated {ARCH[capability]}"
-    return dispatch.Target("emulator", name, capability, dispatch.EMULATED_SMS, ARCH[capability])
-
-
-@pytest.fixture
-def ampere(device, monkeypatch):
-    """Chooses the GPU that tensors live on, by its compute capability."""
-
-    def choose(capability):
-        target = _target(capability)
-        if HOPPER:  # which runs the same kernels, compiled for itself
-            target = dispatch.target_of(device)._replace(capability=capability)
-        monkeypatch.setattr(dispatch, "target_of", lambda device: target)
-
-    plans = ops.plan_of, ops._check_layouts
-    for plan in plans:
-        plan.cache_clear()
-    yield choose
-    for plan in plans:
-        plan.cache_clear()
-
 
 # Every pair of a capability and a row of the table, every kind of mask, odd lengths and head dims.
 DENSE = [

@@ -59,6 +59,16 @@ def main_loops(flow: Flow) -> tuple[MainLoop, ...]:
     return tuple(sorted(loops, key=lambda x: (x.straight.per_exponential, x.head)))
 
 
+def loops_beside(flow: Flow) -> tuple[MainLoop, ...]:
+    """Innermost loops with matrix products and no exponentials, in the order of the code.
+
+    Of warps that share the steps of a main loop, and leave the exponentials to others.
+    """
+    found = [loop for loop in flow.loops if any(x.is_mma for x in _code(flow, loop.blocks))]
+    inner = [a for a in found if not any(b is not a and b.blocks < a.blocks for b in found)]
+    return tuple(_measure(flow, loop) for loop in inner if not _attends(flow, loop))
+
+
 def _around(flow: Flow, loop: NaturalLoop) -> MainLoop | None:
     enclosing = [other for other in flow.loops if loop.blocks < other.blocks]
     if not enclosing:

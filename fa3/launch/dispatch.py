@@ -61,6 +61,19 @@ def _why_not_sm80(signature: Signature, target: Target) -> str | None:
     return None
 
 
+def _why_not_backward_sm80(signature: BwdSignature, target: Target) -> str | None:
+    if target.capability[0] != 8:
+        return _needs("8.x", target)
+    if signature.is_ragged:
+        return (
+            f"{target.name} has no backward pass for sequences of different lengths: pad them to "
+            "one length, or call once per sequence"
+        )
+    if signature.score is not None:
+        return f"{target.name} has no backward pass for {signature.score}"
+    return None
+
+
 def _why_not_hopper(target: Target) -> str | None:
     return None if target.capability[0] == 9 else _needs("9.x", target)
 
@@ -79,6 +92,9 @@ FORWARD = (
 BACKWARD = (
     Kernel(
         "backward sm90", "fa3.kernels.sm90.backward.kernel:BackwardSm90", _why_not_backward_sm90
+    ),
+    Kernel(
+        "backward sm80", "fa3.kernels.sm80.backward.kernel:BackwardSm80", _why_not_backward_sm80
     ),
 )
 

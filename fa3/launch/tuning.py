@@ -6,7 +6,10 @@ from ..kernels.bwd_config import BwdConfig
 from ..kernels.bwd_signature import BwdSignature
 from ..kernels.config import FwdConfig
 from ..kernels.signature import Signature
+from ..kernels.sm80.bwd_config import Sm80BwdConfig
 from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
+
+AnyBwdConfig = BwdConfig | Sm80BwdConfig
 
 # (head_dim, head_dim_v): mask kind -> config; "any" serves the kinds without a row of their own.
 #
@@ -85,6 +88,37 @@ FORWARD_SM80 = {
     ),
 }
 
+# Of the backward pass, by rows of BACKWARD: the first one that fits.
+BACKWARD_SM80 = {
+    (64, 64): (
+        Sm80BwdConfig(64, 128, k_in_registers=64, v_in_registers=64, score_slices=2),
+    ),  # 82 KiB
+    (96, 96): (
+        Sm80BwdConfig(64, 128),  # 113 KiB
+        Sm80BwdConfig(64, 128, num_stages=1),  # 89 KiB
+    ),
+    (128, 128): (
+        Sm80BwdConfig(64, 128, score_slices=2),  # 145 KiB
+        Sm80BwdConfig(32, 128, num_stages=1),  # 88 KiB
+    ),
+    (192, 128): (
+        Sm80BwdConfig(64, 96, key_warps=2, num_stages=1),  # 124 KiB
+        Sm80BwdConfig(
+            64, 64, num_stages=1, k_in_registers=192, v_in_registers=128, v_is_kept=False
+        ),  # 72 KiB
+    ),
+    (192, 192): (
+        Sm80BwdConfig(64, 96, key_warps=2, num_stages=1),  # 144 KiB
+        Sm80BwdConfig(
+            64, 64, num_stages=1, k_in_registers=192, v_in_registers=192, v_is_kept=False
+        ),  # 80 KiB
+    ),
+    (256, 256): (
+        Sm80BwdConfig(64, 64, key_warps=2, num_stages=1),  # 144 KiB
+        Sm80BwdConfig(32, 64, num_stages=1, v_in_registers=192, v_is_kept=False),  # 76 KiB
+    ),
+}
+
 
 def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdConfig | Sm80Config:
     """The config of the row for both head dims, else that of the larger one, which also fits."""
@@ -106,14 +140,21 @@ def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return min(row for row in BACKWARD if row[0] >= head_dim and row[1] >= head_dim_v)
 
 
-def backward(signature: BwdSignature) -> BwdConfig:
+def backward(signature: BwdSignature, capability: tuple[int, int] = (9, 0)) -> AnyBwdConfig:
+    """The config of the row for both head dims."""
     tiles = signature.head_dim, signature.head_dim_v
+    if capability[0] == 8:
+        return _first_that_fits(BACKWARD_SM80[tiles], signature, capability)
     own = BACKWARD_SOFTCAP.get(tiles) if signature.score == "softcap" else None
     return own or BACKWARD[tiles]
 
 
 def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:
-    """The first of the row that fits."""
     row = FORWARD_SM80[max(signature.head_dim, signature.head_dim_v)]
+    return _first_that_fits(row, signature, capability)
+
+
+def _first_that_fits(row: tuple, signature, capability: tuple[int, int]):
+    """The first config of the row that fits, else the last one."""
     smem = SMEM_OF_SM.get(capability, min(SMEM_OF_SM.values()))
     return next((config for config in row if config.fits(signature, smem)), row[-1])

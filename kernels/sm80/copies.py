@@ -108,11 +108,11 @@ class RowCopy:
                 if cutlass.const_expr(is_partial):
                     size = size if is_inside else Int32(0)
                 to = target + (block * layout.rows + i * self.step) * layout.columns * 2
-                _copy_chunk(to, source + block * layout.columns * 2, size)
+                copy_chunk(to, source + block * layout.columns * 2, size)
             source += self.step * self.stride
 
 
-def _copy_chunk(target: Int32, source: Int64, size: Int32):
+def copy_chunk(target: Int32, source: Int64, size: Int32):
     """16 bytes, of which `size` are read and the others zero."""
     cute.arch.inline_ptx(
         "cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};",
@@ -128,6 +128,19 @@ def kept(x: Int32) -> Int32:
 def kept_address(x: Int64) -> Int64:
     low, high = kept(Int32(x)), kept(Int32(x >> 32))
     return Int64(high) << 32 | Int64(Uint32(low))
+
+
+def address_in(base: Int64, index: Int32, size: int, offset: Int32) -> Int64:
+    """base + size index + offset, summed up where it is needed: no part of it stays in registers.
+
+    offset: in bytes, not negative.
+    """
+    return cute.arch.inline_ptx(
+        f"{{ .reg .b64 a, b; cvt.u64.u32 a, {{$r2}}; mad.wide.s32 b, {{$r1}}, {size}, {{$r0}};"
+        " add.s64 {$w0}, a, b; }",
+        write_only_types=[Int64],
+        read_only_args=[base, index, offset],
+    )
 
 
 def commit():

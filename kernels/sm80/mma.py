@@ -6,6 +6,7 @@ same rows and columns.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -38,6 +39,27 @@ def as_fragment(acc: cute.Tensor) -> cute.Tensor:
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """Where the lanes of a warp read or write in column blocks of so many columns, in bytes.
+
+    first_chunk_of() moves that to other columns by exclusive or.
+    """
+
+    a: Int32  # 16 x 16 elements for ldmatrix: rows of the first 8 columns, then of the others
+    b: Int32  # the same, 8 rows' (k, k + 8) and then those of the next 8
+    result: Int32  # two elements of each lane, of 8 x 8 that an accumulator holds
+
+    @staticmethod
+    def of(columns: int, lane) -> "Lanes":
+        block = TileLayout(0, columns)
+        return Lanes(
+            kept(2 * block.offset(lane % 16, lane // 16)),
+            kept(2 * block.offset(lane // 16 * 8 + lane % 8, lane // 8 % 2)),
+            kept(2 * (block.offset(lane // 4, 0) + 2 * (lane % 4))),
+        )
+
+
+@dataclass(frozen=True)
 class SharedOperand:
     """An operand in shared memory, as ldmatrix reads 16 x 16 elements of it: four 8 x 8 matrices.
 
@@ -48,6 +70,7 @@ class SharedOperand:
 
     layout: TileLayout
     base: Int32  # the lane's address for the first 16 x 16 elements
+    offset: Any = 0  # to be added
 
     @staticmethod
     def of(
@@ -61,8 +84,18 @@ class SharedOperand:
         base = kept(Int32(pointer.toint()) + 2 * layout.offset(first_row + row, chunk))
         return SharedOperand(layout, base)
 
+    @staticmethod
+    def beside(
+        layout: TileLayout, pointer: cute.Pointer, lanes: Int32, first_row=0
+    ) -> "SharedOperand":
+        """One that shares what its lanes add with others; first_row: a multiple of 8."""
+        return SharedOperand(layout, lanes, place(layout, pointer, first_row))
+
     def at(self, stage) -> "SharedOperand":
-        return replace(self, base=self.base + stage * (2 * self.layout.elements))
+        step = stage * (2 * self.layout.elements)
+        if isinstance(self.offset, int):
+            return replace(self, base=self.base + step)
+        return replace(self, offset=self.offset + step)
 
     def load(self, row: int, column: int, transpose: bool = False) -> list[Int32]:
         """The 16 x 16 elements from (row, column) on: 4 registers."""
@@ -70,14 +103,63 @@ class SharedOperand:
         block, chunk = column // layout.columns, column % layout.columns // CHUNK
         kind = ".trans" if transpose else ""
         offset = 2 * layout.columns * (block * layout.rows + row)
+        more = [] if isinstance(self.offset, int) else [self.offset]
         # The exclusive or stays in the loop: hoisted, the addresses took 20 registers.
         return cute.arch.inline_ptx(
             f"{{ .reg .b32 a; xor.b32 a, {{$r0}}, {16 * chunk};"
+            f"{' add.s32 a, a, {$r1};' if more else ''}"
             f" ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"
             f" {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [a + {offset}]; }}",
             write_only_types=4 * [Int32],
-            read_only_args=[self.base],
+            read_only_args=[self.base, *more],
         )
+
+
+@dataclass(frozen=True)
+class SharedResult:
+    """Where a warp writes accumulators' elements, two columns at a time; as SharedOperand."""
+
+    layout: TileLayout
+    base: Int32  # Lanes.of_result
+    offset: Int32
+
+    @staticmethod
+    def beside(
+        layout: TileLayout, pointer: cute.Pointer, lanes: Int32, first_row=0
+    ) -> "SharedResult":
+        """first_row: a multiple of 8."""
+        return SharedResult(layout, lanes, place(layout, pointer, first_row))
+
+    def store(self, row: int, column: int, word: Int32):
+        """Two elements of each lane, of the 8 x 8 from (row, column) on."""
+        layout = self.layout
+        block, chunk = column // layout.columns, column % layout.columns // CHUNK
+        offset = 2 * layout.columns * (block * layout.rows + row)
+        cute.arch.inline_ptx(
+            f"{{ .reg .b32 a; xor.b32 a, {{$r0}}, {16 * chunk}; add.s32 a, a, {{$r1}};"
+            f" st.shared.b32 [a + {offset}], {{$r2}}; }}",
+            read_only_args=[self.base, self.offset, word],
+        )
+
+
+def place(layout: TileLayout, pointer: cute.Pointer, first_row) -> Int32:
+    """Address of a row of a tile's first column block."""
+    return Int32(pointer.toint()) + 2 * layout.columns * first_row
+
+
+def columns_of(layout: TileLayout, parts: int) -> tuple[int, ...]:
+    """First columns of the 16 x 16 elements of the first of `parts` equal parts of a tile.
+
+    The other parts' are as many times first_chunk_of further: within a column block.
+    """
+    width = layout.columns // parts
+    blocks = range(0, layout.width, layout.columns)
+    return tuple(block + i for block in blocks for i in range(0, width, 16))
+
+
+def first_chunk_of(layout: TileLayout, parts: int, part):
+    """What a part's first column changes in a lane's bytes, by exclusive or."""
+    return part * (2 * layout.columns // parts)
 
 
 def _fragment(words: list, shape, element: type) -> cute.Tensor:

@@ -79,6 +79,9 @@ class BwdWork:
     def next(self, tile: KeyTile) -> KeyTile:
         return self._of(self.schedule.next(tile))
 
+    def at(self, turn) -> KeyTile:
+        return self._of(self.schedule.at(turn))
+
     def _of(self, tile: WorkTile) -> KeyTile:
         """Longest first: a TileOrder counts down, and the first keys are seen most."""
         n_block = tile.m_block

@@ -1,0 +1,193 @@
+"""Gradients on Ampere and Ada, on the emulator or a Hopper GPU, and the SASS of their kernels."""
+
+import math
+
+import pytest
+import torch
+
+import fa3
+from fa3 import emulator
+from fa3.call.mask import MaskSpec
+from fa3.inspect.flow import Flow
+from fa3.inspect.loops import loops_beside
+from fa3.inspect.report import analyse
+from fa3.kernels.bwd_signature import BwdSignature
+from fa3.kernels.signature import head_dim_tile
+from fa3.kernels.sm80.bwd_config import Sm80BwdConfig
+from fa3.kernels.sm80.config import SMEM_OF_SM
+from fa3.launch import dispatch, jit, tuning
+
+from .ampere import LARGE, SMALL, target_of
+from .backward_cases import BackwardCase, attention, check, gradients
+from .cases import make_inputs
+from .conftest import HOPPER
+
+# Every row of the table and both sizes of shared memory, every kind of mask, odd lengths and dims.
+CASES = [
+    (LARGE, BackwardCase("fp16", s_q=70, s_k=200, causal=True, h_q=4, with_lse=True)),
+    (LARGE, BackwardCase("bf16", 72, 88, s_q=77, s_k=130, window=(30, 20), num_ctas=1)),
+    (LARGE, BackwardCase("bf16", 128, 128, s_q=140, s_k=100, causal=True, softmax_scale=0.3)),
+    (SMALL, BackwardCase("fp16", 104, 120, s_q=33, s_k=150, h_q=3, h_k=1, layout="bhsd")),
+    (LARGE, BackwardCase("fp16", 192, 128, s_q=70, s_k=110, layout="packed", h_q=1, h_k=1)),
+    (SMALL, BackwardCase("bf16", 64, 184, s_q=20, s_k=70, window=(9, 0), h_q=2, h_k=1)),
+    (LARGE, BackwardCase("bf16", 256, 256, s_q=65, s_k=70, causal=True, h_q=1, h_k=1)),
+    (SMALL, BackwardCase("fp16", 248, 200, s_q=40, s_k=70, h_q=1, h_k=1, with_lse=True)),
+]
+
+
+@pytest.mark.parametrize(("capability", "case"), CASES, ids=str)
+def test_accuracy(capability, case, device, ampere):
+    ampere(capability)
+    check(case, device)
+
+
+def _inputs(case, device):
+    return [x.values.clone().requires_grad_() for x in make_inputs(case, device)]
+
+
+def test_rows_that_see_no_key_have_no_gradient(device, ampere):
+    """Whatever comes back for them."""
+    ampere(LARGE)
+    case = BackwardCase("fp16", s_q=70, s_k=40, causal=True)
+    inputs = _inputs(case, device)
+    out, lse = results = attention(case, *inputs, device)
+    blind = case.s_q - case.s_k
+    assert (lse[:, :, :blind] == -math.inf).all()
+    dlse = torch.randn_like(lse)
+    dlse[:, :, :blind] = math.nan
+    dq, dk, dv = gradients(results, inputs, torch.randn_like(out), dlse)
+    assert (dq[:, :blind] == 0).all() and (dq[:, blind:] != 0).any(dim=-1).all()
+    assert dk.isfinite().all() and dv.isfinite().all()
+
+
+def test_keys_that_no_query_sees_have_no_gradient(device, ampere):
+    """Nor those of a tile that no query visits."""
+    ampere(LARGE)
+    case = BackwardCase(head_dim=72, head_dim_v=88, s_q=20, s_k=200, window=(20, 0))
+    inputs = _inputs(case, device)
+    results = attention(case, *inputs, device)
+    _, dk, dv = gradients(results, inputs, torch.ones_like(results[0]))
+    unseen = case.s_k - case.s_q - 20
+    assert (dk[:, :unseen] == 0).all() and (dv[:, :unseen] == 0).all()
+    assert (dv[:, unseen:] != 0).any(dim=-1).all()
+
+
+def test_gradients_of_some_inputs(device, ampere):
+    """Without dQ."""
+    ampere(LARGE)
+    case = BackwardCase("fp16", s_q=70, s_k=90, causal=True)
+    q, k, v = _inputs(case, device)
+    wanted = gradients(attention(case, q, k, v, device), (q, k, v), torch.ones_like(q))
+    given = gradients(attention(case, q.detach(), k, v, device), (k, v), torch.ones_like(q))
+    assert torch.equal(given[0], wanted[1]) and torch.equal(given[1], wanted[2])
+
+
+def test_what_has_no_backward_pass(device, ampere):
+    ampere(LARGE)
+    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
+    with pytest.raises(NotImplementedError, match="has no backward pass for softcap"):
+        fa3.flash_attn_func(q, k, v, softcap=5.0)
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    with pytest.raises(NotImplementedError, match="has no backward pass for sequences of diff"):
+        fa3.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 5, 5)
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+def test_order_of_warps_and_copies_does_not_change_the_bits(device, ampere):
+    """Several tiles of one CTA, several blocks and heads of a tile."""
+    ampere(LARGE)
+    case = BackwardCase(s_q=70, s_k=200, h_q=2, h_k=1)
+    q, k, v = (x.values for x in make_inputs(case, device))
+    out, lse = attention(case, q, k, v, device)
+    dout, margin = torch.randn_like(out), dispatch.EMULATED_SMS - 1
+
+    def backward():
+        given = dout, q, k, v, out, lse
+        return torch.ops.fa3.backward(*given, causal=True, sm_margin=margin, deterministic=True)
+
+    emulator.compare_schedules(backward, range(2), checks=emulator.ALL_CHECKS)
+
+
+def test_every_signature_has_a_config_that_fits():
+    used = set()
+    for capability, smem in SMEM_OF_SM.items():
+        for row in tuning.BACKWARD:
+            signature = BwdSignature("bf16", *row, "full")
+            config = tuning.backward(signature, capability)
+            config.check(signature, smem)
+            used.add(config)
+    assert used == {config for row in tuning.BACKWARD_SM80.values() for config in row}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tile_m": 48}, "tile_m is 48, expected 32 or 64"),
+        ({"tile_n": 96}, "tile_n is 96, expected a multiple of 64 from 64 to 128"),
+        ({"key_warps": 1}, "key_warps is 1, expected 2 or 4"),
+        ({"num_stages": 3}, "num_stages is 3, expected 1 or 2"),
+        ({"score_slices": 3}, r"score_slices is 3, expected one of \[1, 2\]"),
+        ({"v_in_registers": 32}, r"v_in_registers is 32, expected one of \[0, 64, 128\]"),
+        ({"k_in_registers": 64}, "tile_n is 128, expected less: it takes 224 registers"),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_kernel_can_have(changes, words):
+    signature = BwdSignature("bf16", 128, 128, "full")
+    with pytest.raises(ValueError, match=words):
+        Sm80BwdConfig(**({"tile_m": 64, "tile_n": 128} | changes)).check(signature)
+
+
+def test_a_config_that_needs_too_much_memory():
+    signature = BwdSignature("bf16", 128, 128, "full")
+    with pytest.raises(ValueError, match="needs 148480 bytes.*the limit is 101376"):
+        Sm80BwdConfig(64, 128, score_slices=2).check(signature, SMEM_OF_SM[SMALL])
+
+
+def _signature_of(case: BackwardCase) -> BwdSignature:
+    tiles = tuning.backward_tiles(head_dim_tile(case.head_dim), head_dim_tile(case.head_dim_v))
+    return BwdSignature(case.dtype, *tiles, MaskSpec.of(case.causal, *case.window).kind)
+
+
+# What runs above, and the rest of the table.
+VARIANTS = [
+    *((capability, _signature_of(case)) for capability, case in CASES),
+    (LARGE, BwdSignature("bf16", 64, 64, "causal", deterministic=True)),
+    (LARGE, BwdSignature("bf16", 192, 192, "local")),
+    (SMALL, BwdSignature("bf16", 96, 96, "causal")),
+    (SMALL, BwdSignature("bf16", 192, 128, "full")),
+]
+# head dims -> at most so many issue slots per exponential, of both sides together; copies included,
+# waiting for one's turn not
+# (FlashAttention-2's C++: 17.8, 23.3, 28.1, 45.2, 58.7 at head dims 64, 96, 128, 192, 256)
+SLOTS = {
+    (64, 64): 17.8,
+    (96, 96): 23.3,
+    (128, 128): 28.0,
+    (192, 128): 45.0,
+    (192, 192): 45.0,
+    (256, 256): 59.0,
+}
+
+
+@pytest.mark.parametrize(("capability", "signature"), VARIANTS, ids=str)
+def test_lean(capability, signature, device):
+    """Nothing spills; a step takes both sides one way round their loops."""
+    target = target_of(capability)
+    where = dispatch.backward(signature, target).where
+    config = tuning.backward(signature, capability)
+    report = analyse(jit.artifacts(where, signature, config, target.arch).cubin)
+    assert report.resources.sm == int(target.arch[3:])
+    assert (report.resources.frame, report.local.loads, report.local.stores) == (0, 0, 0)
+    assert report.resources.registers * config.num_threads <= 65_536
+    (beside,) = loops_beside(Flow(report.program))
+    sides = report.steady, beside
+    slots = sum((x.straight if signature.deterministic else x.all).slots for x in sides)
+    slots /= report.steady.all.exponentials
+    assert slots <= SLOTS[signature.head_dim, signature.head_dim_v]
+
+
+def test_every_config_is_here():
+    used = {tuning.backward(signature, capability) for capability, signature in VARIANTS}
+    assert used == {config for row in tuning.BACKWARD_SM80.values() for config in row}
+    assert set(SLOTS) == set(tuning.BACKWARD_SM80) == set(tuning.BACKWARD)
