@@ -28,9 +28,9 @@ def visited(blocks: BlockRange) -> list[tuple[int, bool]]:
 
 
 @st.composite
-def windows(draw):
+def windows(draw, rows_per_query=(None, None, 2, 3, 8)):
     side = st.integers(0, 300) | st.just(UNBOUNDED)
-    heads = draw(st.sampled_from([None, None, 2, 3, 8]))
+    heads = draw(st.sampled_from(rows_per_query))
     return Window(
         kind=draw(st.sampled_from(["full", "causal", "local"])),
         s_q=draw(st.integers(1, 400 // (heads or 1))) * (heads or 1),

@@ -169,7 +169,7 @@ def kernel_of(signature: AnySignature, target: dispatch.Target = HOPPER) -> disp
 def shipped_config(signature: AnySignature, target: dispatch.Target = HOPPER) -> AnyConfig:
     """The tuning table's."""
     if isinstance(signature, BwdSignature):
-        return tuning.backward(signature)
+        return tuning.backward(signature, target.capability)
     return tuning.forward(signature, target.capability)
 
 
