@@ -19,7 +19,11 @@ def visited(blocks: QueryRange) -> list[tuple[int, bool]]:
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(windows((None,)), st.sampled_from([(64, 128), (128, 128), (80, 128), (16, 8), (8, 16)]), st.data())
+@given(
+    windows((None,)),
+    st.sampled_from([(64, 128), (128, 128), (80, 128), (16, 8), (8, 16)]),
+    st.data(),
+)
 def test_every_needed_block_once(window, tile, data):
     tile_m, tile_n = tile
     n_block = data.draw(st.integers(0, (window.s_k - 1) // tile_n))
