@@ -75,7 +75,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     page_table: (batch, pages) int32; row j of sequence i is row j % page_size of the page
         page_table[i, j // page_size]. page_size is a multiple of 8. Entries beyond the last row
         may be anything, -1 too.
-    cache_batch_idx: (batch,) int32, which entry of the cache a sequence has; without it its own.
+    cache_batch_idx: (batch,) int32, which entry of the cache, or row of page_table, a sequence has;
+        without it its own.
 
     k (batch, s_new, h_k, d), v (batch, s_new, h_k, dv), or packed (total_new, h_k, d) with
         cu_seqlens_k_new (batch + 1,): are written to the cache first, from row cache_seqlens[i]
@@ -233,11 +234,11 @@ class _Cache:
                 check_like(name, Layout.of(x), (batch,), torch.int32, q.device)
         if page_table is not None:
             check_tensors(page_table=page_table)
-            if batch_idx is not None:
-                raise ValueError("cache_batch_idx is a tensor beside page_table, expected only one")
             if page_table.dim() != 2:
                 shape = tuple(page_table.shape)
                 raise ValueError(f"page_table has shape {shape}, expected (batch, pages)")
+            if batch_idx is not None:
+                page_table = page_table.index_select(0, batch_idx)
         elif batch_idx is not None:  # an entry of the cache is a page that holds all
             page_table = batch_idx[:, None]
         return cls(k, v, batch, seqlens, page_table)

@@ -74,6 +74,18 @@ def test_keys_in_pages_are_attended_to_as_if_in_rows(device):
         assert torch.equal(given, fa3.flash_attn_func(q, k, v, causal=True))
 
 
+def test_batch_indices_look_rows_of_the_table_up(device):
+    call = Call(CacheCase(num_new=2), device)
+    given = call.arguments()
+    wanted, _ = fa3.flash_attn_with_kvcache(call.queries(), **given)
+    other = torch.full_like(call.table[:1], -1)
+    given["page_table"] = torch.cat([call.table[1:], other, call.table[:1]])
+    given["cache_batch_idx"] = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    call._place()
+    out, _ = fa3.flash_attn_with_kvcache(call.queries(), **given)
+    assert torch.equal(out, wanted)
+
+
 def test_varlen_func_takes_pages(device):
     call = Call(CacheCase(num_queries=(1, 70)), device)
     wanted, wanted_lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
@@ -217,7 +229,7 @@ def test_other_lengths_and_tables_need_no_other_kernel(device, monkeypatch):
         ({"page_table": torch.zeros(3, 4).int()}, ValueError, ["page_table has batch 3", "2"]),
         ({"page_table": torch.zeros(2, 4)}, TypeError, ["page_table has dtype", "torch.int32"]),
         ({"page_table": torch.zeros(2).int()}, ValueError, ["page_table has shape (2,)", "pages"]),
-        ({"cache_batch_idx": torch.zeros(2).int()}, ValueError, ["cache_batch_idx", "page_table"]),
+        ({"cache_batch_idx": torch.zeros(3).int()}, ValueError, ["cache_batch_idx", "(3,)"]),
         ({"cache_seqlens": torch.tensor([5, 9])}, ValueError, ["cache_seqlens", "torch.int32"]),
         ({"cache_seqlens": torch.tensor([5]).int()}, ValueError, ["cache_seqlens", "(1,)", "(2,)"]),
         ({"cache_seqlens": torch.tensor([5, 99]).int()}, ValueError, ["[1]", "99", "64"]),
