@@ -462,7 +462,7 @@ def test_memory_is_linear_in_the_rows(device):
         lse = (2, rows), (rows, 1), torch.float32, device
         cu = (batch + 1,), (1,), torch.int32, device
         lengths = cu, cu, None, None
-        plan = autograd.plan_of(*fields, lse, False, lengths, None, True, -1, -1, 0, 0.0)
+        plan = autograd.plan_of(*fields, lse, False, True, lengths, None, True, -1, -1, 0, 0.0)
         return [math.prod(x[0]) for x in plan.workspace if x is not None]
 
     one, two, more = numbers(4096, 1), numbers(8192, 1), numbers(4096, 9)
