@@ -200,8 +200,11 @@ def test_every_backward_signature_has_a_config_that_fits():
 
 
 def test_backward_on_other_gpus():
-    with pytest.raises(NotImplementedError, match="backward sm90: it needs .* 9.x, .* has 8.0"):
-        dispatch.backward(BwdSignature("bf16", 64, 64, "full"), gpu(8, 0))
+    signature = BwdSignature("bf16", 64, 64, "full")
+    kernel = dispatch.backward(signature, gpu(8, 6))
+    assert kernel.where == "fa3.kernels.sm80.backward.kernel:BackwardSm80"
+    with pytest.raises(NotImplementedError, match="backward sm90: it needs .* 9.x, .* has 10.0"):
+        dispatch.backward(signature, gpu(10, 0))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from ..bwd_signature import BwdSignature
 from ..config import check_fields, check_memory
-from .config import RESERVED, SMEM_OF_SM
-from .copies import TileLayout
-from .mma import ROWS
+from .config import RESERVED, ROWS, SMEM_OF_SM, block_columns
 
 SIDE_WARPS = 4
 MAX_SUMS = 208  # registers of a thread for accumulators and operands that it keeps
@@ -106,7 +104,7 @@ class Sm80BwdConfig:
         slices = [n for n in (1, 2) if self.score_columns % (16 * n) == 0]
         yield "score_slices", self.score_slices in slices, f"one of {slices}"
         for name, width, sums in (("k_in_registers", d, dv), ("v_in_registers", dv, d)):
-            kept, columns = getattr(self, name), TileLayout(self.tile_n, width).columns
+            kept, columns = getattr(self, name), block_columns(width)
             widths = [*range(0, width + 1, columns)] if self.key_warps == SIDE_WARPS else [0]
             yield name, kept in widths, f"one of {widths}"
             count = self.keys_per_warp * (sums // self.column_warps + self.slice_columns) // 32

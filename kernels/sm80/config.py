@@ -12,6 +12,12 @@ RESERVED = 1024
 SMEM_OF_SM = {(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10}
 REGISTERS_OF_SM = 65_536
 MAX_REGISTERS = 255  # of a thread
+ROWS = 16  # of a fragment
+
+
+def block_columns(width: int) -> int:
+    """Of a column block of a tile of 16-bit elements (copies.py)."""
+    return 64 if width % 64 == 0 else 32
 
 
 @dataclass(frozen=True)

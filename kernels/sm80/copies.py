@@ -14,6 +14,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
+from .config import block_columns
+
 CHUNK = 8  # 16-bit elements, 16 bytes
 
 
@@ -27,7 +29,7 @@ class TileLayout:
     @property
     def columns(self) -> int:
         """Of a column block."""
-        return 64 if self.width % 64 == 0 else 32
+        return block_columns(self.width)
 
     @property
     def blocks(self) -> int:

@@ -12,9 +12,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warp
 
+from .config import ROWS as ROWS
 from .copies import CHUNK, TileLayout, kept
-
-ROWS = 16  # of a fragment
 
 
 def warp_mma(element: type) -> cute.MmaAtom:
