@@ -18,7 +18,7 @@ _NOT_YET = {"qv": None, "attention_chunk": 0, "cache_leftpad": None}
 
 
 def options_of(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
-    """The fields of Options."""
+    """The fields of Options that are arguments of public functions."""
     try:
         left, right = window_size
     except (TypeError, ValueError):
@@ -31,7 +31,7 @@ def options_of(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
     ):
         return softmax_scale, causal, left, right, sm_margin, softcap
     try:
-        return Options.of(softmax_scale, causal, left, right, sm_margin, softcap)
+        return Options.of(softmax_scale, causal, left, right, sm_margin, softcap)[:6]
     except TypeError as error:
         is_mask = isinstance(softmax_scale, Tensor) and softmax_scale.dim() > 0
         misplaced = is_mask or causal is None or isinstance(causal, float)

@@ -111,7 +111,7 @@ def test_varlen_func_takes_pages(device):
     [
         CacheCase(num_queries=(1, 1), h_q=6),
         CacheCase(num_queries=(1, 1), h_q=6, window=(50, 0)),
-        CacheCase(num_queries=(4, 4), h_q=6),
+        CacheCase(num_queries=(4, 4), h_q=6, window=(torch.tensor(9), -1)),
         CacheCase(num_queries=(4, 4), h_q=6, h_k=1),
         CacheCase(num_queries=(1, 70), pages=48),
         CacheCase(num_queries=(30, 50), h_q=16, lengths=(20, 200)),  # queries that see no key
