@@ -248,6 +248,7 @@ def run(  # noqa: PLR0913
 
 
 NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
+WHOLE = None, None  # num_splits and rows_per_query where keys are not split, and rows are queries
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913

@@ -7,7 +7,7 @@ import torch
 from fa3.call.problem import Layout, Options, Problem
 from fa3.call.scales import NO_DESCALES
 from fa3.kernels.signature import Signature
-from fa3.ops import NO_LENGTHS
+from fa3.ops import NO_LENGTHS, WHOLE
 from fa3.reference import attention as cpu
 
 from . import reference, textbook
@@ -73,7 +73,7 @@ def _cpu_forward(q, k, v, causal, window, scale):
     problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), options)
     run = cpu.bind(problem.signature)
     out, lse = q.new_empty(problem.out_shape), torch.empty(problem.lse_shape)
-    run((q, k, v, out, lse, *NO_DESCALES, None, *NO_LENGTHS, *problem.scalars, 0))
+    run((q, k, v, out, lse, *NO_DESCALES, None, *NO_LENGTHS, *problem.scalars, 0, *WHOLE))
     return out, lse
 
 

@@ -12,7 +12,7 @@ from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
 from ..kernels.bwd_signature import BwdSignature
 from ..launch import jit
-from ..ops import NO_LENGTHS
+from ..ops import NO_LENGTHS, WHOLE
 from .call import Call, Lengths
 
 NUM_CTAS = 132  # at most
@@ -57,16 +57,19 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     what = inspection.kernel.where, inspection.signature, inspection.config
     kernel = jit.compile(*what, "emulator", inspection.target.arch)
     with profile() as found, options(progress=_show):
-        kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS))
+        kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS, *WHOLE))
     return found.launches[-1]
 
 
 def _run_backward(call: Call, lengths: Lengths) -> LaunchProfile:
     """The launch with the matrix products; FA3_CPU is `emulate`."""
     qkv, _ = call.tensors(lengths)
-    given = dict(zip(Options._fields, call.options, strict=True))
+    *named, _ = zip(Options._fields, call.options, strict=True)  # rows are queries
+    given = dict(named)
     out, lse = torch.ops.fa3.forward(*qkv, **given)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    generator = torch.Generator(out.device).manual_seed(1)
+    numbers = torch.randn(out.shape, dtype=torch.float32, device=out.device, generator=generator)
+    dout = numbers.to(out.dtype)
     with profile() as found, options(progress=_show):
         torch.ops.fa3.backward(dout, *qkv, out, lse, **given, deterministic=call.is_deterministic)
     return max(found.launches, key=lambda launch: launch.total.flops)

@@ -27,7 +27,7 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
         entry, start, end = i, 0, x.shape[1]
         if cu_seqlens.numel():
             entry, (start, end) = 0, cu_seqlens[i : i + 2].tolist()
-        index = torch.arange(end - start, device=x.device)
+        index = torch.arange(end - start, dtype=torch.int64, device=x.device)
         rows = x[entry, start:end]
         if signature.rotary:
             position = (first[i] + index * advances).clamp(0, cos.shape[0] - 1)

@@ -13,7 +13,7 @@ from fa3.call.scales import NO_DESCALES, Descales
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
 from fa3.launch import dispatch, jit, tuning
-from fa3.ops import NO_LENGTHS
+from fa3.ops import NO_LENGTHS, WHOLE
 
 from .. import variants
 from ..cases import DTYPES, FORWARD
@@ -125,7 +125,8 @@ class Forward:
         lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
 
         def call() -> Tensor:
-            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, *problem.scalars, target.num_sms))
+            scalars = *problem.scalars, target.num_sms, *WHOLE
+            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, *scalars))
             return out
 
         return call
