@@ -23,6 +23,7 @@ class BwdConfig:
     num_mma_warpgroups: int = 2
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
     num_stages: int = 2  # of the rings of Q and dO; buffers of dS, and of P where it has some
+    dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
 
     @property
     def splits_keys(self) -> bool:
@@ -90,4 +91,5 @@ class BwdConfig:
         keys = self.tile_n * d_and_dv
         stage = self.tile_m * (d_and_dv + 4)  # with lse and delta in fp32
         ds = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)  # and P
-        return 2 * (keys + self.num_stages * (stage + ds)) + BARRIER_BYTES
+        dq = 2 * self.tile_m * signature.head_dim if self.dq_in_bulk and signature.with_dq else 0
+        return 2 * (keys + self.num_stages * (stage + ds) + dq) + BARRIER_BYTES

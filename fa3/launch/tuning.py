@@ -53,15 +53,15 @@ FORWARD_FP8 = {
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
-    (64, 64): BwdConfig(tile_m=128),  # 563; dv_early spills
-    (96, 96): BwdConfig(tile_m=64, dv_early=True),  # 607; 630 without, but worse at other constants
-    (128, 128): BwdConfig(tile_m=64, dv_early=True),  # 707; 696 without
-    (192, 128): BwdConfig(tile_m=64, tile_n=64),  # 573
-    (192, 192): BwdConfig(tile_m=64, tile_n=64),  # 590
-    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 600
+    (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546
+    (96, 96): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 575
+    (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
+    (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 573
+    (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 491
+    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 400
 }
 # With softcap, where these do not do.
-BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True)}  # 128 queries spill
+BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True)}
 
 
 # Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots

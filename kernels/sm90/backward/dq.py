@@ -1,5 +1,10 @@
 """Where consumers add their dQ: fp32 sums in global memory, in whatever order or in a fixed one.
 
+It leaves as the accumulators hold it, and `finish` reads it in the same order.  Each warp copies
+its part to shared memory, and one of its lanes has that added in bulk while the warp goes on
+(BwdConfig.dq_in_bulk); a part is the warp's own, so that nobody waits for other warps.  Or its
+threads add from registers, and stand until L2 takes it.
+
 In a fixed order (BwdSignature.deterministic) the tiles of a head add to a block of queries by
 ascending keys.  A counter per block and warpgroup says how many have: a warpgroup waits for those
 before it, adds, and lets the next one.  The schedule deals a head's tiles by ascending keys, too:
@@ -12,10 +17,13 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Float32, Int32
 
 from ...barriers import WARPGROUP
 from ...query_blocks import first_tile
+
+
+WARP = 32  # threads
 
 
 def dq_registers(signature, config) -> int:
@@ -23,13 +31,23 @@ def dq_registers(signature, config) -> int:
     return config.tile_m * signature.head_dim // (WARPGROUP * config.num_mma_warpgroups)
 
 
-def dq_of_thread(sums: cute.Tensor, count: int, num_threads: int, thread) -> cute.Tensor:
+def dq_buffer(plan, allocator) -> cute.Tensor | None:
+    """Shared memory for a tile of dQ on its way out, if it leaves in bulk."""
+    if not (plan.signature.with_dq and plan.config.dq_in_bulk):
+        return None
+    layout = cute.make_layout(plan.config.tile_m * plan.signature.head_dim)
+    pointer = allocator.allocate_array(Float32, cute.size(layout), byte_alignment=128)
+    return cute.make_tensor(pointer, layout)
+
+
+def dq_of_thread(block: cute.Tensor, count: int, warp, lane) -> cute.Tensor:
     """(tile_m * tile_d,), a block of BwdArguments.dq_sums -> (4, count / 4) of a thread.
 
-    The block lies as the accumulators hold it: a thread has 16 bytes beside those of the next one.
+    The block lies as the accumulators hold it: a warp has a part of it, in which a thread has 16
+    bytes beside those of the next one.
     """
-    shape, stride = (4, count // 4), (1, 4 * num_threads)
-    return cute.make_tensor(sums.iterator + 4 * thread, cute.make_layout(shape, stride=stride))
+    own = block.iterator + warp * (WARP * count) + 4 * lane
+    return cute.make_tensor(own.align(16), cute.make_layout((4, count // 4), stride=(1, 4 * WARP)))
 
 
 @dataclass(frozen=True)
@@ -42,22 +60,62 @@ class DqSums:
     window: Any
     n_block: Any
     thread: Any  # of the consumers
+    buffer: cute.Tensor | None  # (tile_m * tile_d,) fp32 of shared memory, if added in bulk
 
     @cute.jit
     def add(self, acc_dQ: cute.Tensor, m_block: Int32):
-        """This thread's part of a block's dQ, four fp32 per instruction."""
+        """This thread's part of a block's dQ."""
+        if cutlass.const_expr(self.buffer is not None):
+            self._to_buffer(acc_dQ)
         if cutlass.const_expr(self.counters is not None):
             self._wait(m_block)
+        if cutlass.const_expr(self.buffer is not None):
+            self._add_in_bulk(cute.size(acc_dQ), m_block)
+        else:
+            self._add_from_registers(acc_dQ, m_block)
+        if cutlass.const_expr(self.counters is not None):
+            self._let_next(m_block)
+
+    @cute.jit
+    def _to_buffer(self, acc_dQ: cute.Tensor):
         count = cute.size(acc_dQ)
-        sums = self.sums[None, m_block]
-        own = dq_of_thread(sums, count, self.plan.num_consumers, self.thread)  # (4, count / 4)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()  # a lane knows of its own copies
+        source = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, count // 4)))
+        cute.autovec_copy(source, self._own(self.buffer, count))
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def _add_in_bulk(self, count: int, m_block: Int32):
+        """The warp's part of the buffer."""
+        first = self._warp * (WARP * count)
+        source, target = self.buffer.iterator + first, self.sums[None, m_block].iterator + first
+        with cute.arch.elect_one():
+            cute.arch.inline_ptx(
+                "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], "
+                f"{4 * WARP * count};",
+                read_only_args=[target, source],
+            )
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _add_from_registers(self, acc_dQ: cute.Tensor, m_block: Int32):
+        """Four fp32 per instruction."""
+        count = cute.size(acc_dQ)
+        own = self._own(self.sums[None, m_block], count)
         for i in cutlass.range_constexpr(count // 4):
             cute.arch.inline_ptx(
                 "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
                 read_only_args=[own[None, i].iterator, *(acc_dQ[4 * i + j] for j in range(4))],
             )
-        if cutlass.const_expr(self.counters is not None):
-            self._let_next(m_block)
+
+    @property
+    def _warp(self):
+        return cute.arch.make_warp_uniform(self.thread // WARP)
+
+    def _own(self, block: cute.Tensor, count: int) -> cute.Tensor:
+        return dq_of_thread(block, count, self._warp, self.thread % WARP)
 
     @cute.jit
     def _wait(self, m_block: Int32):
@@ -72,6 +130,8 @@ class DqSums:
 
     @cute.jit
     def _let_next(self, m_block: Int32):
+        if cutlass.const_expr(self.buffer is not None):
+            cute.arch.cp_async_bulk_wait_group(0)
         cute.arch.fence_acq_rel_gpu()
         self._sync()
         if self.thread % WARPGROUP == 0:

@@ -178,7 +178,8 @@ class BackwardSm90:
             k.wait_and_advance()
             v.wait_and_advance()
             for i in cutlass.range(work.heads_per_group, unroll=1):
-                sums = work.dq_sums(tile, tile.head_kv * work.heads_per_group + i, thread)
+                head = tile.head_kv * work.heads_per_group + i
+                sums = work.dq_sums(tile, head, thread, rings.dq)
                 q, do = differentiate(frag, rings, q, do, blocks, scores, sums, thread)
             keys = work.sequence_of(tile).keys
             is_storing = warp == 0
@@ -186,3 +187,5 @@ class BackwardSm90:
                 frag, rings, tensors, tile, keys, thread, is_storing, scalars.softmax_scale
             )
             tile = work.next(tile)
+        if cutlass.const_expr(rings.dq is not None):
+            cute.arch.cp_async_bulk_wait_group(0)

@@ -9,6 +9,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from ..rings import Ring, swizzled
+from .dq import dq_buffer
 from .products import BwdSmem
 
 
@@ -87,6 +88,7 @@ class BwdRings:
     do: RowsRing
     ds: cute.Tensor  # (tile_m, tile_n, num_stages)
     p: cute.Tensor | None  # the same, where the warpgroups share the keys
+    dq: cute.Tensor | None  # dq.DqSums.buffer
 
     @staticmethod
     def of(plan, allocator: SmemAllocator) -> "BwdRings":
@@ -113,6 +115,7 @@ class BwdRings:
         )
         return BwdRings(
             p=None if config.splits_keys else space(layouts.ds),
+            dq=dq_buffer(plan, allocator),
             k=Ring.of(k, barriers(1), 1),
             v=Ring.of(v, barriers(1), 1),
             q=rows(q),

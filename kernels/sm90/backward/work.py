@@ -108,7 +108,7 @@ class BwdWork:
         layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
         return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
 
-    def dq_sums(self, tile: KeyTile, head, thread) -> DqSums | None:
+    def dq_sums(self, tile: KeyTile, head, thread, buffer: cute.Tensor | None) -> DqSums | None:
         """Those of a query head, if dQ is wanted."""
         if self.sums is None:
             return None
@@ -117,4 +117,5 @@ class BwdWork:
             None if x is None else queries.workspace(x, head, tile_m)
             for x in (self.sums, self.counters)
         )
-        return DqSums(self.plan, sums, counters, self.window_of(tile), tile.n_block, thread)
+        window = self.window_of(tile)
+        return DqSums(self.plan, sums, counters, window, tile.n_block, thread, buffer)
