@@ -325,6 +325,9 @@ def test_counted_work_of_a_backward_pass_is_that_of_the_tiles(work, device):
     assert counters["load"].bytes.bulk_loaded == total.bytes.bulk_loaded == work.loaded
     assert counters["load"].bytes.bulk_read == work.read
     assert counters["mma"].bytes.summed == total.bytes.summed == work.summed
+    gradients = 2 * work.config.tile_n * sum(work.tile_dims) * len(work.tiles)
+    in_bulk = work.summed if work.config.dq_in_bulk else 0
+    assert counters["mma"].bytes.bulk_stored == total.bytes.bulk_stored == in_bulk + gradients
     assert total.bytes.bulk_written == 2 * work.s_k * (work.head_dim + work.dv)
     assert total.bytes.stored == 0
     waits = 2 * len(work.tiles) + 2 * work.blocks  # for K and V, for Q and dO
@@ -340,7 +343,7 @@ def test_counted_work_of_a_backward_pass_is_that_of_the_tiles(work, device):
 
 
 # Cycles of shared memory per cycle of the tensor cores in a step, as docs/algorithm.md has them.
-SHARED = {64: 1.103, 96: 1.135, 128: 1.052, 192: 1.435, 256: 1.352}
+SHARED = {64: 1.303, 96: 1.335, 128: 1.252, 192: 1.835, 256: 1.352}
 
 
 @pytest.mark.parametrize("head_dim", SHARED)

@@ -56,7 +56,7 @@ BACKWARD = {
     (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546
     (96, 96): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 575
     (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
-    (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 573
+    (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 468
     (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 491
     (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 400
 }

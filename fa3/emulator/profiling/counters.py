@@ -48,7 +48,7 @@ class Bytes(_Sum):
     cp_async: int = 0  # read by cp.async
     loaded: int = 0  # by ld, from global memory, all lanes
     stored: int = 0  # by st
-    summed: int = 0  # added to global memory by atom and red
+    summed: int = 0  # added to global memory by atom, red and bulk stores that add, clipped
     operands: int = 0  # read from shared memory by wgmma
 
 

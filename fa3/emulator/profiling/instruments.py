@@ -188,8 +188,9 @@ def _between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier
     bulk.between_ctas(w, m, dst, dst_offset, src, src_offset, size, barrier, barrier_offset)
 
 
-def _store_bulk(w, lane: int, whole: int, clipped: int) -> None:
-    w.profile.moved(4 * w.index + lane // 32, bulk_stored=whole, bulk_written=clipped)
+def _store_bulk(w, lane: int, whole: int, clipped: int, reduction) -> None:
+    arrived = {"bulk_written" if reduction is None else "summed": clipped}
+    w.profile.moved(4 * w.index + lane // 32, bulk_stored=whole, **arrived)
     w.profile.store(w, lane, whole)
 
 
@@ -202,7 +203,7 @@ def _tensor_store(w, m, site, target, src, src_offset, reduction):
         at = tuple(w.lane_value(x, lane) for x in coords)
         same = (box.address, at, w.lane_value(src, lane), lane // 32)
         if reduction is not None or same not in seen:  # as bulk.tensor_store
-            _store_bulk(w, lane, box.box_bytes, observer.clipped(box, at))
+            _store_bulk(w, lane, box.box_bytes, observer.clipped(box, at), reduction)
         seen.add(same)
     bulk.tensor_store(w, m, site, target, src, src_offset, reduction)
 
@@ -211,7 +212,7 @@ def _tensor_store(w, m, site, target, src, src_offset, reduction):
 def _bulk_store(w, m, site, dst, dst_offset, src, src_offset, size, reduction):
     for lane in w.lane_list(m):
         n = w.lane_value(size, lane)
-        _store_bulk(w, lane, n, n)
+        _store_bulk(w, lane, n, n, reduction)
     bulk.store(w, m, site, dst, dst_offset, src, src_offset, size, reduction)
 
 

@@ -15,7 +15,7 @@ _BYTES = {
     "cp_async": "cp.async",
     "loaded": "ld from global memory",
     "stored": "st to global memory",
-    "summed": "atom and red on global memory",
+    "summed": "added to global memory",
     "operands": "read from shared memory by wgmma",
 }
 _NAME, _COLUMN = 34, 14

@@ -1,9 +1,9 @@
 """Where consumers add their dQ: fp32 sums in global memory, in whatever order or in a fixed one.
 
-It leaves as the accumulators hold it, and `finish` reads it in the same order.  Each warp copies
-its part to shared memory, and one of its lanes has that added in bulk while the warp goes on
-(BwdConfig.dq_in_bulk); a part is the warp's own, so that nobody waits for other warps.  Or its
-threads add from registers, and stand until L2 takes it.
+It leaves in the order in which the accumulators hold it, and `finish` reads it so.  With
+BwdConfig.dq_in_bulk each warp writes its part to shared memory, and one lane has it added in bulk
+while the warp goes on; no warp waits for another.  Otherwise threads add from registers, and stand
+until L2 has room.
 
 In a fixed order (BwdSignature.deterministic) the tiles of a head add to a block of queries by
 ascending keys.  A counter per block and warpgroup says how many have: a warpgroup waits for those
@@ -21,7 +21,6 @@ from cutlass import Float32, Int32
 
 from ...barriers import WARPGROUP
 from ...query_blocks import first_tile
-
 
 WARP = 32  # threads
 
@@ -48,6 +47,13 @@ def dq_of_thread(block: cute.Tensor, count: int, warp, lane) -> cute.Tensor:
     """
     own = block.iterator + warp * (WARP * count) + 4 * lane
     return cute.make_tensor(own.align(16), cute.make_layout((4, count // 4), stride=(1, 4 * WARP)))
+
+
+@cute.jit
+def wait_for_dq(buffer: cute.Tensor | None):
+    """Before a CTA ends: until all that its threads have sent off from the buffer has arrived."""
+    if cutlass.const_expr(buffer is not None):
+        cute.arch.cp_async_bulk_wait_group(0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class DqSums:
     def _to_buffer(self, acc_dQ: cute.Tensor):
         count = cute.size(acc_dQ)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()  # a lane knows of its own copies
+        cute.arch.sync_warp()  # one lane knows of the copies before
         source = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, count // 4)))
         cute.autovec_copy(source, self._own(self.buffer, count))
         cute.arch.fence_view_async_shared()
@@ -127,6 +133,8 @@ class DqSums:
             while _acquired(counter) < self.n_block - first:
                 pass
         self._sync()
+        if cutlass.const_expr(self.buffer is not None):
+            cute.arch.fence_proxy("async.global")
 
     @cute.jit
     def _let_next(self, m_block: Int32):

@@ -19,8 +19,9 @@ all blocks of tile_m queries that see them, of every query head that reads the k
     a consumer   | wait | P^T = exp2 ..    | dS^T, to shared | all    | wait            | dQ to L2 |
 
 dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, and as many buffers
-of dS as Q has stages.  dQ leaves as the accumulators hold it, 16 bytes per thread and instruction
-(red.v4), without shared memory; `finish` reads it in the same order.
+of dS as Q has stages.  dQ leaves in the order of the accumulators: up to head dim 192 each warp
+writes its part to shared memory and has it added in bulk; at 256, where there is no space, threads
+add it from registers (dq.py).
 
 Registers of a consumer thread at head dim 128: dK and dV 128, S and dP 64 or P and dS in 16 bits
 and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on see BwdConfig.splits_keys.
@@ -47,6 +48,7 @@ from ...simple.bwd_prepare import Prepare, PrepareTensors
 from ...tensors import permute
 from ..tma import tma_load, tma_store
 from .differentiate import differentiate
+from .dq import wait_for_dq
 from .finish import Finish
 from .load import load
 from .plan import BwdPlan
@@ -187,5 +189,4 @@ class BackwardSm90:
                 frag, rings, tensors, tile, keys, thread, is_storing, scalars.softmax_scale
             )
             tile = work.next(tile)
-        if cutlass.const_expr(rings.dq is not None):
-            cute.arch.cp_async_bulk_wait_group(0)
+        wait_for_dq(rings.dq)
