@@ -39,13 +39,13 @@ def dq_buffer(plan, allocator) -> cute.Tensor | None:
     return cute.make_tensor(pointer, layout)
 
 
-def dq_of_thread(block: cute.Tensor, count: int, warp, lane) -> cute.Tensor:
+def dq_of_thread(block: cute.Tensor, count: int, thread) -> cute.Tensor:
     """(tile_m * tile_d,), a block of BwdArguments.dq_sums -> (4, count / 4) of a thread.
 
     The block lies as the accumulators hold it: a warp has a part of it, in which a thread has 16
     bytes beside those of the next one.
     """
-    own = block.iterator + warp * (WARP * count) + 4 * lane
+    own = block.iterator + (thread // WARP * (WARP * count) + 4 * (thread % WARP))
     return cute.make_tensor(own.align(16), cute.make_layout((4, count // 4), stride=(1, 4 * WARP)))
 
 
@@ -121,7 +121,7 @@ class DqSums:
         return cute.arch.make_warp_uniform(self.thread // WARP)
 
     def _own(self, block: cute.Tensor, count: int) -> cute.Tensor:
-        return dq_of_thread(block, count, self._warp, self.thread % WARP)
+        return dq_of_thread(block, count, self.thread)
 
     @cute.jit
     def _wait(self, m_block: Int32):

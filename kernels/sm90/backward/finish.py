@@ -13,7 +13,7 @@ from ...sequence import RaggedSequences, Sequences
 from ...views import convert
 from ..rings import swizzled
 from ..tma import tma_store
-from .dq import WARP, dq_of_thread, dq_registers
+from .dq import dq_of_thread, dq_registers
 from .products import BwdMma, dq_layout, store
 
 
@@ -68,7 +68,7 @@ class Finish:
         acc = cute.make_rmem_tensor(mma.get_slice(thread).partition_shape_C(plan.q_tile), Float32)
         count = dq_registers(plan.signature, plan.config)
         sums = tensors.sums[None, block, head, entry]
-        own = dq_of_thread(sums, count, thread // WARP, thread % WARP)
+        own = dq_of_thread(sums, count, thread)
         flat = cute.make_tensor(acc.iterator, cute.make_layout((4, count // 4)))
         cute.autovec_copy(own, flat)
         acc.store(acc.load() * softmax_scale)
