@@ -53,14 +53,14 @@ FORWARD_FP8 = {
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
-    (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546
+    (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546; dv_early spills
     (96, 96): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 575
     (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
     (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 468
     (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 491
-    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 400
+    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 400; no space for dQ
 }
-# With softcap, where these do not do.
+# With softcap, where these do not do: 128 queries spill.
 BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True)}
 
 
