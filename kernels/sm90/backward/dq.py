@@ -39,14 +39,17 @@ def dq_buffer(plan, allocator) -> cute.Tensor | None:
     return cute.make_tensor(pointer, layout)
 
 
-def dq_of_thread(block: cute.Tensor, count: int, thread) -> cute.Tensor:
+def dq_of_thread(block: cute.Tensor, count: int, plan, thread) -> cute.Tensor:
     """(tile_m * tile_d,), a block of BwdArguments.dq_sums -> (4, count / 4) of a thread.
 
-    The block lies as the accumulators hold it: a warp has a part of it, in which a thread has 16
-    bytes beside those of the next one.
+    The block lies as the accumulators hold it, a thread's 16 bytes beside those of the next one: of
+    each warp in a part of its own, if it leaves in bulk, else of all consumers.
     """
-    own = block.iterator + (thread // WARP * (WARP * count) + 4 * (thread % WARP))
-    return cute.make_tensor(own.align(16), cute.make_layout((4, count // 4), stride=(1, 4 * WARP)))
+    own, beside = 4 * thread, plan.num_consumers
+    if plan.config.dq_in_bulk:
+        own, beside = thread // WARP * (WARP * count) + 4 * (thread % WARP), WARP
+    layout = cute.make_layout((4, count // 4), stride=(1, 4 * beside))
+    return cute.make_tensor(block.iterator + own, layout)
 
 
 @cute.jit
@@ -121,7 +124,7 @@ class DqSums:
         return cute.arch.make_warp_uniform(self.thread // WARP)
 
     def _own(self, block: cute.Tensor, count: int) -> cute.Tensor:
-        return dq_of_thread(block, count, self.thread)
+        return dq_of_thread(block, count, self.plan, self.thread)
 
     @cute.jit
     def _wait(self, m_block: Int32):

@@ -68,7 +68,7 @@ class Finish:
         acc = cute.make_rmem_tensor(mma.get_slice(thread).partition_shape_C(plan.q_tile), Float32)
         count = dq_registers(plan.signature, plan.config)
         sums = tensors.sums[None, block, head, entry]
-        own = dq_of_thread(sums, count, thread)
+        own = dq_of_thread(sums, count, plan, thread)
         flat = cute.make_tensor(acc.iterator, cute.make_layout((4, count // 4)))
         cute.autovec_copy(own, flat)
         acc.store(acc.load() * softmax_scale)
