@@ -57,7 +57,7 @@ class Segments(NamedTuple):
         """The last ones of the quantisation kernel."""
         if not self.is_ragged:
             return None, None, None
-        return *lengths.views((self.cu_seqlens, self.seqused), device), self.blocks(rows)[1]
+        return *lengths.or_empty((self.cu_seqlens, self.seqused), device), self.blocks(rows)[1]
 
     def entries(self, x: Tensor) -> Tensor:
         """With a dimension for the batch, be it of 1."""

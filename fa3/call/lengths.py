@@ -133,10 +133,16 @@ def named(lengths: Sequence) -> dict:
     return {name: x for name, x in zip(NAMES, lengths, strict=True) if x is not None}
 
 
-def views(lengths: Lengths, device: torch.device) -> tuple[Tensor, ...]:
-    """As a kernel takes them: one without elements stands for None, but for the page table."""
+def views(lengths: Lengths, device: torch.device) -> tuple[Tensor | None, ...]:
+    """As a kernel takes them: the page table may be None."""
+    *numbers, page_table = lengths
+    return *or_empty(numbers, device), page_table
+
+
+def or_empty(numbers: Sequence, device: torch.device) -> list[Tensor]:
+    """Tensors, of which one without elements stands for None."""
     nothing = _nothing(device)
-    return *[nothing if x is None else x for x in lengths[:4]], lengths.page_table
+    return [nothing if x is None else x for x in numbers]
 
 
 def check_longest(longest: tuple) -> None:
