@@ -124,8 +124,9 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
 
 def given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table=None) -> Lengths:
     """EQUAL itself where there are none."""
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
-    return EQUAL if all(x is None for x in lengths) else Lengths(*lengths)
+    if cu_seqlens_q is cu_seqlens_k is seqused_q is seqused_k is page_table is None:
+        return EQUAL
+    return Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
 
 
 def named(lengths: Sequence) -> dict:
@@ -134,9 +135,16 @@ def named(lengths: Sequence) -> dict:
 
 
 def views(lengths: Lengths, device: torch.device) -> tuple[Tensor | None, ...]:
-    """As a kernel takes them: the page table may be None."""
-    *numbers, page_table = lengths
-    return *or_empty(numbers, device), page_table
+    """As a kernel takes them: one without elements stands for None, but for the page table."""
+    nothing = _nothing(device)
+    cu_q, cu_k, used_q, used_k, page_table = lengths
+    return (
+        nothing if cu_q is None else cu_q,
+        nothing if cu_k is None else cu_k,
+        nothing if used_q is None else used_q,
+        nothing if used_k is None else used_k,
+        page_table,
+    )
 
 
 def or_empty(numbers: Sequence, device: torch.device) -> list[Tensor]:
