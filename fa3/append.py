@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .call.layout import Layout, check_address, odd_dimension
+from .call.lengths import or_empty
 from .call.problem import BYTE_DTYPES, DTYPES
 from .kernels.append_signature import AppendConfig, AppendSignature
 from .launch import dispatch, jit
@@ -56,7 +57,7 @@ def append(  # noqa: PLR0913
     tensors = k, None, v, k_cache, v_cache
     if k.itemsize == 1:
         tensors = tuple(None if x is None else x.view(torch.uint8) for x in tensors)
-    of_lengths = _or_nothing(cu_seqlens, k), seqlens.shape[0]
+    of_lengths = *or_empty((cu_seqlens,), k.device), seqlens.shape[0]
     _run_of(signature, k.device)(*tensors, page_table, seqlens, *of_lengths, *angles)
 
 
@@ -78,7 +79,7 @@ def rotate(  # noqa: PLR0913
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if q.numel():
         signature = AppendSignature(*_of(q, rotary_cos, interleaved), appends=False)
-        of_lengths = _or_nothing(cu_seqlens, q), seqlens.shape[0]
+        of_lengths = *or_empty((cu_seqlens,), q.device), seqlens.shape[0]
         angles = rotary_cos.contiguous(), rotary_sin.contiguous(), seqlens, int(advances)
         _run_of(signature, q.device)(x, y, *(None,) * 5, *of_lengths, *angles)
     return y.view(q.shape)
@@ -104,10 +105,6 @@ def _readable(x: Tensor) -> Tensor:
     """With all rows at multiples of 16 bytes."""
     is_odd = odd_dimension(Layout.of(x)) is not None or x.stride(-1) != 1 or x.data_ptr() % 16
     return x.clone(memory_format=torch.contiguous_format) if is_odd else x
-
-
-def _or_nothing(cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens
 
 
 @functools.lru_cache

@@ -205,21 +205,12 @@ def run(  # noqa: PLR0913
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
     """
-    has_scales = descales is not NO_DESCALES
-    plan = plan_of(
-        (q.shape, q.stride(), q.dtype, q.device),
-        (k.shape, k.stride(), k.dtype, k.device),
-        (v.shape, v.stride(), v.dtype, v.device),
-        None if out is None else (out.shape, out.stride(), out.dtype, out.device),
-        tuple(map(fields, descales)) if has_scales else NO_DESCALES,
-        fields(sink),
-        out_dtype,
-        EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
-        num_splits,
-        longest if num_splits == 0 else None,
-        *options,
-    )
-    if has_scales or sink is not None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+    plan = _plan_for(q, k, v, out, options, descales, out_dtype, lengths, longest, sink, num_splits)
+    if (
+        descales is not NO_DESCALES
+        or sink is not None
+        or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+    ):
         _check_addresses(q, k, v, descales, sink)
     if out is not None:
         check_address("out", out)
@@ -245,6 +236,25 @@ def run(  # noqa: PLR0913
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
     return out, lse
+
+
+def _plan_for(  # noqa: PLR0913
+    q, k, v, out, options, descales, out_dtype, lengths, longest, sink, num_splits
+) -> Plan:
+    """plan_of, of the tensors themselves."""
+    return plan_of(
+        (q.shape, q.stride(), q.dtype, q.device),
+        (k.shape, k.stride(), k.dtype, k.device),
+        (v.shape, v.stride(), v.dtype, v.device),
+        fields(out),
+        NO_DESCALES if descales is NO_DESCALES else tuple(map(fields, descales)),
+        fields(sink),
+        out_dtype,
+        EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
+        num_splits,
+        longest if num_splits == 0 else None,
+        *options,
+    )
 
 
 NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
@@ -304,16 +314,7 @@ def prepare(  # noqa: PLR0913
     q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits
 ) -> None:
     """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
-    plan_of(
-        *map(fields, (q, k, v, out)),
-        tuple(map(fields, descales)) if descales is not NO_DESCALES else NO_DESCALES,
-        fields(sink),
-        None,
-        EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
-        num_splits,
-        longest if num_splits == 0 else None,
-        *options,
-    )
+    _plan_for(q, k, v, out, options, descales, None, lengths, longest, sink, num_splits)
     _check_lengths(q, k, lengths, longest, check_lengths)
 
 

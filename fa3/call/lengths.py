@@ -135,16 +135,8 @@ def named(lengths: Sequence) -> dict:
 
 
 def views(lengths: Lengths, device: torch.device) -> tuple[Tensor | None, ...]:
-    """As a kernel takes them: one without elements stands for None, but for the page table."""
-    nothing = _nothing(device)
-    cu_q, cu_k, used_q, used_k, page_table = lengths
-    return (
-        nothing if cu_q is None else cu_q,
-        nothing if cu_k is None else cu_k,
-        nothing if used_q is None else used_q,
-        nothing if used_k is None else used_k,
-        page_table,
-    )
+    """As a kernel takes them: the page table may be None."""
+    return *or_empty(lengths[:4], device), lengths.page_table
 
 
 def or_empty(numbers: Sequence, device: torch.device) -> list[Tensor]:
