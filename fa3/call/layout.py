@@ -47,8 +47,19 @@ def check_last_stride(name: str, layout: Layout) -> None:
         raise ValueError(f"{name} has stride {layout.stride[-1]} in its last dimension, expected 1")
 
 
+def _suits_tma(layout: Layout) -> bool:
+    """Whether TMA can express all strides: its unit is 16 bytes."""
+    size = layout.dtype.itemsize
+    for step in layout.stride[:-1]:
+        if step * size % ALIGNMENT or step * size >= MAX_STRIDE:
+            return False
+    return True
+
+
 def odd_dimension(layout: Layout) -> int | None:
-    """The first dimension whose stride TMA cannot express: its unit is 16 bytes."""
+    """The first dimension whose stride TMA cannot express."""
+    if _suits_tma(layout):
+        return None
     size = layout.dtype.itemsize
     for dim, (n, step) in enumerate(zip(layout.shape[:-1], layout.stride, strict=False)):
         if n > 1 and (step * size % ALIGNMENT or step * size >= MAX_STRIDE):
@@ -58,6 +69,8 @@ def odd_dimension(layout: Layout) -> int | None:
 
 def tma_strides(layout: Layout) -> tuple[int, ...] | None:
     """Strides that TMA accepts where a dimension of size 1 has an arbitrary one; else None."""
+    if layout.shape[-1] != 1 and _suits_tma(layout):
+        return None
     size = layout.dtype.itemsize
     fixed = tuple(
         layout.shape[-1]
