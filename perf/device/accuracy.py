@@ -1,4 +1,4 @@
-"""Step: the accuracy suite on the GPU, a line per test.
+"""Steps: a few cases of every pass beside fp32; the tests on the GPU, a line per test.
 
 The process that replaces one in which a test hung or lost the CUDA context goes on with the tests
 that have no line yet.
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from . import log as of_step
-from .log import FRESH, Log
+from .exact import judged
+from .log import FRESH, Log, of_failed
 
 
 class Recorder:
@@ -47,10 +48,27 @@ class Recorder:
             pytest.exit("the CUDA context is lost", returncode=FRESH)
 
 
-def work(log: Log, folder: Path) -> None:
+def values(log: Log, folder: Path) -> None:
+    """Step: the small cases of every pass, which cover its kernels."""
     from .passes import PASSES
 
-    run(log, [test for row in PASSES for test in row.tests])
+    for row in PASSES:
+        for case in row.smalls:
+            log.item(f"{row.name} {case}", lambda r=row, c=case: {"off": judged(r, c, "cuda")[2]})
+
+
+def summarise_values(items: list[dict], folder: Path) -> tuple[bool, str]:
+    bad = of_failed(items)
+    good = sum("error" not in item for item in items)
+    lines = [f"{good} of {len(items)} cases as fp32 says", *bad]
+    return bool(items) and good == len(items), "\n".join(lines)
+
+
+def tests(log: Log, folder: Path) -> None:
+    """Step: the tests of every pass."""
+    from .passes import PASSES
+
+    run(log, list(dict.fromkeys(test for row in PASSES for test in row.tests)))
 
 
 def run(log: Log, tests: list[str]) -> None:
@@ -65,7 +83,7 @@ def run(log: Log, tests: list[str]) -> None:
         raise SystemExit(int(code))
 
 
-def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
+def summarise_tests(items: list[dict], folder: Path) -> tuple[bool, str]:
     bad = [item for item in items if "error" in item]
     skipped = [item for item in items if item.get("outcome") == "skipped"]
     passed = len(items) - len(bad) - len(skipped)

@@ -1,5 +1,8 @@
 """Compilation on all cores, and how long it takes."""
 
+import contextlib
+import copy
+import importlib
 import json
 import multiprocessing
 import os
@@ -7,13 +10,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from ..variants import name_of
+import torch
+
+from fa3.launch import dispatch, jit
+
+from ..backends import BACKENDS
+from ..cases import DTYPES, Case
 from .log import Log, of_failed
 
-MOST_PROCESSES = 12  # each holds a compiler
+MOST_PROCESSES = 14  # each holds a compiler
+SHORT = 512  # queries and keys, at most, of the calls that only tell what they compile
+JITTED = "fa4"  # the peer that compiles when it is called; it keeps the result on disk, too
+# What remembers calls, and with them where they ran.
+REMEMBERING = (
+    ("fa3.ops", "plan_of"),
+    ("fa3.ops", "_check_layouts"),
+    ("fa3.autograd", "plan_of"),
+    ("fa3.autograd", "_check_layouts"),
+    ("fa3.combine", "_plan_of"),
+    ("fa3.append", "_run_of"),
+    ("fa3.quantize_plan", "plans_of"),
+)
 
 
 def pool() -> ProcessPoolExecutor:
@@ -25,24 +47,93 @@ def compile_one(number: int, signature, config) -> float:
     """Seconds; `number` is the place of its pass in the table. Runs in a process of the pool."""
     from .passes import PASSES
 
+    return compile_key(PASSES[number].key(signature, config))
+
+
+def compile_key(key: tuple) -> float:
+    """Seconds; key: the arguments of jit.artifacts."""
     start = time.monotonic()
-    PASSES[number].compile(signature, config)
+    jit.artifacts(*key)
     return time.monotonic() - start
 
 
+def keys_of(row) -> dict[tuple, None]:
+    """What a row's calls compile: arguments of jit.artifacts. Needs no GPU and launches nothing."""
+    found = {row.key(signature, row.config(signature)): None for signature in row.signatures()}
+
+    def compile(kernel, signature, config, target, arch=jit.ARCH):
+        found[kernel, signature, config, arch] = None
+        return lambda *arguments: None
+
+    with _nothing_launched(compile, row.target):
+        dry = copy.copy(row)
+        dry.context = contextlib.nullcontext
+        for case in row.cases:
+            lengths = {"s_q": min(case.s_q, SHORT), "s_k": min(case.s_k, SHORT)}
+            heads = {"h_q": case.h_q // case.h_k, "h_k": 1}
+            short = replace(case, batch=min(case.batch, 3), **lengths, **heads)
+            dry.call(short, dry.inputs(short))
+    return found
+
+
+@contextlib.contextmanager
+def _nothing_launched(compile: Callable, target: dispatch.Target) -> Iterator[None]:
+    """Calls of CPU tensors are as on `target`, but for what `compile` returns."""
+    places = (dispatch, "target_of", lambda device: target), (jit, "compile", compile)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    _forget()
+    try:
+        for place in places:
+            setattr(*place)
+        yield
+    finally:
+        for place in before:
+            setattr(*place)
+        _forget()
+
+
+def _forget() -> None:
+    for module, name in REMEMBERING:
+        getattr(importlib.import_module(module), name).cache_clear()
+
+
 def build(log: Log, folder: Path) -> None:
-    """Step: every kernel that a call can get, into the cache that all later steps use."""
+    """Step: every kernel that a call of ours can get, into the cache that all later steps use."""
     from .passes import PASSES
 
     with pool() as processes:
-        jobs: dict[str, Future] = {}
-        for number, row in enumerate(PASSES):
-            for signature in row.signatures():
-                arguments = number, signature, row.config(signature)
-                name = f"{row.name} {name_of(signature)}"
-                jobs[name] = processes.submit(compile_one, *arguments)
-        for name, job in jobs.items():
-            log.item(name, lambda job=job: {"compile_s": round(job.result(), 2)})
+        jobs: dict[tuple, Future] = {}
+        names: dict[tuple, str] = {}
+        for row in PASSES:
+            for number, key in enumerate(keys_of(row)):
+                if key not in jobs:
+                    jobs[key] = processes.submit(compile_key, key)
+                    names[key] = f"{row.name} {number}: {key[0].rpartition(':')[2]} {key[1]}"
+        peers = {
+            f"{JITTED} {case}": processes.submit(_call_peer, case) for case in _of_the_first_sweep()
+        }
+        for key, job in jobs.items():
+            log.item(names[key], lambda job=job: {"compile_s": round(job.result(), 2)})
+        for name, job in peers.items():
+            log.item(name, lambda job=job: {"peer_s": round(job.result(), 2)})
+
+
+def _of_the_first_sweep() -> list[Case]:
+    """A short case of each kernel of a peer that it times."""
+    from .speed import SHORTEST, first_cases
+
+    of_peer = [c for c in first_cases() if JITTED in BACKENDS[c.of_pass]]
+    return [c for c in of_peer if c.length == SHORTEST]
+
+
+def _call_peer(case: Case) -> float:
+    """Seconds. In a process of the pool; a peer that is absent or fails is the sweep's to tell."""
+    start = time.monotonic()
+    q, k, v = (torch.randn(case.shape, device="cuda").to(DTYPES[case.dtype]) for _ in range(3))
+    with contextlib.suppress(Exception):
+        BACKENDS[case.of_pass][JITTED](case, q, k, v)()
+    torch.cuda.synchronize()
+    return time.monotonic() - start
 
 
 def first_calls(log: Log, folder: Path) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import sweep, timing
-from ..backends import BACKENDS, Absent
-from ..cases import DTYPES, Case
-from ..check import exact
+from ..cases import DTYPES
 from .log import Log
 
 SMI = (
@@ -31,7 +29,6 @@ PACKAGES = (
 TOOLS = ("compute-sanitizer", "ncu", "nvdisasm", "cuobjdump", "nvcc", "cc")
 COPY_BYTES = 4 << 30
 REPEATS = 20
-PEER_CASES = [Case.paper(dtype, 128, False, 1024) for dtype in ("bf16", "e4m3")]
 
 
 def report(log: Log, folder: Path) -> None:
@@ -76,7 +73,7 @@ def tool(name: str) -> str | None:
 
 
 def ceilings(log: Log, folder: Path) -> None:
-    """Step: matrix products, a copy, and which peers run here."""
+    """Step: matrix products and a copy."""
     sample = timing.GpuTimer()
     call, _ = timing.matmul_call(torch.bfloat16)
     timing.warm_up(call, sweep.WARM_UP_SECONDS)
@@ -84,21 +81,6 @@ def ceilings(log: Log, folder: Path) -> None:
         log.item(f"product {name}", lambda d=dtype: _rate(sample, *timing.matmul_call(d)))
     log.item("copy", lambda: _copy(sample))
     log.item("clocks under load", lambda: sweep.clocks_under_load(call))
-    for case in PEER_CASES:
-        torch.manual_seed(0)
-        dtype = DTYPES[case.dtype]
-        qkv = [torch.randn(case.shape, device="cuda").to(dtype) for _ in range(3)]
-        expected = exact(case, *qkv)
-        for name, prepare in BACKENDS[case.of_pass].items():
-            arguments = case, prepare, qkv, expected
-            log.item(f"{case.of_pass} peer {name}", lambda a=arguments: _peer(*a))
-
-
-def _peer(case: Case, prepare, qkv, expected) -> dict:
-    try:
-        return {"row_error": sweep.admit(case, prepare, qkv, expected)[1]}
-    except Absent as absent:
-        return {"absent": str(absent)[:300]}
 
 
 def _rate(sample: timing.Sample, call, operations: float) -> dict:
@@ -137,7 +119,6 @@ def summarise_ceilings(items: list[dict], folder: Path) -> tuple[bool, str]:
             figures.append(f"copy {item['tb_per_s']} TB/s")
     lines = [", ".join(figures)]
     for item in items:
-        why = item.get("absent") or item.get("error")
-        if why:
-            lines.append(f"{item['item']}: {why[:90]}")
+        if "error" in item:
+            lines.append(f"{item['item']}: {item['error'][:90]}")
     return bool(items) and not any("error" in item for item in items), "\n".join(lines)

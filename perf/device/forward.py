@@ -1,5 +1,6 @@
 """The forward pass, 16-bit: every row of the tuning table."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from fa3.kernels.signature import Signature
 from fa3.launch import dispatch, jit, tuning
 from fa3.ops import NO_LENGTHS, WHOLE
 
-from .. import variants
+from .. import check, variants
 from ..cases import DTYPES, FORWARD
+from .exact import Lengths, output_error
 from .small import Small
 
 TILE_N = {
@@ -39,6 +41,9 @@ class Forward:
     """A row of passes.PASSES."""
 
     name = FORWARD
+    target = HOPPER  # what its kernels are compiled for, where there is no GPU to ask
+    limits = check.ROW_ERROR  # dtype -> what `error` may be
+    context = contextlib.nullcontext  # what its calls are made in
     tests = (
         "tests/test_forward.py",
         "tests/test_torch_op.py",
@@ -69,6 +74,11 @@ class Forward:
         """Every kernel that a call can get."""
         return variants.sixteen_bit()
 
+    @property
+    def cases(self) -> list[Small]:
+        """All that a step calls."""
+        return [*self.smalls, *self.sanitized, *self.repeated, *self.first_calls]
+
     def tuned(self) -> list[Signature]:
         """What the tuning step looks at."""
         return [s for s in self.signatures() if s.mask != "local" and variants.is_main(s)]
@@ -93,8 +103,12 @@ class Forward:
 
     def compile(self, signature: Signature, config: FwdConfig) -> None:
         """Into the cache on disk; launches nothing."""
-        kernel = dispatch.forward(signature, HOPPER)
-        jit.artifacts(kernel.where, signature, config)
+        jit.artifacts(*self.key(signature, config))
+
+    def key(self, signature: Signature, config: FwdConfig) -> tuple:
+        """The arguments of jit.artifacts."""
+        where = dispatch.forward(signature, self.target).where
+        return where, signature, config, self.target.arch
 
     def draw(self, signature: Signature, batch: int, length: int, heads: int, device):
         """Random inputs as of Small, q, k and v (batch, length, heads, head dim)."""
@@ -103,13 +117,26 @@ class Forward:
         dtype = DTYPES[signature.dtype]
         return [torch.randn(batch, length, heads, d, device=device).to(dtype) for d in widths]
 
+    def inputs(self, case: Small, device="cpu") -> tuple[Tensor, ...]:
+        """Of `call`."""
+        return case.inputs(device)
+
+    def lengths(self, case: Small) -> Lengths:
+        """Queries and keys of every sequence."""
+        return [(case.s_q, case.s_k)] * case.batch
+
+    def error(self, case: Small, inputs, outputs: dict[str, Tensor]) -> float:
+        """Of the worst row of what `call` gave, beside fp32."""
+        return output_error(case, inputs, outputs["out"], self.lengths(case))
+
     def call(self, case: Small, inputs) -> dict[str, Tensor]:
         """What a user gets: name -> output."""
         import fa3
 
         descales = dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
         options = {"causal": case.causal, "window_size": case.window, **descales}
-        out, lse = fa3.flash_attn_func(*inputs[:3], **options, return_attn_probs=True)
+        with self.context():
+            out, lse = fa3.flash_attn_func(*inputs[:3], **options, return_attn_probs=True)
         return {"out": out, "lse": lse}
 
     def bind(self, config: FwdConfig, causal: bool, q, k, v, *descales) -> Callable[[], Tensor]:

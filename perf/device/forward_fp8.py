@@ -11,7 +11,7 @@ from fa3.call.scales import num_blocks
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
 
-from .. import variants
+from .. import check, variants
 from ..cases import DTYPES, FORWARD_FP8
 from .forward import STAGES, Forward
 from .small import K_BLOCK, Q_BLOCK, Small
@@ -94,7 +94,12 @@ class OneCall(Forward):
     )
     repeated = (Small("bf16", 128, 128, 2048, 2048, True, batch=4, h_q=16, h_k=4),)
     first_calls = (Small("bf16", 128, 128, 128, 128, causal=True),)
-    smalls = ()
+    limits = dict.fromkeys(("bf16", "fp16"), check.ROW_ERROR["e4m3"])
+    smalls = (
+        Small("bf16", 128, 128, 130, 300, causal=True, seed=1),
+        Small("fp16", 64, 64, 257, 150, seed=2),
+        Small("bf16", 256, 256, 97, 200, window=(50, 9), seed=3),
+    )
 
     def signatures(self) -> list[Signature]:
         """None of its own: a first call compiles what it needs."""

@@ -141,6 +141,8 @@ def _process(step: Step, folder: Path, log: Log, deadline: float, commit: str) -
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FA3_COMMIT": commit}
     environment["FA3_CACHE_DIR"] = str(folder / CACHE)
     environment.pop("FA3_CPU", None)
+    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # of a peer, which compiles, too
+    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / CACHE / "fa4")
     with (folder / f"{step.name}.log").open("ab") as output:
         process = subprocess.Popen(
             command,

@@ -1,7 +1,7 @@
 """Small: problems whose inputs are the same numbers on every machine."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..cases import DTYPES
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 UNIT = {"e4m3": 2, "int8": 8}  # of a code, in sums of four drawn integers: codes to 256 and 64
 Q_BLOCK = K_BLOCK = 128  # rows per scale
+UPSTREAM = 10**6  # added to a seed
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Small:
         of_q = self.batch, self.h_q, -(-self.s_q // Q_BLOCK)
         of_k = self.batch, self.h_k, -(-self.s_k // K_BLOCK)
         return of_q, of_k, of_k
+
+
+def upstream(case: Small, device="cpu") -> Tensor:
+    """The gradient of its output, (batch, s_q, h_q, head_dim_v)."""
+    other = replace(case, head_dim=case.head_dim_v, s_k=1, seed=case.seed + UPSTREAM)
+    return other.inputs(device)[0]
 
 
 def _codes(sums: np.ndarray, dtype: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps: the sweep beside every peer, and the host's time per call."""
+"""Steps: the sweep beside every peer, what decides first; and the host's time per call."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,11 +7,13 @@ import torch
 
 from .. import bandwidth, charts, report, results, sweep, timing
 from ..backends import BACKENDS, OURS
-from ..cases import DTYPES, HEAD_DIMS, LENGTHS, Case, paper_cases
+from ..cases import DTYPES, HEAD_DIMS, LENGTHS, TRAINING, Case, paper_cases
 from .log import Log, of_failed
 
 ROUNDS = 5
 SWEPT = ("bf16", "e4m3")
+DECIDING = (1024, 4096, 16_384)  # lengths
+SHORTEST = DECIDING[0]
 MACHINE = "machine"  # the item that says where and when
 CSV = "sweep.csv"
 MOVED_CSV = "quantize.csv"
@@ -22,13 +24,28 @@ def cases() -> list[Case]:
     return paper_cases(SWEPT, HEAD_DIMS, (False, True), LENGTHS)
 
 
+def first_cases() -> list[Case]:
+    """Those that decide."""
+    return [c for c in cases() if c.of_pass != TRAINING and c.length in DECIDING]
+
+
 def work(log: Log, folder: Path) -> None:
-    """Step: `perf.sweep`, an item per case, so that it can go on where it stopped."""
+    """Step: `perf.sweep` of the first cases, an item each, so that it can go on after a stop."""
+    _sweep(log, first_cases())
+
+
+def rest(log: Log, folder: Path) -> None:
+    """Step: of all others."""
+    first = set(first_cases())
+    _sweep(log, [case for case in cases() if case not in first])
+
+
+def _sweep(log: Log, chosen: list[Case]) -> None:
     log.item(MACHINE, lambda: asdict(sweep.this_machine()))
     sample = timing.GpuTimer()
     products = {name: timing.matmul_call(DTYPES[name]) for name in SWEPT}
     timing.warm_up(products[SWEPT[0]][0], sweep.WARM_UP_SECONDS)
-    for case in cases():
+    for case in chosen:
 
         def measure(case=case) -> dict:
             backends, product = BACKENDS[case.of_pass], products[case.dtype]
@@ -55,6 +72,16 @@ def machine_of(items: list[dict]) -> results.Machine | None:
 
 
 def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
+    """Of the first cases."""
+    return _summary(items, first_cases(), folder)
+
+
+def summarise_rest(items: list[dict], folder: Path) -> tuple[bool, str]:
+    """Of all, with what the step of the first ones left."""
+    return _summary(Log(folder / "sweep.jsonl").ended() + items, cases(), folder)
+
+
+def _summary(items: list[dict], wanted: list[Case], folder: Path) -> tuple[bool, str]:
     """Also writes the CSV file and the chart, of all cases so far."""
     where, rows = machine_of(items), rows_of(items)
     if where is None or not rows:
@@ -69,7 +96,7 @@ def summarise(items: list[dict], folder: Path) -> tuple[bool, str]:
     lines = report.summary([(row, where) for row in rows])
     notes = dict.fromkeys(f"{row.backend}: {row.note[:90]}" for row in rows if row.note)
     ours = [row for row in rows if row.backend == OURS]
-    good = len(ours) == len(cases()) and all(row.tflops is not None for row in ours)
+    good = len(ours) == len(wanted) and all(row.tflops is not None for row in ours)
     return good, "\n".join([*lines, *list(notes)[:6]])
 
 

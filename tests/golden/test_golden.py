@@ -4,12 +4,15 @@ On a machine without a GPU those are the emulator's: this is where it meets the 
 are made by `python -m perf.device --steps outputs` (docs/device.md).
 """
 
+import contextlib
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from perf.device.exact import judged
 from perf.device.outputs import Stored, keep, load, save
 from perf.device.passes import PASSES
 from perf.device.small import Small, decoded, digest
@@ -41,7 +44,7 @@ def assert_close(name, actual, wanted):
 
 def compare(row, stored: Stored, device) -> None:
     case = stored.case
-    assert digest(case.inputs()) == stored.inputs_digest, "not the inputs of the stored outputs"
+    assert digest(row.inputs(case)) == stored.inputs_digest, "not the inputs of the stored outputs"
     given = keep(row, case, stored.made, device).outputs
     assert given.keys() == stored.outputs.keys()
     for name, wanted in stored.outputs.items():
@@ -57,8 +60,30 @@ def _committed():
 
 
 @pytest.mark.parametrize(("name", "stored"), _committed())
-def test_as_on_the_gpu(name, stored, device):
-    compare(ROWS[name], stored, device)
+def test_as_on_the_gpu(name, stored, device, emulated):
+    compare(emulated(ROWS[name]), stored, device)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_first_case_of_every_pass_is_right(name, device, emulated):
+    """As on the GPU: the call, and its judgement."""
+    row = emulated(ROWS[name])
+    assert 0 < judged(row, row.smalls[0], device)[2] <= row.limits[row.smalls[0].dtype]
+
+
+@pytest.fixture
+def emulated(ampere):
+    """A row of PASSES as it runs here: what it makes of a Hopper GPU, the emulator is."""
+
+    def on_this_machine(row):
+        if row.target.capability[0] != 8:
+            return row
+        ampere(row.target.capability)
+        here = copy.copy(row)
+        here.context = contextlib.nullcontext
+        return here
+
+    return on_this_machine
 
 
 FP8 = Small("e4m3", 64, 64, 140, 150, h_q=2, h_k=2, seed=5, scales="block")
@@ -81,7 +106,6 @@ def test_a_file_gives_back_what_was_kept(stored, device):
         again.inputs_digest,
         again.made,
     )
-    assert torch.equal(stored.rows, again.rows)
     assert all(torch.equal(stored.outputs[name], x) for name, x in again.outputs.items())
     compare(ROWS["forward"], stored, device)
 
@@ -129,9 +153,9 @@ def test_codes_of_one_byte_stand_for_nearly_normal_numbers(dtype, scales):
 
 
 def test_small_cases_cover_every_kernel():
-    for row in (row for row in PASSES if row.smalls):
+    for row in PASSES:
         kernels = {(s.head_dim, s.head_dim_v, s.mask) for s in row.signatures()}
         covered = {(c.head_dim, c.head_dim_v, c.mask) for c in row.smalls}
-        assert covered == kernels
-        assert 30 <= len(row.smalls) <= 40
+        assert covered >= kernels
+        assert 3 <= len(row.smalls) <= 40
         assert len({case.seed for case in row.smalls}) == len(row.smalls)

@@ -183,7 +183,7 @@ def test_after(): pass
 
 
 def test_the_suite_survives_hanging_and_poisoned_tests(tmp_path):
-    from perf.device.accuracy import summarise
+    from perf.device.accuracy import summarise_tests as summarise
 
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     outcome = run([step("suite", patience=3, summarise=summarise)], tmp_path)["suite"]
@@ -267,3 +267,15 @@ def test_every_row_of_the_table_names_a_function_and_a_summary(tmp_path):
         assert callable(getattr(importlib.import_module(module), function)), one.name
         assert not one.summarise([], tmp_path)[0], f"{one.name}: nothing found is not fine"
         assert one.patience <= one.limit, one.name
+
+
+@pytest.mark.parametrize(("bytes_", "code", "verdict"), [(3, 0, "fits"), (2**21, 1, "too much")])
+def test_what_travels_is_weighed(bytes_, code, verdict, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "MOST_BYTES", 2**20)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text(".device\nout\n")
+    (tmp_path / ".device").mkdir()
+    (tmp_path / ".device" / "x").write_bytes(bytes(bytes_))
+    (tmp_path / "out").write_bytes(bytes(2**21))
+    assert command.travels(tmp_path) == code
+    assert verdict in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What the steps of perf.device make of what they find. None of these numbers was measured."""
 
+import json
 import sys
 from dataclasses import asdict
 
@@ -7,9 +8,10 @@ import pytest
 
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
+from fa3.launch import dispatch
 from perf.cases import PASSES as CASE_PASSES
 from perf.cases import flops
-from perf.device import compiling, environment, sanitize, speed, steady, tune
+from perf.device import accuracy, compiling, environment, first, sanitize, speed, steady, tune
 from perf.device.passes import PASSES
 from perf.device.small import Small
 from perf.results import ROOT, Machine, Row, read_csv, write_csv
@@ -32,7 +34,7 @@ def items_of_a_sweep(ours=110.0):
 
 
 def test_sweep_leaves_a_file_and_its_summary(tmp_path):
-    good, text = speed.summarise(items_of_a_sweep(), tmp_path)
+    good, text = speed.summarise_rest(items_of_a_sweep(), tmp_path)
     line = "{}: geomean 1.10 worst 1.10 over 36 rows on SYNTHETIC GPU, 1970-01-01"
     assert (good, text) == (True, "\n".join(map(line.format, CASE_PASSES)))
     measured = read_csv(tmp_path / speed.CSV)
@@ -43,10 +45,24 @@ def test_sweep_leaves_a_file_and_its_summary(tmp_path):
 def test_sweep_with_a_case_that_broke_its_process(tmp_path):
     items = items_of_a_sweep()
     items[5] = {"item": items[5]["item"], "error": "its process ended: nothing for 90 s"}
-    good, text = speed.summarise(items, tmp_path)
+    good, text = speed.summarise_rest(items, tmp_path)
     assert not good
     assert "over 35 of 36 rows" in text
     assert "fa3: its process ended" in text
+
+
+def test_what_decides_is_swept_first_and_the_rest_adds_to_it(tmp_path):
+    first = [f"{case.of_pass} {case}" for case in speed.first_cases()]
+    assert len(first) == 54
+    machine, *items = items_of_a_sweep()
+    of_first = [machine, *(item for item in items if item["item"] in first)]
+    others = [machine, *(item for item in items if item["item"] not in first)]
+    assert speed.summarise(of_first, tmp_path)[0]
+    assert len(read_csv(tmp_path / speed.CSV)) == 2 * 54
+    assert not speed.summarise_rest(others, tmp_path)[0]
+    (tmp_path / "sweep.jsonl").write_text("\n".join(map(json.dumps, of_first)))
+    assert speed.summarise_rest(others, tmp_path)[0]
+    assert len(read_csv(tmp_path / speed.CSV)) == 288
 
 
 def test_tuning_begins_where_the_sweep_is_furthest_behind(tmp_path):
@@ -120,6 +136,47 @@ def test_a_candidate_of_one_byte_inputs_is_judged_by_what_its_codes_stand_for(de
     signature = next(s for s in row.tuned() if (s.head_dim, s.mask) == (64, "causal"))
     inputs = row.draw(signature, 1, 150, 1, device)
     assert 1e-3 < tune.try_out(row, signature, row.config(signature), inputs) < 0.1
+
+
+def test_what_calls_compile_is_known_without_a_gpu():
+    target_of, found = dispatch.target_of, {}
+    for row in PASSES:
+        keys = compiling.keys_of(row)
+        assert {row.key(s, row.config(s)) for s in row.signatures()} <= keys.keys()
+        assert keys and all(arch == "sm_90a" for *_, arch in keys)
+        found |= keys
+    assert dispatch.target_of is target_of
+    forward = [s for _, s, *_ in found if isinstance(s, Signature)]
+    assert {s.page_rows for s in forward} >= {0, 16, 64, 128}
+    assert any(s.is_split for s in forward) and any(s.is_ragged for s in forward)
+    modules = {where.partition(":")[0] for where, *_ in found}
+    assert modules >= {
+        "fa3.kernels.sm90.forward.operands_16bit",
+        "fa3.kernels.sm90.forward.operands_fp8",
+        "fa3.kernels.sm90.backward.kernel",
+        "fa3.kernels.sm80.forward.kernel",
+        "fa3.kernels.sm80.backward.kernel",
+        "fa3.kernels.simple.combine",
+        "fa3.kernels.quantize",
+    }
+
+
+def test_the_first_minute_says_what_is_missing(tmp_path):
+    items = [
+        {"item": "forward", "case": "x", "off": 1e-3},
+        {"item": "backward", "error": "ValueError: a row is off by 3 of its length"},
+        {"item": "forward peer cudnn", "off": 1e-3},
+        {"item": "forward peer fa4", "absent": "import flash_attn.cute: no such module"},
+    ]
+    good, text = first.summarise(items, tmp_path)
+    assert not good
+    assert text.splitlines() == [
+        "1 of 2 passes are right; peers: forward peer cudnn",
+        "backward: ValueError: a row is off by 3 of its length",
+        "forward peer fa4: import flash_attn.cute: no such module",
+    ]
+    assert first.summarise(items[:1], tmp_path)[0]
+    assert not first.summarise([], tmp_path)[0]
 
 
 def test_every_pass_names_tests_that_there_are():
@@ -203,7 +260,9 @@ def test_a_sanitizer_that_saw_no_kernel_proves_nothing(output, tmp_path):
 def test_summaries_name_what_failed(tmp_path):
     failed = {"item": "broken one", "error": "RuntimeError: why"}
     for summarise in (
+        accuracy.summarise_values,
         environment.summarise_ceilings,
+        first.summarise,
         compiling.summarise_build,
         compiling.summarise_first_calls,
         sanitize.summarise,
