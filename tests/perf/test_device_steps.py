@@ -1,17 +1,29 @@
 """What the steps of perf.device make of what they find. None of these numbers was measured."""
 
 import json
+import re
 import sys
 from dataclasses import asdict
 
 import pytest
 
+from fa3.inspect.report import analyse
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
-from fa3.launch import dispatch
+from fa3.launch import dispatch, jit
 from perf.cases import PASSES as CASE_PASSES
 from perf.cases import flops
-from perf.device import accuracy, compiling, environment, first, sanitize, speed, steady, tune
+from perf.device import (
+    accuracy,
+    compiling,
+    environment,
+    first,
+    probe,
+    sanitize,
+    speed,
+    steady,
+    tune,
+)
 from perf.device.passes import PASSES
 from perf.device.small import Small
 from perf.results import ROOT, Machine, Row, read_csv, write_csv
@@ -271,3 +283,37 @@ def test_summaries_name_what_failed(tmp_path):
     ):
         good, text = summarise([failed], tmp_path)
         assert not good and "RuntimeError: why" in text, summarise
+
+
+@pytest.mark.parametrize("kind", ["none", "ex2"])
+def test_a_product_is_probed(kind, device):
+    """On the emulator, whose cycles mean nothing."""
+    found = probe.product(kind, dispatch.target_of(device).kind, device, 8)
+    assert found["step_cycles"] > 0
+    assert (found["per_cycle"] > 0) == (kind != "none")
+
+
+@pytest.mark.parametrize("way", probe.WAYS)
+def test_sums_are_probed_and_right(way, device):
+    assert probe.sums(way, dispatch.target_of(device).kind, device, 3, 2)["bytes_per_cycle"] > 0
+
+
+def test_what_the_probe_says(tmp_path):
+    """A step of 256 cycles takes 320 beside half an instruction a cycle of two registers."""
+    alone = {"item": "product beside none", "step_cycles": 256.0, "per_cycle": 0.0}
+    beside = {"item": "product beside mul", "step_cycles": 320.0, "per_cycle": 0.5}
+    fast = {"item": "sums by bulk", "bytes_per_cycle": 20.0}
+    good, text = probe.summarise([alone, beside, fast], tmp_path)
+    assert not good  # others are missing
+    assert "0.20 lost per register read" in text and "bulk: 20.0 bytes" in text
+    assert probe.steal_of("mul", 256.0, beside) == 64 / 320
+
+
+def test_each_neighbour_is_what_its_name_says():
+    """In the loop of its machine code."""
+    opcode = {"fma": "FFMA", "mul": "FMUL", "ex2": "MUFU", "max": "FMNMX", "lds": "LDS"}
+    for kind in ("ex2", "max"):
+        signature = probe.ProbeSignature(kind)
+        cubin = jit.artifacts(f"{probe.MODULE}:Product", signature, None).cubin
+        text = analyse(cubin).program.text
+        assert len(re.findall(rf"\b{opcode[kind]}\b", text)) >= probe.BATCH
