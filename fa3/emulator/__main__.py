@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from . import settings
 from .mutation import Judge, Mutant
 
 Run = Callable[[], Sequence]
@@ -30,8 +31,7 @@ EQUIVALENT = [
             ("wait differentiate.py:differentiate: warpgroup.wait_group(2)", "the same"),
             ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
             ("fence kernel.py:", "only products have written these registers since the last one"),
-            ("barrier plan.py:dq_in_order", "order between CTAs, which run one after another here"),
-            ("fence dq.py:_let_next", "the same"),
+            ("fence dq.py:_let_next", "the release after the barrier passes on what others did"),
         )
     ),
     (
@@ -177,6 +177,10 @@ CASES: dict[str, Callable[[], Run]] = {
 }
 
 
+def checks_of(case: str) -> tuple[str, ...]:
+    return (*settings.ALL_CHECKS, "sums") if case.endswith("in-order") else settings.ALL_CHECKS
+
+
 def reason(case: str, judge: Judge, mutant: Mutant) -> str:
     """Why a survivor was not caught; "" if that is not known."""
     if not judge.reaches(mutant):
@@ -192,7 +196,7 @@ def run_mutants(names: Sequence[str], sample: int | None, seed: int, report=prin
     from . import install
 
     install()
-    judges = {name: Judge(CASES[name]()) for name in names}
+    judges = {name: Judge(CASES[name](), checks=checks_of(name)) for name in names}
     todo = [(name, mutant) for name, judge in judges.items() for mutant in judge.mutants]
     if sample is not None and sample < len(todo):
         todo = sorted(random.Random(seed).sample(todo, sample), key=todo.index)

@@ -26,6 +26,7 @@ class Checks:
         self.box = "box" in on
         self.race = "race" in on
         self.across = "global" in on
+        self.sums = "sums" in on
         self.tracks_writes = self.proxy or self.uninit or self.mbarrier or self.race
 
 

@@ -26,8 +26,10 @@ CHECKS = {
     "box": "stages that TMA fills from outside of a tensor alone, with zeros",
     "race": "accesses to shared memory, asynchronous ones included, that no barrier or wait orders",
     "global": "plain accesses of different clusters to global memory that no atomics order",
+    "sums": "floating-point additions to global memory in an order that nothing fixes, so that the "
+    "result is another one every time; for kernels that promise the same bits, needs race, global",
 }
-ALL_CHECKS = tuple(CHECKS)
+ALL_CHECKS = tuple(name for name in CHECKS if name != "sums")  # which most kernels may do
 SCHEDULES = ("eager", "late", "random")
 ACCUMULATORS = {
     "fp32": "products are exact and are added in fp32",
@@ -102,6 +104,8 @@ class Options:
         object.__setattr__(self, "checks", names(self.checks))
         if unknown := set(self.checks) - set(CHECKS):
             raise ValueError(f"unknown checks {sorted(unknown)}; known are {', '.join(CHECKS)}")
+        if "sums" in self.checks and not {"race", "global"} <= set(self.checks):
+            raise ValueError('the check "sums" needs the checks "race" and "global"')
         if self.accumulator not in ACCUMULATORS:
             raise ValueError(
                 f"unknown accumulator {self.accumulator!r}; known are {', '.join(ACCUMULATORS)}"

@@ -238,8 +238,97 @@ GLOBAL = {
 }
 
 
-def across(body: str) -> None:
-    launch(ACROSS + body, np.zeros(4096, np.uint8), grid=2, checks=("global",))
+# of CTA 0 to CTA 1, as FLAG and SEEN are, whose warps are looked at one by one
+HANDED_ON = "@!%p1 bra READ; {write} {flag} bra END; READ: {seen} ld.global.b32 %r9, [%rd2]; END:"
+STORED = "st.global.b32 [%rd2], %r0;"
+RAISED = "@%p2 red.relaxed.gpu.global.add.u32 [%rd0+4000], 1;"
+LOOKED = "@%p2 ld.relaxed.gpu.global.u32 %r9, [%rd0+4000];"
+BULK = (
+    "mov.u32 %r3, buffer; @%p2 cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r3], 512;"
+    "@%p2 cp.async.bulk.commit_group;"
+)
+STORE_ENDS = "@%p2 cp.async.bulk.wait_group 0;"
+# name: what the first does, its flag, how the second sees it
+BETWEEN_WARPS = {
+    "the flag goes up before all warps have written": (
+        STORED, "{{bar.sync 0;}}" + FLAG.removeprefix("bar.sync 0;"), SEEN
+    ),
+    "the others do not wait for the warp that looks": (
+        STORED, FLAG, SEEN.removesuffix("bar.sync 0;") + "{{bar.sync 0;}}"
+    ),
+    "no fence before a relaxed flag": (
+        STORED, "bar.sync 0; {{fence.acq_rel.gpu;}}" + RAISED, SEEN
+    ),
+    "a fence of the CTA alone before it": (
+        STORED, "bar.sync 0; {{membar.gl;}} [[membar.cta;]]" + RAISED, SEEN
+    ),
+    "no fence after a relaxed look": (
+        STORED, FLAG, LOOKED + "{{fence.acq_rel.gpu;}} bar.sync 0;"
+    ),
+    "a flag of the CTA alone": (
+        STORED, "{{" + FLAG + "}} [[" + FLAG.replace(".gpu", ".cta") + "]]", SEEN
+    ),
+    "the flag goes up while a bulk store runs": (
+        BULK + "{{" + STORE_ENDS + "}}", FLAG + "[[" + STORE_ENDS + "]]", SEEN
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN_WARPS)
+def test_what_a_flag_leaves_out_is_found(name):
+    write, flag, seen = BETWEEN_WARPS[name]
+    body = HANDED_ON.format(write=write, flag=flag, seen=seen)
+    with pytest.raises(errors.Race, match="no atomic leads from one to the other"):
+        across(broken(body), ("race", "global"))
+    across(cured(body), ("race", "global"))
+
+
+def test_a_third_cta_knows_what_the_second_was_told():
+    """And not what nobody told it."""
+    hand_on = "setp.eq.u32 %p3, %r5, {cta}; @%p3 bra DO{cta};"
+    body = (
+        "".join(hand_on.format(cta=i) for i in range(3))
+        + f"DO0: {STORED} {FLAG} bra END;"
+        + f"DO1: {SEEN} {{{{{FLAG.replace('4000', '4004')}}}}} bra END;"
+        + f"DO2: {SEEN.replace('4000', '4004')} ld.global.b32 %r9, [%rd2]; END:"
+    )
+    checks = ("race", "global")
+    across(cured(body), checks, grid=3)
+    with pytest.raises(errors.Race, match="cluster 2 of the grid reads"):
+        across(broken(body), checks, grid=3)
+
+
+ADDED = "red.global.add.f32 [%rd2], 0f3F800000;"
+SUMS = {
+    "of two CTAs": ADDED,
+    "of one CTA's warps": "@!%p1 bra END; red.global.add.f32 [%rd0], 0f3F800000; END:",
+    "in bulk": BULK.replace("cp.async.bulk.global", "cp.reduce.async.bulk.global").replace(
+        "bulk_group [", "bulk_group.add.f32 ["
+    )
+    + STORE_ENDS,
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_in_no_order_are_found(name):
+    checks = ("race", "global", "sums")
+    with pytest.raises(errors.Race, match="the sum depends on which comes first"):
+        across(broken(SUMS[name]), checks)
+    across(broken(SUMS[name]), checks[:2])
+    across(broken(SUMS[name]).replace("f32", "u32"), checks)
+
+
+@pytest.mark.parametrize("add", [ADDED, SUMS["in bulk"]])
+def test_sums_in_order_pass(add):
+    turn = f"@!%p1 bra SECOND; {add} {FLAG} bra END; SECOND: {{{{{SEEN}}}}} {add} END:"
+    checks = ("race", "global", "sums")
+    across(cured(turn), checks)
+    with pytest.raises(errors.Race, match="cluster 1 .* unordered with the addition by cluster 0"):
+        across(broken(turn), checks)
+
+
+def across(body: str, checks=("global",), grid: int = 2) -> None:
+    launch(ACROSS + body, np.zeros(4096, np.uint8), grid=grid, checks=checks)
 
 
 @pytest.mark.parametrize("name", GLOBAL)

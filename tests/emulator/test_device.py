@@ -379,4 +379,6 @@ def test_options(emulator):
         emulator.configure(checks=("typo",))
     with pytest.raises(ValueError, match="sms must be at least 1, not 0"):
         emulator.configure(sms=0)
-    assert set(emulator.ALL_CHECKS) == set(emulator.CHECKS)
+    with pytest.raises(ValueError, match='"sums" needs the checks "race" and "global"'):
+        emulator.configure(checks=("sums", "race"))
+    assert set(emulator.ALL_CHECKS) == set(emulator.CHECKS) - {"sums"}

@@ -172,14 +172,21 @@ def _taken_over(launch, report: Report) -> dict[str, int] | None:
 class _Journal:
     """An observer that keeps the accesses of a cluster."""
 
+    order = None
+
     def __init__(self, lowered):
         self._lowered = lowered
         self.accesses: list[tuple] = []  # region, Access
 
-    def access(self, w, region, where, writes: bool, site: int | None = None) -> None:
+    def access(
+        self, w, region, where, writes: bool, site: int | None = None, operation=None
+    ) -> None:
         pc = self._lowered.pc_here() if site is None else site
         access = Access(region.start, len(region.bytes), where, writes, pc)
         self.accesses.append((region, access))
+
+    def fence(self, w, lanes) -> None:
+        """Kernels whose clusters communicate are not spread."""
 
 
 def _child(launch, share: Iterable[Work], sender, receivers) -> None:

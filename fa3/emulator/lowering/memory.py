@@ -34,6 +34,16 @@ def _is_strong(i) -> bool:
     return not _STRONG.isdisjoint(i.parts)
 
 
+def _strong(i) -> generic.Strong:
+    """Of a load or a store, or of an atomic, which is .relaxed by default."""
+    if i.parts[0] in ("ld", "ldu", "st") and not _is_strong(i):
+        return None
+    if not {"cta", "cluster"}.isdisjoint(i.parts):
+        return False, False
+    both = "acq_rel" in i.parts
+    return both or "acquire" in i.parts, both or "release" in i.parts
+
+
 @lowers("ld", "ldu")
 def ld(e, i):
     t, space = instr_type(i), _space(i)
@@ -46,7 +56,7 @@ def ld(e, i):
                 at = p.offset + offset + j * es
                 e.put(d, f"w.params[{at}:{at + es}].view({DTYPE[t]})")
             return
-    f, strong = (shared.load, []) if space == "shared" else (generic.load, [_is_strong(i)])
+    f, strong = (shared.load, []) if space == "shared" else (generic.load, [_strong(i)])
     e.call(f, DTYPE[t], e.rows(rows), e.address(i.args[1], space), *strong)
 
 
@@ -56,7 +66,7 @@ def st(e, i):
     address, rows = e.address(i.args[0], space), e.rows([e.src(x, t) for x in vector(i.args[1])])
     if i.parts[1] == "async":
         return e.call(bulk.store_async, DTYPE[t], rows, address, e.address(i.args[2], "shared"))
-    f, strong = (shared.store, []) if space == "shared" else (generic.store, [_is_strong(i)])
+    f, strong = (shared.store, []) if space == "shared" else (generic.store, [_strong(i)])
     e.call(f, DTYPE[t], rows, address, *strong)
 
 
@@ -70,7 +80,7 @@ def atomic(e, i):
     if t in atomics.HALF and op != "add":
         raise Unsupported(f"{op} of {t}")
     olds, args = (vector(i.args[0]), i.args[1:]) if i.parts[0] == "atom" else (None, i.args)
-    how = f"('{space}','{op}','{t}',{DTYPE[t]})"
+    how = f"('{space}','{op}','{t}',{DTYPE[t]},{_strong(i)})"
     base, start = e.address(args[0], space).rsplit(",", 1)
     for j, x in enumerate(vector(args[1])):
         row = e.dst(olds[j], t) if olds else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Unsupported
-from ..memory import mbarrier
+from ..memory import generic, mbarrier
 from .registry import lowers
 
 
@@ -37,11 +37,13 @@ def mbarrier_(e, i):
 
 @lowers("fence", "membar")
 def fence(e, i):
-    """Memory is sequentially consistent here; proxy fences are followed, for their checks."""
+    """Memory is sequentially consistent here; the checks follow what fences order."""
     if "proxy" in i.parts and any(x.startswith("async") for x in i.parts):
         e.call(mbarrier.fence_async)
     elif "mbarrier_init" in i.parts:
         e.call(mbarrier.publish)
+    elif "proxy" not in i.parts and not {"gpu", "sys", "gl"}.isdisjoint(i.parts):
+        e.call(generic.fence)
 
 
 @lowers(

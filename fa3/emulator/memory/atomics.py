@@ -8,15 +8,18 @@ from ..errors import Unsupported
 from ..numerics import halves
 from ..numerics.reductions import REDUCTIONS
 from . import generic, shared
+from .places import indices, observe_sum
 
 HALF = ("f16", "bf16", "f16x2", "bf16x2")
+FLOAT = (*HALF, "f32", "f64")
 
 
 def atomic(w, m, how, row, address, offset, b, c):
-    """how is (space, operation, PTX type, dtype); row gets the old values (None for red)."""
+    """how is (space, operation, PTX type, dtype, generic.Strong); row gets the old values (None for
+    red)."""
     if m is not None and not m.any():
         return
-    space, op, kind, dtype = how
+    space, op, kind, dtype, order = how
     es = np.dtype(dtype).itemsize
     if space == "global" and generic.window(w, m, address) == generic.SHARED:
         space, address = "shared", generic.shared_offset(address)
@@ -28,7 +31,10 @@ def atomic(w, m, how, row, address, offset, b, c):
         array, index = memory.view[dtype], a // es
     else:
         array, index = generic.locate(w, m, dtype, address, offset, es, "atomic")
-        generic.synchronise(w, m, w.active(address, m).astype(np.int64) + offset)
+        places = w.active(address, m).astype(np.int64) + offset
+        generic.synchronise(w, m, places, *order)
+        if w.checks.sums and op == "add" and kind in FLOAT:
+            _observe_sums(w, m, places, es)
         if array is None:
             raise Unsupported("atomic whose lanes address different tensors")
     w.cluster.events += 1
@@ -42,6 +48,14 @@ def atomic(w, m, how, row, address, offset, b, c):
         array[j] = _result(op, kind, old[i], b[i], c[i])
     if row is not None:
         row[slice(None) if m is None else m] = old
+
+
+def _observe_sums(w, m, addresses, nbytes: int) -> None:
+    threads = w.threads[w.lane_list(m)]
+    addresses = np.broadcast_to(addresses, threads.shape)
+    region = w.memory.find(int(addresses.min()), int(addresses.max()) + nbytes, "atomic")
+    for _, mine, operation in w.races.by_warp(threads):
+        observe_sum(w, region, indices(addresses[mine] - region.start, nbytes), operation)
 
 
 def _result(op, kind, old, b, c):

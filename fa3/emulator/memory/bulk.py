@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import Misaligned, OutOfBounds, Unsupported
 from . import mbarrier, tensormap
 from .operations import Operation
-from .places import observe, span
+from .places import observe, observe_sum, span
 from .shared import OFFSET, RANK_SHIFT, SharedMemory, shared_at
 
 _CHUNK = 16  # bytes; swizzles permute chunks
@@ -233,6 +233,8 @@ def _store(w, site, dst, at, nbytes, reduction, access):
     op, kind = reduction
     if op != "add" or kind not in _REDUCIBLE:
         raise Unsupported(f"bulk reduction {op} {kind}")
+    if kind in ("f32", "f16", "f64"):
+        observe_sum(w, region, span(dst - region.start, nbytes), access)
     out = out.view(_REDUCIBLE[kind])
     out += raw.view(out.dtype)
 

@@ -15,6 +15,9 @@ GLOBAL, SHARED, PARAMETERS, LOCAL = range(4)
 WINDOW_SHIFT = 56
 _OFFSET = np.uint64(0xFFFFFFFF)
 
+# (whether it acquires, whether it releases), for the whole GPU; None: a plain access
+Strong = tuple[bool, bool] | None
+
 
 def window(w, m, address) -> int:
     """The space of the addresses of the active lanes (all have the same)."""
@@ -51,7 +54,7 @@ def _element(w, dtype, address: int, what: str):
     return region.view(dtype), (address - region.start) // es
 
 
-def load(w, m, dtype, rows, address, offset, strong: bool = False):
+def load(w, m, dtype, rows, address, offset, strong: Strong = None):
     """strong: with .acquire, .relaxed or .volatile."""
     if m is not None and not m.any():
         return
@@ -79,13 +82,13 @@ def load(w, m, dtype, rows, address, offset, strong: bool = False):
             row[lanes] = np.array([x[j] for x, j in found], dtype)
 
 
-def _observe(w, m, address, offset, nbytes: int, strong: bool, written=None) -> None:
+def _observe(w, m, address, offset, nbytes: int, strong: Strong, written=None) -> None:
     """Tell of an access of the active lanes to global memory; written: rows of a store."""
     writes = written is not None
     observer = w.launch.write_observer if writes else w.launch.read_observer
     a = w.active(address, m).astype(np.int64) + offset
-    if strong:
-        return synchronise(w, m, a)
+    if strong is not None:
+        return synchronise(w, m, a, *strong)
     threads = w.threads[w.lane_list(m)]
     a, values = np.broadcast_to(a, threads.shape), None
     if writes and w.cluster.global_races is not None:
@@ -95,7 +98,12 @@ def _observe(w, m, address, offset, nbytes: int, strong: bool, written=None) -> 
         region = w.memory.find(int(a[0]), int(a[0]) + nbytes)
         here = (a >= region.start) & (a < region.end)
         offsets = a[here] - region.start
-        observer.access(w, region, places.indices(offsets, nbytes), writes)
+        if observer.order is None:
+            observer.access(w, region, places.indices(offsets, nbytes), writes)
+        else:
+            for _, mine, operation in w.races.by_warp(threads[here]):
+                where = places.indices(offsets[mine], nbytes)
+                observer.access(w, region, where, writes, operation=operation)
         if w.cluster.global_races is not None:
             own = None if values is None else values[here]
             w.cluster.global_races.plain(region, offsets, nbytes, threads[here], own)
@@ -103,15 +111,25 @@ def _observe(w, m, address, offset, nbytes: int, strong: bool, written=None) -> 
         values = None if values is None else values[~here]
 
 
-def synchronise(w, m, addresses) -> None:
+def synchronise(w, m, addresses, acquires: bool, releases: bool) -> None:
     """Tell of atomics of the active lanes on global memory, or of what counts as such."""
+    if w.launch.write_observer is None and w.cluster.global_races is None:
+        return
+    lanes = np.array(w.lane_list(m))
     if w.launch.write_observer is not None:
-        w.launch.write_observer.synchronise(w, addresses)
+        addresses = np.broadcast_to(addresses, lanes.shape)
+        w.launch.write_observer.synchronise(w, lanes, addresses, acquires, releases)
     if w.cluster.global_races is not None:
-        w.cluster.global_races.synchronise(w, np.array(w.lane_list(m)))
+        w.cluster.global_races.synchronise(w, lanes)
 
 
-def store(w, m, dtype, rows, address, offset, strong: bool = False):
+def fence(w, m) -> None:
+    """fence.acq_rel, fence.sc or membar, for the whole GPU.  Memory is sequentially consistent."""
+    if w.launch.write_observer is not None:
+        w.launch.write_observer.fence(w, np.array(w.lane_list(m)))
+
+
+def store(w, m, dtype, rows, address, offset, strong: Strong = None):
     """strong: with .release, .relaxed or .volatile."""
     if m is not None and not m.any():
         return

@@ -1,8 +1,14 @@
 """Where in global memory an access lies, for those who observe accesses.
 
 An observer has
-    access(w, region, where, writes, site=None)    a plain access; site: pc of its instruction
-    synchronise(w, addresses)                      an atomic, or an access that counts as one
+    order                       whether it asks which warps did something (device_order.py), or None
+    access(w, region, where, writes, site=None, operation=None)
+                                a plain access; site: pc of its instruction; operation: see observe
+    synchronise(w, lanes, addresses, acquires, releases)
+                                an atomic, or an access that counts as one
+    fence(w, lanes)             one for the whole GPU
+    add(w, region, words, operation)
+                                an addition to fp words, with the check "sums"
 """
 
 from __future__ import annotations
@@ -72,9 +78,15 @@ def observe(w, region, where: Place, writes: bool, site: int, operation=None) ->
     """
     observer = w.launch.write_observer if writes else w.launch.read_observer
     if observer is not None:
-        observer.access(w, region, where, writes=writes, site=site)
+        observer.access(w, region, where, writes=writes, site=site, operation=operation)
     if operation is not None and w.cluster.global_races is not None:
         w.cluster.global_races.access(region, where, writes, operation)
+
+
+def observe_sum(w, region, where: Place, operation) -> None:
+    """Tell of an addition of numbers whose sum depends on the order."""
+    if w.checks.sums and w.launch.write_observer is not None:
+        w.launch.write_observer.add(w, region, np.unique(where.flat() >> 2), operation)
 
 
 def indices(offsets, nbytes: int) -> Indices:

@@ -66,20 +66,20 @@ def _generic(w, m, kinds, nbytes: int, address, offset) -> None:
 
 
 @instruments(generic.load)
-def _load(w, m, dtype, rows, address, offset, strong=False):
+def _load(w, m, dtype, rows, address, offset, strong=None):
     _generic(w, m, ("ld", "loaded"), np.dtype(dtype).itemsize * len(rows), address, offset)
     generic.load(w, m, dtype, rows, address, offset, strong)
 
 
 @instruments(generic.store)
-def _store(w, m, dtype, rows, address, offset, strong=False):
+def _store(w, m, dtype, rows, address, offset, strong=None):
     _generic(w, m, ("st", "stored"), np.dtype(dtype).itemsize * len(rows), address, offset)
     generic.store(w, m, dtype, rows, address, offset, strong)
 
 
 @instruments(atomics.atomic)
 def _atomic(w, m, how, row, address, offset, b, c):
-    space, _, _, dtype = how
+    space, dtype = how[0], how[3]
     if space == "global" and (m is None or m.any()):
         if generic.window(w, m, address) == generic.GLOBAL:
             w.profile.count_bytes(w, m, "summed", np.dtype(dtype).itemsize)
