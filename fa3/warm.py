@@ -299,7 +299,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [kernel for kernel in kernels if not cache.holds(kernel.entry)]
     there = len(kernels) - len(missing)
     print(
-        f"{len(kernels)} kernels for {target.name}: {there} in {cache.folder()} already, "
+        f"{len(kernels)} kernel{'s' * (len(kernels) > 1)} for {target.name}: {there} in {cache.folder()} already, "
         f"{len(missing)} to compile",
         flush=True,
     )
