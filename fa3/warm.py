@@ -298,9 +298,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     missing = [kernel for kernel in kernels if not cache.holds(kernel.entry)]
     there = len(kernels) - len(missing)
-    print(
-        f"{len(kernels)} kernel{'s' * (len(kernels) > 1)} for {target.name}: {there} in {cache.folder()} already, "
-        f"{len(missing)} to compile",
-        flush=True,
-    )
+    number = f"{len(kernels)} kernel{'s' * (len(kernels) > 1)}"
+    kept = f"{there} in {cache.folder()} already, {len(missing)} to compile"
+    print(f"{number} for {target.name}: {kept}", flush=True)
     return int(bool(missing) and fill(missing, args.jobs) > 0)
