@@ -210,10 +210,10 @@ def _cached(call: Call, args: argparse.Namespace) -> list[Callable[[], Any]]:
     options = _options(call) | cached
     if call.has_sink:
         options["learnable_sink"] = torch.zeros(2)
-    names = "q_descale", "k_descale", "v_descale"
-    descales = {name: x[:, :1] for name, x in zip(names, descales, strict=False)}
-    if descales and args.scales != "head":
-        raise ValueError("--cache of one-byte tensors: expected --scales head")
+    descales = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False))
+    for name, x in descales.items():
+        if name != "q_descale" or x.dim() == 2:  # only blocks of queries have a scale per head of q
+            descales[name] = x[:, :1]
 
     def run(s_q: int, appends: bool, num_splits: int) -> None:
         new = {}
