@@ -281,7 +281,7 @@ def _peers(facts: Facts) -> list[Finding]:
     found = [f"{name} {number}" for name, number in facts.peers.items()]
     if facts.cudnn:
         found.append(f"cuDNN {facts.cudnn} (torch's)")
-    lines = [Finding("beside", "ok", ", ".join(found) or "no other attention library")]
+    lines = [Finding("others", "ok", ", ".join(found) or "no other attention library")]
     given = ", ".join(f"{name}={value}" for name, value in facts.variables.items())
     return [*lines, Finding("environment", "ok", given or "nothing set")]
 

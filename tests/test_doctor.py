@@ -59,7 +59,7 @@ def test_a_hopper_gpu():
         "cache in pages: forward sm90",
     ]
     assert found["CuTe DSL"].endswith("libraries of CUDA 12, 13; compiles with those of 13")
-    assert found["beside"] == "flash-attn 2.8.3, cuDNN 91900 (torch's)"
+    assert found["others"] == "flash-attn 2.8.3, cuDNN 91900 (torch's)"
     assert found["cache"] == "/root/.cache/fa3: 3 kernels, 4.5 MB"
 
 
@@ -121,7 +121,7 @@ def test_the_dsl_and_the_driver(change, level, text):
         ({"tvm_ffi": None}, "TVM-FFI", "bad", "apache-tvm-ffi is not installed"),
         ({"disassembler": ""}, "nvdisasm", "note", "fa3[inspect]"),
         ({"cache_error": "FA3_CACHE is 0"}, "cache", "note", "not used: FA3_CACHE is 0"),
-        ({"peers": {}, "cudnn": None}, "beside", "ok", "no other attention library"),
+        ({"peers": {}, "cudnn": None}, "others", "ok", "no other attention library"),
         ({"variables": {"FA3_ARCH": "sm_80"}}, "environment", "ok", "FA3_ARCH=sm_80"),
     ],
 )
