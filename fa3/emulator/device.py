@@ -17,11 +17,12 @@ import numpy as np
 from ..launch.locks import Lock
 from . import settings
 from .checks import Checks
-from .errors import SetupError
+from .errors import EmulatorError, SetupError
 from .images import Images
 from .memory.regions import GlobalMemory
 from .numerics import blas
 from .shim import Launch, Shim
+from .watching import watched
 
 _LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 _SM_COUNT = 16
@@ -120,6 +121,8 @@ class Device:
         """Raise what the last launch of this thread raised: its C frames only carried a code."""
         error = getattr(self._failed, "error", None)
         self._failed.error = None
+        if isinstance(error, EmulatorError):  # says where in the kernel; where in here helps nobody
+            raise error.with_traceback(None) from None
         if error is not None:
             raise error from None
 
@@ -192,6 +195,7 @@ class Device:
             params[p.offset : p.offset + p.size] = np.frombuffer(
                 ctypes.string_at(info.params[i], p.size), np.uint8
             )
+        watched.clear()
         start = time.perf_counter()
         grid = Grid(
             kernel,

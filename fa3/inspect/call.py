@@ -22,6 +22,30 @@ DTYPES = {
 SCALES = {"block": (128, 128, 128), "block64": (128, 64, 64), "head": (0, 0, 0)}
 
 
+def add_arguments_of_call(parser: argparse.ArgumentParser) -> None:
+    """All that `Call.of` reads but --head-dim and --dtype."""
+    parser.add_argument("--head-dim-v", type=int, help="of v and out (that of q)")
+    parser.add_argument(
+        "--scales",
+        choices=SCALES,
+        default="block",
+        help="of one-byte inputs: per 128 or 64 keys, or per head (%(default)s)",
+    )
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        default=(-1, -1),
+        metavar=("LEFT", "RIGHT"),
+        help="window_size of the call; -1 is no bound",
+    )
+    parser.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
+    parser.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
+    parser.add_argument("--backward", action="store_true", help="the kernels of gradients")
+    parser.add_argument("--deterministic", action="store_true", help="gradients in one order")
+
+
 @dataclass(frozen=True)
 class Lengths:
     """What the kernel does not depend on."""

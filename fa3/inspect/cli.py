@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .. import emulator
+from .. import doctor, emulator, warm
 from ..emulator.profiling import LaunchProfile
 from ..kernels.bwd_config import BwdConfig
 from ..kernels.bwd_signature import BwdSignature
@@ -21,7 +21,7 @@ from ..kernels.sm80.config import RESERVED, SMEM_OF_SM, Sm80Config
 from ..launch import dispatch, jit, tuning
 from ..launch.jit import Artifacts
 from . import run
-from .call import DTYPES, SCALES, Call
+from .call import DTYPES, Call, add_arguments_of_call
 from .model import cli as model_cli
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
@@ -227,27 +227,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("inspect", help="registers, spills, tiles and instruction mix")
     p.add_argument("--head-dim", type=int, required=True, help="of q and k")
-    p.add_argument("--head-dim-v", type=int, help="of v and out (that of q)")
     p.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (%(default)s)")
-    p.add_argument(
-        "--scales",
-        choices=SCALES,
-        default="block",
-        help="of one-byte inputs: per 128 or 64 keys, or per head (%(default)s)",
-    )
-    p.add_argument("--causal", action="store_true")
-    p.add_argument(
-        "--window",
-        type=int,
-        nargs=2,
-        default=(-1, -1),
-        metavar=("LEFT", "RIGHT"),
-        help="window_size of the call; -1 is no bound",
-    )
-    p.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
-    p.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
-    p.add_argument("--backward", action="store_true", help="the kernels of the call's gradients")
-    p.add_argument("--deterministic", action="store_true", help="gradients in one order")
+    add_arguments_of_call(p)
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
@@ -256,6 +237,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="print JSON")
     run.add_arguments(p)
     model_cli.add_arguments(commands.add_parser("predict", help="the speed of kernels in cubins"))
+    doctor.add_arguments(commands.add_parser("doctor", help="what would run here, and why not"))
+    warm.add_arguments(commands.add_parser("warm", help="fill the cache ahead of the first call"))
     return parser.parse_args(argv)
 
 
@@ -285,8 +268,11 @@ def _emulate(arch: str) -> None:
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    if args.command == "predict":
-        return model_cli.run(args)
+    commands = {"predict": model_cli, "doctor": doctor, "warm": warm}
+    return commands[args.command].run(args) if args.command in commands else _inspect(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
     try:
         lengths = run.lengths_of(args)
         _check_backward(args)

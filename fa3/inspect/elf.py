@@ -4,6 +4,7 @@ import struct
 from dataclasses import dataclass
 
 EM_CUDA = 190
+ABI_VERSION = 8  # the byte of the header; 7 is CUDA 12's, 8 CUDA 13's
 SHT_SYMTAB, SHT_NOBITS = 2, 8
 HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -41,7 +42,8 @@ class Cubin:
             sections = tuple(
                 Section(_string(strings, h[0]), h[5], _content(image, h)) for h in headers
             )
-            return cls(flags >> 8 & 0xFF, sections, tuple(_symbols(image, headers)))
+            sm = (flags if image[ABI_VERSION] < 8 else flags >> 8) & 0xFF
+            return cls(sm, sections, tuple(_symbols(image, headers)))
         except (struct.error, IndexError) as error:
             raise ValueError(f"damaged cubin of {len(image)} bytes: {error}") from error
 

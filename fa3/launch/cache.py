@@ -76,24 +76,36 @@ def obtain(name: str, build: Callable[[], bytes]) -> bytes:
     return content
 
 
-def _usable_folder() -> Path | None:
-    """The folder, made if need be; None if there is to be none or it will not do."""
+def holds(name: str) -> bool:
+    """Whether there is such an entry, undamaged."""
+    place = _usable_folder()
+    return place is not None and _read(place / name) is not None
+
+
+def why_not() -> str:
+    """Why nothing is kept on disk; "" if the folder, which is made if need be, will do."""
     place = folder()
     if place is None:
-        return None
+        return "FA3_CACHE is 0"
     try:
         place.mkdir(mode=0o755, parents=True, exist_ok=True)
         others = _others(place.stat())
     except OSError as error:
-        warnings.warn(f"cannot use the cache folder {place}: {error}", stacklevel=3)
-        return None
+        return f"cannot use the cache folder {place}: {error}"
     if others:
-        warnings.warn(
+        return (
             f"the cache folder {place} is not used, as code from it could be another user's: "
             f"{others}. What this process compiles is kept for itself. Remedy: chmod go-w {place}, "
-            "or let FA3_CACHE_DIR name a folder that only you may write to",
-            stacklevel=3,
+            "or let FA3_CACHE_DIR name a folder that only you may write to"
         )
+    return ""
+
+
+def _usable_folder() -> Path | None:
+    """The folder; None if there is to be none or it will not do."""
+    place = folder()
+    if place is not None and (why := why_not()):
+        warnings.warn(why, stacklevel=3)
         return None
     return place
 

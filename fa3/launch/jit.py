@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cache, fingerprint
+from . import cache, fingerprint, toolkit
 from .locks import Lock
 
 ARCH = "sm_90a"  # unless told
@@ -84,6 +84,7 @@ def entry_name(kernel: str, signature, config, target: str, arch: str = ARCH) ->
         "options": OPTIONS[target],
         "source": source_fingerprint(kernel, target),
         "dsl": version("nvidia-cutlass-dsl-libs-base"),  # the name of it that is always installed
+        "toolkit": toolkit.chosen(),
         "tvm_ffi": version("apache-tvm-ffi"),
         "python": sys.version_info[:2],
     }

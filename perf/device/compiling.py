@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import importlib
+import functools
 import json
 import multiprocessing
 import os
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fa3.launch import dispatch, jit
+from fa3 import warm
+from fa3.launch import jit
 
 from ..backends import BACKENDS
 from ..cases import DTYPES, Case
@@ -26,16 +26,6 @@ from .log import Log, of_failed
 MOST_PROCESSES = 14  # each holds a compiler
 SHORT = 512  # queries and keys, at most, of the calls that only tell what they compile
 JITTED = "fa4"  # the peer that compiles when it is called; it keeps the result on disk, too
-# What remembers calls, and with them where they ran.
-REMEMBERING = (
-    ("fa3.ops", "plan_of"),
-    ("fa3.ops", "_check_layouts"),
-    ("fa3.autograd", "plan_of"),
-    ("fa3.autograd", "_check_layouts"),
-    ("fa3.combine", "_plan_of"),
-    ("fa3.append", "_run_of"),
-    ("fa3.quantize_plan", "plans_of"),
-)
 
 
 def pool() -> ProcessPoolExecutor:
@@ -59,42 +49,22 @@ def compile_key(key: tuple) -> float:
 
 def keys_of(row) -> dict[tuple, None]:
     """What a row's calls compile: arguments of jit.artifacts. Needs no GPU and launches nothing."""
-    found = {row.key(signature, row.config(signature)): None for signature in row.signatures()}
-
-    def compile(kernel, signature, config, target, arch=jit.ARCH):
-        found[kernel, signature, config, arch] = None
-        return lambda *arguments: None
-
-    with _nothing_launched(compile, row.target):
-        dry = copy.copy(row)
-        dry.context = contextlib.nullcontext
-        for case in row.cases:
-            lengths = {"s_q": min(case.s_q, SHORT), "s_k": min(case.s_k, SHORT)}
-            heads = {"h_q": case.h_q // case.h_k, "h_k": 1}
-            short = replace(case, batch=min(case.batch, 3), **lengths, **heads)
-            dry.call(short, dry.inputs(short))
-    return found
+    dry = copy.copy(row)
+    dry.context = contextlib.nullcontext
+    calls = [functools.partial(_call, dry, _short(case)) for case in row.cases]
+    keys = [row.key(signature, row.config(signature)) for signature in row.signatures()]
+    keys += [(*kernel[:3], kernel.arch) for kernel in warm.wanted(calls, row.target)]
+    return dict.fromkeys(keys)
 
 
-@contextlib.contextmanager
-def _nothing_launched(compile: Callable, target: dispatch.Target) -> Iterator[None]:
-    """Calls of CPU tensors are as on `target`, but for what `compile` returns."""
-    places = (dispatch, "target_of", lambda device: target), (jit, "compile", compile)
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    _forget()
-    try:
-        for place in places:
-            setattr(*place)
-        yield
-    finally:
-        for place in before:
-            setattr(*place)
-        _forget()
+def _short(case: Case) -> Case:
+    lengths = {"s_q": min(case.s_q, SHORT), "s_k": min(case.s_k, SHORT)}
+    heads = {"h_q": case.h_q // case.h_k, "h_k": 1}
+    return replace(case, batch=min(case.batch, 3), **lengths, **heads)
 
 
-def _forget() -> None:
-    for module, name in REMEMBERING:
-        getattr(importlib.import_module(module), name).cache_clear()
+def _call(row, case: Case) -> None:
+    row.call(case, row.inputs(case))
 
 
 def build(log: Log, folder: Path) -> None:

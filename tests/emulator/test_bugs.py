@@ -72,19 +72,20 @@ BUGS = {
         "mbarrier",
         "{{" + EXPECT + " [%r4], 512;}}" + LOAD + MORE + WAIT,
         errors.BarrierMisuse,
-        "ends with 512 bytes more than expected",
+        r"ends with 512 bytes more than expected \(0 bytes expected, 512 came\)",
     ),
     "more bytes expected than are loaded": (
         "mbarrier",
         "[[" + EXPECT + " [%r5], 512;]]" + LOAD + WAIT,
         errors.BarrierMisuse,
-        r"(?s)ends with 512 bytes fewer than expected.*mbarrier.expect_tx",
+        r"(?s)ends with 512 bytes fewer than expected \(512 bytes expected, 0 came\)"
+        r".*mbarrier.expect_tx",
     ),
     "bytes waited for that nobody loads": (
         "",
         "[[" + EXPECT + " [%r4], 512;]]" + LOAD + WAIT,
         errors.Deadlock,
-        "mbarrier 0x800 parity 0 .* and 512 bytes outstanding",
+        "mbarrier 0x800 parity 0 .* 1024 bytes expected, 512 came",
     ),
     "an mbarrier that the async proxy may not see": (
         "proxy",
@@ -139,7 +140,7 @@ BUGS = {
         "",
         "{{@%p1 " + ARRIVE + "[%r4];}}" + WAIT,
         errors.Deadlock,
-        r"mbarrier 0x800 parity 0 \(phase 0, 1 of 1 arrivals and 0 bytes outstanding\)",
+        r"mbarrier 0x800 parity 0 \(phase 0, 1 of 1 arrivals outstanding, no bytes expected\)",
     ),
     "a phase that completes before the last one was seen": (
         "mbarrier",

@@ -123,7 +123,7 @@ def test_a_deadlock_says_who_arrived_and_how_many_are_missing(place):
         "LINE 14; WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r4], 1; @!%p3 bra WAIT; END:",
     )
     assert (
-        "parity 1 (phase 1, 1 of 2 arrivals and 0 bytes outstanding; arrived in it: "
+        "parity 1 (phase 1, 1 of 2 arrivals outstanding, no bytes expected; arrived in it: "
         "warps [1] of CTA (0, 0, 0); arrived in the phase before: warps [0, 1] of CTA (0, 0, 0))"
     ) in message
     assert "warps [2, 3]: lanes of them have left" in message

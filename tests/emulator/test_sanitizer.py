@@ -72,8 +72,8 @@ RING = [
     ("wait group", "", "ScheduleDifference", "wgmma of CTA", MULTIPLIED),
     ("store wait", "", "ScheduleDifference", "ordinary accesses .* are suspect"),
     # mbarriers
-    ("bytes too many", "", "Deadlock", "0x0 parity 0 .* and 64 bytes outstanding", FULL),
-    ("bytes too few", "", "Deadlock", "0x0 parity 0 .* and -64 bytes outstanding", FULL),
+    ("bytes too many", "", "Deadlock", "0x0 parity 0 .* 576 bytes expected, 512 came", FULL),
+    ("bytes too few", "", "Deadlock", "0x0 parity 0 .* 448 bytes expected, 512 came", FULL),
     ("producer phase", "", "Deadlock", r"mbarrier 0x10 parity 0 \(phase 0, 4 of 4"),
     ("consumer phase", "", "Deadlock", r"mbarrier 0x0 parity 1 \(phase 1, 1 of 1"),
     ("no release", "", "Deadlock", r"mbarrier 0x10 parity 0 \(phase 0, 4 of 4", EMPTY),

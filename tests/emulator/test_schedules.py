@@ -99,7 +99,7 @@ def test_a_seed_reproduces(emulator, doubled):
 
 def test_deadlock_is_found_in_random_order(emulator, doubled):
     with emulator.options(checks=(), schedule="random"):
-        with pytest.raises(emulator.Deadlock, match="8192 bytes outstanding"):
+        with pytest.raises(emulator.Deadlock, match="16384 bytes expected, 8192 came"):
             doubled("expect_tx")()
 
 

@@ -33,6 +33,14 @@ def test_resources_of_a_small_kernel(scale):
     assert r.code == 16 * report.instructions
 
 
+def test_the_architecture_of_a_cubin_of_cuda_12(scale):
+    """ABI version 7 has it in the lowest byte of the flags, 8 in the next one."""
+    assert Cubin.parse(scale).sm == 90
+    older = bytearray(scale)
+    older[8], older[48:52] = 7, (0x5A0D5A).to_bytes(4, "little")
+    assert Cubin.parse(bytes(older)).sm == 90
+
+
 def test_a_report_on_a_kernel_without_matrix_products(scale):
     report = inspect.analyse(scale)
     assert report.mmas == 0

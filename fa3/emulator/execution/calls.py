@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import KernelError, OutOfBounds
+from ..watching import watched
 
 _SPECIFIER = re.compile(
     r"%(?P<flags>[-+ #0]*)(?P<width>\*|\d+)?(?:\.(?P<precision>\*|\d*))?"
@@ -89,14 +90,16 @@ def _integer(how: str, kind: str, value: int, length: str) -> str:
 
 
 def _vprintf(w, mask, parameters, results) -> None:
-    """Prints at once, thread by thread, to sys.stdout."""
+    """Prints at once, thread by thread, to sys.stdout, but what is watched."""
     where, first = parameters
     parts = []
     for lane in np.flatnonzero(mask):
         memory = w.local[lane]
         text, at = (int(memory[p : p + 8].view(np.uint64)[0]) for p in (where, first))
         arguments = _Arguments(memory, at & _OFFSET)
-        parts += _formatted(w, _string(w, text), arguments)
+        printed = "".join(_formatted(w, _string(w, text), arguments))
+        if not watched.takes(w.cta.position, w.first_thread + int(lane), printed):
+            parts.append(printed)
         for result in results:
             memory[result : result + 4].view(np.int32)[0] = arguments.count
     sys.stdout.write("".join(parts))

@@ -22,6 +22,8 @@ class MBarrier:
         "count",
         "pending",
         "tx",
+        "expected",
+        "came",
         "phase",
         "clock",
         "arriving",
@@ -34,7 +36,8 @@ class MBarrier:
 
     def __init__(self, count: int):
         self.count = self.pending = count
-        self.tx = self.phase = 0
+        self.tx = self.phase = 0  # bytes outstanding
+        self.expected = self.came = 0  # bytes of this phase, for messages
         # what the last completed phase passes on, and the current one so far (check "race")
         self.clock = self.arriving = None
         # thread and pc of the initialisation, until a fence publishes it
@@ -49,6 +52,7 @@ class MBarrier:
         if self.pending == 0 and self.tx == 0:
             self.phase += 1
             self.pending = self.count
+            self.expected = self.came = 0
             self.clock, self.arriving = self.arriving, None
             self.arrived = self.arrived[1], []
             if self.boxes:
@@ -96,6 +100,21 @@ class MBarrier:
         """Whether a wait for a parity (or for the phase of a token) succeeds."""
         return (self.phase & 1) != (value & 1) if parity else self.phase > value
 
+    def expect(self, nbytes: int) -> None:
+        self.tx += nbytes
+        self.expected += nbytes
+
+    def receive(self, nbytes: int) -> None:
+        self.tx -= nbytes
+        self.came += nbytes
+
+    @property
+    def bytes(self) -> str:
+        """Of this phase."""
+        if not (self.expected or self.came):
+            return "no bytes expected"
+        return f"{self.expected} bytes expected, {self.came} came"
+
     def arrive(self, w, lanes, count: int) -> None:
         """Threads of a warpgroup arrive; the phase may be complete then."""
         now = self.arrived[1]
@@ -106,8 +125,8 @@ class MBarrier:
 
     def __str__(self):
         return (
-            f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes "
-            f"outstanding{_arrivals('in it', self.arrived[1])}"
+            f"phase {self.phase}, {self.pending} of {self.count} arrivals outstanding, {self.bytes}"
+            f"{_arrivals('in it', self.arrived[1])}"
             f"{_arrivals('in the phase before', self.arrived[0])}"
         )
 
@@ -141,7 +160,10 @@ def complete(w, address: int, nbytes: int, clock=None) -> None:
             f"{w.launch.lowered.place(barrier.unfenced[1])}"
         )
     barrier.arriving = joined(barrier.arriving, clock)
-    barrier.tx -= nbytes
+    if nbytes < 0:
+        barrier.expect(-nbytes)
+    else:
+        barrier.receive(nbytes)
     if abs(barrier.tx) >= MAX_COUNT:
         raise BarrierMisuse(f"mbarrier at {address & OFFSET:#x}: transaction count out of range")
     barrier.settle()
@@ -214,7 +236,7 @@ def arrive(w, m, row, address, offset, x, expect):
         tokens.append(barrier.phase)
         arrivals = 1 if expect else value
         if expect:
-            barrier.tx += value
+            barrier.expect(value)
             barrier.site = w.launch.lowered.pc_here() if w.checks.mbarrier else None
         if arrivals > barrier.pending:
             raise BarrierMisuse(
@@ -275,10 +297,10 @@ def require_settled(memory) -> None:
     """At the end of a CTA: as many bytes arrived as were expected."""
     for at, barrier in memory.barriers.items():
         if barrier.tx:
-            fewer = barrier.tx > 0
+            fewer = "fewer" if barrier.tx > 0 else "more"
             error = BarrierMisuse(
-                f"mbarrier at {at:#x} ends with {abs(barrier.tx)} bytes "
-                f"{'fewer' if fewer else 'more'} than expected (expect-tx and the copies differ)"
+                f"mbarrier at {at:#x} ends with {abs(barrier.tx)} bytes {fewer} than expected "
+                f"({barrier.bytes})"
             )
             error.site = barrier.site
             raise error
