@@ -164,8 +164,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         comes back for them.
     page_table: (batch, pages) int32 instead of cu_seqlens_k; then k and v are pages, (num_pages,
         page_size, h_k, d), and key j of sequence i is row j % page_size of the page
-        page_table[i, j // page_size]. page_size is a multiple of 8. Entries beyond the last key,
-        which seqused_k tells, may be anything.
+        page_table[i, j // page_size]. Entries beyond the last key, which seqused_k tells, may be
+        anything. Pages of a multiple of 8 keys are loaded faster than others.
     check_lengths: wait for the device and refuse lengths that do not fit the tensors: cu_seqlens
         has to begin with 0, never to fall and to end with the number of rows, and pages have to
         exist. On CPU tensors all is checked anyway, but packed tensors may have more rows.

@@ -79,6 +79,8 @@ class FwdConfig:
         yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
         yield "num_mma_warpgroups", self.num_mma_warpgroups in (1, 2, 3), "1, 2 or 3"
         yield "num_stages", self.num_stages >= 1, "at least 1"
+        if signature.gathers:  # a stage is full when the next one has been asked for
+            yield "num_stages", self.num_stages >= 2, "at least 2 where rows are gathered"
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
         if quantised is None:
             yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"

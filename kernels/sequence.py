@@ -127,6 +127,17 @@ class PagedSpan:
             entry = self.pages[self.batch, key // self.page_size]
         return entry
 
+    @cute.jit
+    def address_of(self, tensor: cute.Tensor, head, key):
+        """Of a key's row of (rows, columns, heads, pages); 0 if it is none, or its page is none."""
+        address = cutlass.Int64(0)
+        if key < self.length:
+            page = self.pages[self.batch, key // self.page_size]
+            if page >= 0 and page < tensor.shape[3]:
+                place = cute.crd2idx((key % self.page_size, 0, head, page), tensor.layout)
+                address = (tensor.iterator + place).toint()
+        return address
+
     def tiled(self, tensor: cute.Tensor, head, row_mode: int, key, entry) -> cute.Tensor:
         """(rows, columns, heads, pages, ends) -> (rows, columns) of a head, from a key on.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 HEAD_DIM_TILES = (64, 96, 128, 192, 256)
 Q_BLOCK = 128  # queries per scale of one-byte q
-PAGE_ROWS = (8, 16, 32, 64, 128)
+PAGE_ROWS = (1, 8, 16, 32, 64, 128)
 UNBOUNDED = 1 << 30  # a window side without a bound; beyond every length, far from Int32's end
 
 MaskKind = Literal["full", "causal", "local"]
@@ -89,6 +89,11 @@ class Signature:
             )
         if self.is_split and self.quantised is not None and self.quantised.out != "fp32":
             raise ValueError(f"is_split=True does not go with out of {self.quantised.out!r}")
+
+    @property
+    def gathers(self) -> bool:
+        """Pages may hold any number of rows: rows of k and v are brought one by one."""
+        return self.page_rows == 1
 
     def split(self) -> "Signature":
         """The same with partial results."""

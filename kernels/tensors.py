@@ -16,12 +16,19 @@ class TmaOperand:
 
 
 @dataclass(frozen=True)
+class RowsOperand:
+    """Pages whose rows are gathered (sm90/gather.py)."""
+
+    tensor: cute.Tensor  # (page_size, columns, heads, pages)
+
+
+@dataclass(frozen=True)
 class FwdTensors:
     """Global tensors with the tiled modes first; heads of k and v are fewer under GQA."""
 
     q: TmaOperand  # (s_q, d, h_q, b)
-    k: TmaOperand  # (s_k, d, h_k, b)
-    v: TmaOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
+    k: TmaOperand | RowsOperand  # (s_k, d, h_k, b)
+    v: TmaOperand | RowsOperand  # (dv, s_k, h_k, b): transposed view, PV contracts over s_k
     o: TmaOperand | cute.Tensor  # (s_q, dv, h_q, b)
     lse: cute.Tensor  # (s_q, h_q, b) fp32; of partial results as many heads as splits, as of o
     scales: Any = None  # Scales, of FP8 inputs

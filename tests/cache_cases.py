@@ -180,6 +180,13 @@ KERNELS = (
     ("bf16", (256, 248), (False, (90, 0)), (8, 24)),
     ("fp16", (88, 96), (False, (-1, -1)), (0,)),
 )
+# The same of pages whose rows are gathered: rows of 128 bytes, of 192 and of 512, and blocks whose
+# rows the warps share evenly and not.
+GATHERED = (
+    ("bf16", (64, 64), (True, (-1, -1)), (5, 1)),
+    ("fp16", (88, 96), (False, (-1, -1)), (12, 1)),
+    ("bf16", (256, 248), (False, (90, 0)), (1, 20)),
+)
 FACTORS = {
     "kernel": KERNELS,
     "pages": (0, 1, 2),
@@ -191,10 +198,10 @@ FACTORS = {
 }
 
 
-def covering(seed: int = 1) -> list[CacheCase]:
+def covering(kernels=KERNELS, seed: int = 1) -> list[CacheCase]:
     """Any two values of two factors meet, in the order of their kernels."""
     cases = []
-    for row in pairwise(FACTORS, seed):
+    for row in pairwise(FACTORS | {"kernel": kernels}, seed):
         dtype, (d, dv), (causal, window), sizes = row["kernel"]
         lengths = row["lengths"]
         b = len(lengths)

@@ -1,5 +1,6 @@
 """flash_attn_with_kvcache: accuracy, what is written to caches, and what is never read."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 import fa3
 from fa3 import append, emulator
 from fa3.call import lengths
+from fa3.emulator.memory.bulk import swizzled_chunks
 from fa3.inspect.cli import inspect
 from fa3.kernels.signature import Signature
+from fa3.kernels.sm90.rows import CHUNK, COLUMNS, ROWS, RowLayout
 from fa3.launch import jit
 
 from .accuracy import assert_accurate, assert_lse
-from .cache_cases import CacheCase, Call, covering
+from .cache_cases import GATHERED, CacheCase, Call, covering
 from .cases import Bordered
 from .conftest import HOPPER
 
@@ -44,6 +47,8 @@ def _check_caches(call: Call) -> None:
     "case",
     [
         CacheCase(),
+        CacheCase(pages=1),
+        CacheCase(pages=5, num_new=2),
         CacheCase(pages=0, num_new=2),
         CacheCase(pages=-1, num_new=3, rotary="halves"),
         CacheCase(num_queries=(1, 70), num_new=1, rotary="interleaved"),
@@ -54,21 +59,22 @@ def test_first_light(case, device):
     _check(case, device)
 
 
-@pytest.mark.parametrize("case", covering(), ids=str)
+@pytest.mark.parametrize("case", covering() + covering(GATHERED), ids=str)
 def test_accuracy(case, device):
     _check(case, device)
 
 
-@pytest.mark.parametrize("case", covering()[::5], ids=str)
+@pytest.mark.parametrize("case", covering()[::5] + covering(GATHERED)[::5], ids=str)
 def test_plain_torch(case, plain_torch):
     append._run_of.cache_clear()
     _check(case, torch.device("cpu"))
     append._run_of.cache_clear()
 
 
-def test_keys_in_pages_are_attended_to_as_if_in_rows(device):
+@pytest.mark.parametrize("pages", [48, 5])
+def test_keys_in_pages_are_attended_to_as_if_in_rows(pages, device):
     """Bit by bit, where both have the same blocks."""
-    call = Call(CacheCase(pages=48), device)
+    call = Call(CacheCase(pages=pages), device)
     out, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
     for given, (q, k, v) in zip(out.split(1), call.expected(), strict=True):
         assert torch.equal(given, fa3.flash_attn_func(q, k, v, causal=True))
@@ -141,15 +147,16 @@ def test_out(device):
     out.assert_border_untouched("out")
 
 
-def test_one_byte_caches(device):
+@pytest.mark.parametrize("pages", [64, 5])
+def test_one_byte_caches(pages, device):
     """With a scale per head, and one per 64 keys of a sequence, whatever pages they are in."""
-    case = CacheCase(pages=64, lengths=(200, 37), num_queries=(4, 4), head_dim=128, head_dim_v=128)
+    case = CacheCase((200, 37), (4, 4), pages=pages, head_dim=96, head_dim_v=96)
     call = Call(case, device)
     inputs = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (call.k, call.v)]
     q, k, v, q_descale, k_descale, v_descale, *_ = fa3.quantize_fp8(
         call.queries(), *inputs, rows_per_block=64
     )
-    pages = call.table.shape[1]
+    blocks = -(-call.table.shape[1] * pages // 64)
 
     def cache(x):
         rows = x.new_zeros(*call.k_cache.values.shape[:2], *x.shape[2:]).view(torch.uint8)
@@ -158,7 +165,7 @@ def test_one_byte_caches(device):
         return rows.view(x.dtype)
 
     def scales(x):
-        return torch.nn.functional.pad(x, (0, pages - x.shape[-1]), value=torch.nan)
+        return torch.nn.functional.pad(x, (0, blocks - x.shape[-1]), value=torch.nan)
 
     used = {"seqused_k": call.seqlens, "causal": True}
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
@@ -174,8 +181,9 @@ SCHEDULED = CacheCase(num_queries=(1, 70), num_new=3, rotary="halves", lengths=(
 
 
 @pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
-def test_caches_are_the_same_under_every_schedule(device):
-    call = Call(SCHEDULED, device)
+@pytest.mark.parametrize("pages", [16, 5])
+def test_caches_are_the_same_under_every_schedule(pages, device):
+    call = Call(replace(SCHEDULED, pages=pages), device)
 
     def attention():
         out, lse = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
@@ -185,16 +193,17 @@ def test_caches_are_the_same_under_every_schedule(device):
     _check_caches(call)
 
 
-def test_pages_that_do_not_exist_hold_zeros(device, monkeypatch):
+@pytest.mark.parametrize("pages", [16, 5])
+def test_pages_that_do_not_exist_hold_zeros(pages, device, monkeypatch):
     """The host cannot know of them on a GPU. Nothing outside of the pages is read or written."""
     monkeypatch.setattr(lengths, "check_values", lambda *arguments, **options: None)
-    call = Call(CacheCase(num_new=2, lengths=(100, 40)), device)
+    call = Call(CacheCase(num_new=2, lengths=(100, 40), pages=pages), device)
     for i, page in enumerate((-1, 10**6, -(2**31), 2**31 - 1)):
         call.table[0, i] = page
-    call.table[1, 2] = 10**6  # where its new rows belong
+    call.table[1, 40 // pages] = 10**6  # where its new rows belong
     out, _ = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments())
     _, k, v = next(call.expected())
-    k[:, :64], v[:, :64] = 0, 0
+    k[:, : 4 * pages], v[:, : 4 * pages] = 0, 0
     q = call.q[0][None]
     torch.testing.assert_close(out[:1], fa3.flash_attn_func(q, k, v, causal=True))
     assert out.isfinite().all()
@@ -238,6 +247,12 @@ def test_other_lengths_and_tables_need_no_other_kernel(device, monkeypatch):
         ({"rotary_cos": torch.zeros(9, 16)}, ValueError, ["rotary_sin is None"]),
         ({"cache_leftpad": torch.zeros(2).int()}, NotImplementedError, ["cache_leftpad"]),
         ({"k_cache": torch.zeros(8, 12, 2, 64).bfloat16()}, ValueError, ["keys per page", "12"]),
+        (
+            dict.fromkeys(("v_cache", "k_cache"), torch.zeros(8, 0, 2, 64).bfloat16())
+            | {"cache_seqlens": None},
+            ValueError,
+            ["k has 0 keys per page, expected at least 1"],
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )
@@ -310,11 +325,25 @@ def test_compile_without_graph_breaks(device):
     _check_caches(call)
 
 
-def test_lean():
+@pytest.mark.parametrize("page_rows", [64, 1])
+def test_lean(page_rows):
     """Nothing spills, and the steady loop is that of keys in rows, but for its tile."""
     for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
-        paged = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=64)
+        paged = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=page_rows)
         reports = [inspect(s).report for s in (paged, replace(paged, page_rows=0))]
         assert reports[0].resources.frame == 0
         slots = [report.steady.straight.per_exponential for report in reports]
         assert slots[0] <= slots[1] + 0.3, dims
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256, 384, 512])
+def test_rows_are_gathered_to_where_tma_puts_them(width):
+    """A box of each column block, whose chunks the hardware permutes by their addresses."""
+    layout = RowLayout(48, width)
+    span = layout.span
+    for row, chunk in itertools.product(range(layout.rows), range(width // CHUNK)):
+        column = chunk * CHUNK
+        place = (column // span * layout.rows + row) * span + column % span
+        first = layout.first(row % ROWS, chunk % COLUMNS)
+        given = layout.later(first, row - row % ROWS, chunk - chunk % COLUMNS)
+        assert given == CHUNK * swizzled_chunks(place, CHUNK, span // CHUNK - 1)[0]

@@ -93,9 +93,10 @@ def test_ragged_fp8_is_what_it_is_without_splits(num_splits, device):
         assert torch.allclose(x.float(), y.float(), rtol=0.0, atol=0.1 if is_out else 2.0**-4)
 
 
-def test_a_cache_in_pages(device):
+@pytest.mark.parametrize("pages", [16, 1])
+def test_a_cache_in_pages(pages, device):
     """Slots of pages that no key has hold NaN, entries of the table beyond the last key -1."""
-    call = Call(CacheCase(lengths=(500, 37), h_k=1), device)
+    call = Call(CacheCase(lengths=(500, 37), h_k=1, pages=pages), device)
     given = fa3.flash_attn_with_kvcache(call.queries(), **call.arguments(), num_splits=5)
     for (out, lse), qkv in zip(call.parts(*given), call.expected(), strict=True):
         exact, exact_lse, baseline = call.exact_and_baseline(*qkv)

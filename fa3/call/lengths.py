@@ -84,8 +84,9 @@ def _pages_of(k: Layout, table: Layout | None) -> tuple[int, int]:
     if table is None or table.shape[1] == 0:
         return 0, 0
     size = k.shape[1] // table.shape[1]
-    largest = PAGE_ROWS[-1]  # where there is one page, no two keys are in different ones
-    return size, min(size & -size, largest) if table.shape[1] > 1 else largest
+    if table.shape[1] == 1:  # no two keys are in different ones
+        return size, PAGE_ROWS[-1]
+    return size, max(rows for rows in PAGE_ROWS if size % rows == 0)
 
 
 def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, Layout]:
@@ -94,7 +95,6 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
     Raises:
         TypeError: page_table is not int32.
         ValueError: it or the shapes of the pages are wrong, or cu_seqlens_k is there, too.
-        NotImplementedError: the size of the pages.
     """
     table = lengths.page_table
     if table is None:
@@ -112,10 +112,8 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
         if given != wanted:
             raise ValueError(f"v has {given} {what} but k has {wanted}")
     page_size = k.shape[1]
-    if page_size <= 0 or (page_size % PAGE_ROWS[0] and table.shape[1] > 1):
-        raise NotImplementedError(
-            f"k has {page_size} keys per page, expected a multiple of {PAGE_ROWS[0]}"
-        )
+    if page_size <= 0:
+        raise ValueError(f"k has {page_size} keys per page, expected at least 1")
     batch, pages = table.shape
     if lengths.cu_seqlens_q is None and len(q.shape) == 4 and q.shape[0] != batch:
         raise ValueError(f"page_table has batch {batch} but q has {q.shape[0]}")

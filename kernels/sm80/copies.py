@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
+from ..async_copy import copy_chunk
 from .config import block_columns
 
 CHUNK = 8  # 16-bit elements, 16 bytes
@@ -112,14 +113,6 @@ class RowCopy:
                 to = target + (block * layout.rows + i * self.step) * layout.columns * 2
                 copy_chunk(to, source + block * layout.columns * 2, size)
             source += self.step * self.stride
-
-
-def copy_chunk(target: Int32, source: Int64, size: Int32):
-    """16 bytes, of which `size` are read and the others zero."""
-    cute.arch.inline_ptx(
-        "cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};",
-        read_only_args=[target, source, size],
-    )
 
 
 def kept(x: Int32) -> Int32:

@@ -32,6 +32,9 @@ CHAINED = (
 MORE = LOAD[LOAD.index("@%p1 cp") :].replace("[%r3]", "[%r3+512]")
 WAIT = WAIT_FOR_LOAD
 EXPECT = "@%p1 mbarrier.expect_tx.relaxed.cta.shared::cta.b64"
+COPY = (
+    "cvt.u64.u32 %rd1, %r1; add.u64 %rd1, %rd1, %rd0; cp.async.ca.shared.global [%r1], [%rd1], 4;"
+)
 ARRIVE = "mbarrier.arrive.shared.b64 _,"
 PROXY_FENCE = "fence.proxy.async.shared::cta;"
 OTHERS = "setp.lt.u32 %p4, %r0, 96; @%p4 bra OTHERS;"
@@ -119,6 +122,20 @@ BUGS = {
         WRITE + PROXY_FENCE + "[[" + WRITE + "]] bar.sync 0;" + STORE + DRAIN,
         errors.MissingProxyFence,
         "by thread 0, without fence.proxy.async since",
+    ),
+    "a proxy fence before the wait for what was copied": (
+        "proxy race late",
+        COPY + "[[" + PROXY_FENCE + "]] cp.async.wait_all;{{" + PROXY_FENCE + "}}"
+        "bar.sync 0;" + STORE + DRAIN,
+        errors.MissingProxyFence,
+        "by thread 0, without fence.proxy.async since",
+    ),
+    "a proxy fence for copies that the store need not come after": (
+        "proxy race",
+        COPY + "cp.async.wait_all; bar.sync 0;" + PROXY_FENCE + "{{bar.sync 0;}}" + STORE + DRAIN,
+        errors.MissingProxyFence,
+        r"bulk store of warp 0 reads .* written through the generic proxy by warp \d, whose "
+        r"fence.proxy.async at PTX line \d+: fence.proxy.async.* no barrier leads from there",
     ),
     "a second initialisation": (
         "mbarrier",

@@ -191,6 +191,14 @@ BUGS = {
         "cp.async.ca.shared.global [%r6], [%rd1], 4; {{cp.async.wait_all;}} bar.sync 0;" + READ,
         r"reads .* unordered with the write by cp.async of warp \d .*: no cp.async.wait_group",
     ),
+    "one lane announces what the others copied": (
+        "cvt.u64.u32 %rd1, %r1; add.u64 %rd1, %rd1, %rd0; @!%p2 bra NEXT;"
+        "cp.async.ca.shared.global [%r1], [%rd1], 4; cp.async.wait_all; {{bar.warp.sync -1;}}"
+        "@%p1 mbarrier.arrive.shared.b64 _, [%r4]; bra END; NEXT:"
+        + WAIT_FOR_LOAD
+        + "ld.shared.b32 %r9, [buffer+4]; END:",
+        "warp 1 reads .* unordered with the write by warp 0 .*cp.async.wait_all",
+    ),
     "mbarrier used before all know that it is there": (
         "add.u32 %r6, %r3, 2064; @%p1 mbarrier.init.shared.b64 [%r6], 128; {{bar.sync 0;}}"
         "mbarrier.arrive.shared.b64 _, [%r6];",

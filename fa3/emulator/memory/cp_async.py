@@ -41,6 +41,8 @@ def copy(w, m, site, size, dst, dst_offset, src, src_offset, src_size):
             w.races.write(w.cta.smem.shadow, words, access)
         work, clock = partial(work, access=access), None if access is None else access.clock
         operation = Operation(w, site, lanes, "cp.async", [span], work, clock)
+        if w.races is not None:
+            operation.wrote = a, size, w.threads[lanes]
         w.cp_async.add(warp, operation)
         w.cluster.issue(operation, waited_for=True)
 
@@ -117,4 +119,6 @@ def _drain(w, warp: int, keep: int) -> None:
     lanes = np.arange(w.lanes) // 32 == warp
     for operation in w.cp_async.drain(warp, keep):
         if w.races is not None:
-            w.races.acquire(w.races.agents(w, lanes), operation.clock)
+            agents = w.races.agents(w, lanes)
+            w.races.acquire(agents, operation.clock)
+            w.races.generic(w.cta.smem, *operation.wrote, writes=True)  # of each lane, from now on

@@ -24,6 +24,7 @@ class Operation:
         "completed",
         "clock",
         "lanes",
+        "wrote",
         "_work",
     )
 
@@ -32,6 +33,7 @@ class Operation:
         self.clock = clock
         self.w, self.site, self.mask, self.what, self.spans = w, site, mask, what, spans
         self.lanes: list[int] = []  # that issued it, where several did
+        self.wrote = None  # as threads write: addresses, bytes at each, threads
         self.queue: list[Operation] | None = None  # operations that complete in this order
         self.completed: int | None = None  # both in events of the launch
         self.issued = w.launch.tick()

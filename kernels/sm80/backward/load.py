@@ -16,7 +16,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from ..copies import RowCopy, address_in, commit, copy_chunk, wait_for_all
+from ...async_copy import copy_chunk
+from ..copies import RowCopy, address_in, commit, wait_for_all
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,11 @@ from ...scheduler import Schedule, TileList, TileOrder
 from ...scores import Scores
 from ...signature import Signature
 from ...softmax import OnlineSoftmax, Totals
-from ...tensors import FwdScalars, FwdTensors, TmaOperand, permute
+from ...tensors import FwdScalars, FwdTensors, RowsOperand, TmaOperand, permute
 from ...tiling import QueryTiles
 from ...work import Work
-from ..rings import FwdRings, part_of
+from ..gather import ByTma, Gather
+from ..rings import FwdRings, Ring, part_of
 from ..tma import tma_load, tma_load_parts
 from ..wgmma import FwdMma, FwdSmem
 from .attend import accumulate_last, attend
@@ -82,6 +83,22 @@ class FwdPlan:
     def rows_at_once(self) -> int:
         """Of paged keys: a copy brings so many rows, which share a page and divide a block."""
         return min(self.signature.page_rows, self.tile_n & -self.tile_n)
+
+    @property
+    def loading_warps(self) -> int:
+        """Of the producer warpgroup. Rows are gathered by all that have nothing else to do."""
+        signature = self.signature
+        return 4 if signature.gathers and signature.quantised is None else 1
+
+    def source(self, warp) -> ByTma | Gather:
+        """Of K and V, for a loading warp."""
+        return Gather.of(self.loading_warps, warp) if self.signature.gathers else ByTma()
+
+    @property
+    def key_ring(self) -> Callable:
+        """Makes a ring that K or V is loaded into."""
+        gathers = self.signature.gathers
+        return partial(Ring.written_by, self.loading_warps) if gathers else Ring.of
 
     @property
     def o_space(self) -> OSpace:
@@ -163,8 +180,8 @@ class ForwardSm90:
         view = plan.lengths.view
         tensors = FwdTensors(
             q=tma_load(view(q, 0), smem.q, plan.q_tile),
-            k=self._of_keys(view(k, 0), smem.k, plan.k_tile, 0),
-            v=self._of_keys(view(v, 1), smem.v, plan.v_tile, 1),
+            k=self._of_keys(k, smem.k, plan.k_tile, 0),
+            v=self._of_keys(v, smem.v, plan.v_tile, 1),
             o=self.operands.output(o),
             lse=permute(arguments.lse, [2, 1, 0]),
             scales=self.operands.scales(arguments),
@@ -187,8 +204,11 @@ class ForwardSm90:
             min_blocks_per_mp=1,
         )
 
-    def _of_keys(self, tensor: cute.Tensor, smem, tile, row_mode: int) -> TmaOperand:
-        """K or V, block by block, or page by page."""
+    def _of_keys(self, tensor: cute.Tensor, smem, tile, row_mode: int) -> TmaOperand | RowsOperand:
+        """K or V, block by block, page by page, or row by row."""
+        if self.plan.signature.gathers:
+            return RowsOperand(tensor if row_mode == 0 else permute(tensor, [1, 0, 2, 3]))
+        tensor = self.plan.lengths.view(tensor, row_mode)
         if not self.plan.signature.page_rows:
             return tma_load(tensor, smem, tile)
         return tma_load_parts(tensor, smem, part_of(tile, row_mode, self.plan.rows_at_once))
@@ -215,8 +235,9 @@ class ForwardSm90:
     @cute.jit
     def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, work: Work):
         """The producer warpgroup: all tiles of this CTA."""
-        if warp == 0:
-            load(self.plan, tensors, rings, work)
+        loading = self.plan.loading_warps
+        if warp < loading:
+            load(self.plan, tensors, rings, work, 0 if loading == 1 else warp)
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
 

@@ -100,9 +100,9 @@ class Operands16Bit:
         def space(num_elements):
             return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
 
-        def ring(pointer, layout):
+        def ring(make, pointer, layout):
             barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
-            return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
+            return make(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
 
         q_size, o_size = cute.cosize(layouts.q), cute.cosize(o_smem)
         q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
@@ -111,7 +111,9 @@ class Operands16Bit:
         v = k + k_size  # OutputSpace relies on V's ring following K's
         o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
         o = None if self.keeps_o else o
-        return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
+        q = ring(Ring.of, q, layouts.q)
+        k, v = (ring(plan.key_ring, *of) for of in ((k, layouts.k), (v, layouts.v)))
+        return FwdRings(q, k, v), o
 
     def assist(self, rings: FwdRings, work: Any, worker, lane):
         """The producer warpgroup's other warps have nothing to do."""

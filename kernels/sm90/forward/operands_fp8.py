@@ -188,8 +188,8 @@ class OperandsFp8:
             return make(swizzled(memory, layout), barriers, readers)
 
         q = ring(Ring.of, element.q, layouts.q, consumer_warps)
-        k = ring(Ring.of, element.k, layouts.k, consumer_warps)
-        v_by_keys = ring(Ring.of, element.v, layouts.v, TRANSPOSING_WARPS)
+        k = ring(plan.key_ring, element.k, layouts.k, consumer_warps)
+        v_by_keys = ring(plan.key_ring, element.v, layouts.v, TRANSPOSING_WARPS)
         by_warps = partial(Ring.written_by, TRANSPOSING_WARPS)
         transposed = vt_layout(plan.signature, plan.config)
         v = ring(by_warps, element.v, transposed, consumer_warps)
