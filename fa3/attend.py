@@ -14,7 +14,7 @@ from .call.scales import NO_DESCALES, Descales, named
 from .plain import is_plain
 
 # Arguments of FA3 that wait for their feature, with the value that means "not used".
-_NOT_YET = {"qv": None, "attention_chunk": 0, "cache_leftpad": None}
+_NOT_YET = {"qv": None, "attention_chunk": 0}
 
 
 def options_of(softmax_scale, causal, window_size, sm_margin, softcap) -> tuple:
@@ -104,10 +104,11 @@ def attend(  # noqa: PLR0913
             checks = out_dtype, check_scales, given, longest, check_lengths
             return ops.run(q, k, v, out, options, descales, *checks, sink, num_splits)
         options, (softcap, *rest) = options[:5], options[5:]
-        *of_rows, page_table = given
+        of_rows, (page_table, leftpad) = given[:4], given[4:]
         more = () if given is EQUAL else (*of_rows, *longest, check_lengths)
         score = {"softcap": softcap, "learnable_sink": sink, "num_splits": num_splits}
         score |= {"page_table": page_table, "rows_per_query": rest[0] if rest else 1}
+        score["cache_leftpad"] = leftpad
         if out is None:
             score["deterministic"] = deterministic
             more = *descales, out_dtype, check_scales, *more
@@ -149,15 +150,11 @@ def check_out(out) -> None:
         raise ValueError("out has is_neg()=True, expected False: it is a lazily negated view")
 
 
-def check_unused(qv, attention_chunk, pack_gqa, cache_leftpad=None) -> None:
-    if not (
-        qv is cache_leftpad is pack_gqa is None
-        and type(attention_chunk) is int
-        and attention_chunk == 0
-    ):
+def check_unused(qv, attention_chunk, pack_gqa) -> None:
+    if not (qv is pack_gqa is None and type(attention_chunk) is int and attention_chunk == 0):
         if pack_gqa is not None:
             bool_of("pack_gqa", pack_gqa)
-        _refuse(qv=qv, attention_chunk=attention_chunk, cache_leftpad=cache_leftpad)
+        _refuse(qv=qv, attention_chunk=attention_chunk)
 
 
 def splits_of(num_splits) -> int:

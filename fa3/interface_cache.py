@@ -75,6 +75,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     page_table: (batch, pages) int32; row j of sequence i is row j % page_size of the page
         page_table[i, j // page_size]. Entries beyond the last row may be anything, -1 too. Pages of
         a multiple of 8 rows, better of 64 or more, are loaded faster than others.
+    cache_leftpad: (batch,) int32, how many of its first rows, which cache_seqlens counts, each
+        sequence does not see; positions are counted from the first row all the same.
     cache_batch_idx: (batch,) int32, which entry of the cache, or row of page_table, a sequence has;
         without it its own.
 
@@ -100,7 +102,6 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         to the bottom right of each sequence.
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
     scheduler_metadata: a hint about speed, of no effect so far.
-    cache_leftpad: not supported yet.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
     and lse (batch, h_q, s_q), of packed q (h_q, total_q).
@@ -111,7 +112,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     """
     if unknown:
         raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
-    check_unused(qv, attention_chunk, pack_gqa, cache_leftpad=cache_leftpad)
+    check_unused(qv, attention_chunk, pack_gqa)
     num_splits = splits_of(num_splits)
     return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
     check_pages = bool_of("check_pages", check_pages)
@@ -119,7 +120,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     descales = descales_of(q_descale, k_descale, v_descale, None)
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, page_table, cache_batch_idx)
+    where = page_table, cache_batch_idx, cache_leftpad
+    cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, *where)
     new = _New.of(cache, k, v, cu_seqlens_k_new)
     check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     rotary = _Rotary.of(q, cache, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
@@ -222,13 +224,15 @@ class _Cache:
     batch: int
     seqlens: Tensor | None  # (batch,) int32
     page_table: Tensor | None  # (batch, pages) int32; None: sequence i has entry i
+    leftpad: Tensor | None  # (batch,) int32
 
     @classmethod
-    def of(cls, q, k, v, batch, seqlens, page_table, batch_idx) -> "_Cache":  # noqa: PLR0913
+    def of(cls, q, k, v, batch, seqlens, page_table, batch_idx, leftpad) -> "_Cache":  # noqa: PLR0913
         if seqlens is not None and not isinstance(seqlens, Tensor):
             seqlens = int_of("cache_seqlens", seqlens)
             seqlens = torch.full((batch,), seqlens, dtype=torch.int32, device=q.device)
-        for name, x in (("cache_seqlens", seqlens), ("cache_batch_idx", batch_idx)):
+        numbers = {"seqlens": seqlens, "batch_idx": batch_idx, "leftpad": leftpad}
+        for name, x in ((f"cache_{name}", x) for name, x in numbers.items()):
             if x is not None:
                 check_tensors(**{name: x})
                 check_like(name, Layout.of(x), (batch,), torch.int32, q.device)
@@ -241,7 +245,9 @@ class _Cache:
                 page_table = page_table.index_select(0, batch_idx)
         elif batch_idx is not None:  # an entry of the cache is a page that holds all
             page_table = batch_idx[:, None]
-        return cls(k, v, batch, seqlens, page_table)
+        elif leftpad is not None:
+            page_table = _own_entries(batch, k.device)
+        return cls(k, v, batch, seqlens, page_table, leftpad)
 
     @property
     def capacity(self) -> int:
@@ -251,7 +257,7 @@ class _Cache:
     def lengths(self, cu_seqlens_q, new: "_New | None") -> Lengths:
         """For attention, when the new rows are there."""
         used = self.seqlens if new is None else self.seqlens + new.counts
-        return lengths.given(cu_seqlens_q, None, None, used, self.page_table)
+        return lengths.given(cu_seqlens_q, None, None, used, self.page_table, self.leftpad)
 
     def check_room(self, num_new: int | Tensor) -> None:
         """Wait for the device and see that all rows fit."""
@@ -269,7 +275,11 @@ class _Cache:
     def table(self) -> Tensor:
         if self.page_table is not None:
             return self.page_table
-        return torch.arange(self.batch, dtype=torch.int32, device=self.k.device)[:, None]
+        return _own_entries(self.batch, self.k.device)
+
+
+def _own_entries(batch: int, device) -> Tensor:
+    return torch.arange(batch, dtype=torch.int32, device=device)[:, None]
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def run(  # noqa: PLR0913
     if plan.split is not None:
         _run_split(plan, q, k, v, target, lse, views, lengths)
     elif lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars))
+        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars, None))
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
     return out, lse
@@ -258,7 +258,7 @@ def _plan_for(  # noqa: PLR0913
 
 
 NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
-WHOLE = None, None  # num_splits and rows_per_query where keys are not split, and rows are queries
+WHOLE = None, None, None  # the last fields of FwdArguments, for what signatures seldom ask for
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
@@ -269,7 +269,8 @@ def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PL
         k, v = k.unsqueeze(0), v.unsqueeze(0)
     tiles = q.new_empty(plan.scratch, dtype=torch.int32)
     given = lengths_.views(lengths, q.device)
-    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars
+    leftpad = lengths_.leftpad(lengths, q.device)
+    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars, leftpad
 
 
 def _run_split(plan: Plan, q, k, v, out, lse, views, lengths) -> None:  # noqa: PLR0913
@@ -277,7 +278,7 @@ def _run_split(plan: Plan, q, k, v, out, lse, views, lengths) -> None:  # noqa: 
     parts, part_lse = plan.split.partial(out, lse)
     results = parts.flatten(-3, -2), part_lse.flatten(-3, -2)
     if lengths is EQUAL:
-        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars))
+        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars, None))
         plan.split.finish((parts, part_lse), out, lse, (None, None))
         return
     plan.run(_ragged(plan, q, k, v, *results, views, lengths))
@@ -373,11 +374,13 @@ def forward(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    cache_leftpad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    lengths = lengths_.given(*cu_seqlens, seqused_q, seqused_k, page_table, cache_leftpad)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
     return run(q, k, v, None, options, descales, *checks, learnable_sink, num_splits)
@@ -411,11 +414,13 @@ def forward_out(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    cache_leftpad: Tensor | None = None,
 ) -> Tensor:
     """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    lengths = lengths_.given(*cu_seqlens, seqused_q, seqused_k, page_table, cache_leftpad)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
     return run(q, k, v, out, options, descales, *checks, learnable_sink, num_splits)[1]
@@ -427,10 +432,10 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    deterministic=False, page_table=None, num_splits=1, rows_per_query=1,
+    deterministic=False, page_table=None, num_splits=1, rows_per_query=1, cache_leftpad=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_leftpad
     problem = _fake(q, k, v, descales, out_dtype, lengths, learnable_sink)
     out = q.new_empty(problem.out_shape, dtype=problem.out_dtype)
     return out, q.new_empty(problem.lse_shape, dtype=torch.float32)
@@ -442,10 +447,10 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    page_table=None, num_splits=1, rows_per_query=1,
+    page_table=None, num_splits=1, rows_per_query=1, cache_leftpad=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_leftpad
     problem = _fake(q, k, v, descales, out.dtype, lengths, learnable_sink)
     check_out(Layout.of(out), problem)
     return q.new_empty(problem.lse_shape, dtype=torch.float32)

@@ -37,3 +37,5 @@ class FwdArguments:
     num_ctas: Any  # Int32, at most so many are launched
     num_splits: Any = None  # Int32, where Signature.is_split: heads of out and lse per head of q
     rows_per_query: Any = None  # Int32, where Signature.packs_heads
+    # (b,) int32, beside page_table: rows of a sequence ahead of its first key; (0,): none
+    cache_leftpad: Any = None

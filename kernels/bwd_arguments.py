@@ -40,6 +40,8 @@ class BwdArguments:
     window_right: Any  # Int32
     num_ctas: Any  # Int32, at most so many are launched
 
+    cache_leftpad = None  # for what asks either pass
+
 
 LENGTHS = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),

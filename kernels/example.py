@@ -43,6 +43,7 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         num_ctas=Int32(1),
         num_splits=Int32(1) if is_split else None,
         rows_per_query=Int32(1) if plan.signature.packs_heads else None,
+        cache_leftpad=_leftpad() if plan.signature.page_rows else None,
     )
     return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
 
@@ -50,6 +51,10 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
 def no_scales(batch, heads_k, dv) -> tuple:
     """Those of 16-bit inputs."""
     return None, None, None, None
+
+
+def _leftpad():
+    return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
 
 
 def _sinks(heads_q):

@@ -60,6 +60,7 @@ class GivenLengths:
     seqused_q: cute.Tensor
     seqused_k: cute.Tensor
     page_table: cute.Tensor | None
+    cache_leftpad: cute.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class RaggedLengths:
             arguments.seqused_q,
             arguments.seqused_k,
             arguments.page_table,
+            arguments.cache_leftpad,
         )
 
     def sequences(self, q_rows, k_rows, given: GivenLengths) -> RaggedSequences:
@@ -97,7 +99,8 @@ class RaggedLengths:
             keys = RaggedSpans(k_rows, given.cu_seqlens_k, given.seqused_k)
         else:
             rows = self.plan.rows_at_once
-            keys = PagedSpans(k_rows, given.page_table, given.seqused_k, rows)
+            of_keys = given.page_table, given.seqused_k, given.cache_leftpad
+            keys = PagedSpans(k_rows, *of_keys, rows)
         return RaggedSequences(given.num_sequences, queries, keys)
 
     def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileList:

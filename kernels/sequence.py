@@ -106,12 +106,13 @@ class RaggedSpan:
 
 @dataclass(frozen=True)
 class PagedSpan:
-    """The keys of a sequence in pages: key j is in row j % page_size of an entry of k and of v.
+    """The keys of a sequence in pages: position p is row p % page_size of an entry of k and of v.
 
-    Which entry that is stands in the table: pages[batch, j // page_size].
+    Which entry that is stands in the table: pages[batch, p // page_size].
     """
 
     batch: Any
+    start: Any  # the position of the first key
     length: Any
     page_size: Any
     pages: cute.Tensor  # (b, pages) Int32
@@ -124,7 +125,7 @@ class PagedSpan:
         """The page of a key; any for one beyond the last, whose place in the table is not read."""
         entry = cutlass.Int32(0)
         if key < self.length:
-            entry = self.pages[self.batch, key // self.page_size]
+            entry = self.pages[self.batch, (self.start + key) // self.page_size]
         return entry
 
     @cute.jit
@@ -132,9 +133,10 @@ class PagedSpan:
         """Of a key's row of (rows, columns, heads, pages); 0 if it is none, or its page is none."""
         address = cutlass.Int64(0)
         if key < self.length:
-            page = self.pages[self.batch, key // self.page_size]
+            position = self.start + key
+            page = self.pages[self.batch, position // self.page_size]
             if page >= 0 and page < tensor.shape[3]:
-                place = cute.crd2idx((key % self.page_size, 0, head, page), tensor.layout)
+                place = cute.crd2idx((position % self.page_size, 0, head, page), tensor.layout)
                 address = (tensor.iterator + place).toint()
         return address
 
@@ -144,9 +146,11 @@ class PagedSpan:
         Columns may come first.  entry: entry_of(key).  Rows from the sequence's end on are out of
         bounds, and so are those of a page that does not exist.
         """
-        first = key // self.page_size * self.page_size
-        used = clamp(self.length - first, 0, self.page_size)
-        rest = RaggedSpan(self.batch, entry, key - first, used - (key - first), self.page_size)
+        position = self.start + key
+        first = position // self.page_size * self.page_size
+        used = clamp(self.start + self.length - first, 0, self.page_size)
+        row = position - first
+        rest = RaggedSpan(self.batch, entry, row, used - row, self.page_size)
         return rest.tiled(tensor, head, row_mode)
 
     def blocks(self, tensor: cute.Tensor, head, num_rows: int) -> cute.Tensor:
@@ -155,7 +159,8 @@ class PagedSpan:
 
     def uniform(self) -> "PagedSpan":
         uniform = cute.arch.make_warp_uniform
-        return replace(self, batch=uniform(self.batch), length=uniform(self.length))
+        numbers = ("batch", "start", "length")
+        return replace(self, **{name: uniform(getattr(self, name)) for name in numbers})
 
 
 @dataclass(frozen=True)
@@ -280,15 +285,19 @@ class PagedSpans:
     page_size: Any
     pages: cute.Tensor  # (b, pages) Int32: a sequence's pages, by the positions of their keys
     seqused: cute.Tensor  # (b,) Int32, or (0,): all that the pages of a sequence hold
+    leftpad: cute.Tensor  # (b,) Int32: how many of these come before the first key; or (0,)
     rows_at_once: cutlass.Constexpr[int]
 
     @cute.jit
     def __getitem__(self, batch) -> PagedSpan:
         """Lengths that the table cannot have are cut to what it has."""
-        length = self.pages.shape[1] * self.page_size
+        start, end = cutlass.Int32(0), self.pages.shape[1] * self.page_size
         if self.seqused.shape[0] > 0:
-            length = clamp(self.seqused[batch], 0, length)
-        return PagedSpan(batch, length, self.page_size, self.pages, self.rows_at_once)
+            end = clamp(self.seqused[batch], 0, end)
+        if self.leftpad.shape[0] > 0:
+            start = clamp(self.leftpad[batch], 0, end)
+        length = end - start
+        return PagedSpan(batch, start, length, self.page_size, self.pages, self.rows_at_once)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class CacheCase:
     h_k: int = 2
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
+    leftpad: tuple[int, ...] | None = None
 
     def __str__(self):
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
@@ -95,8 +96,8 @@ class Call:
             self.table = entries[:, None].int()
         self.table = self.table.to(self.device)
         self.places = []
-        for row, end in zip(self.table.tolist(), ends, strict=True):
-            j = torch.arange(end)
+        for row, start, end in zip(self.table.tolist(), self.starts, ends, strict=True):
+            j = torch.arange(start, end)
             self.places.append((torch.tensor(row)[j // size], j % size))
         self.k_cache = self._cache(num_pages, size, self.k)
         self.v_cache = self._cache(num_pages, size, self.v)
@@ -104,9 +105,14 @@ class Call:
     def _cache(self, num_pages: int, size: int, rows: list[Tensor]) -> Bordered:
         shape = num_pages, size, *rows[0].shape[1:]
         values = torch.full(shape, torch.nan, dtype=rows[0].dtype, device=self.device)
-        for (page, row), x in zip(self.places, rows, strict=True):
-            values[page[: len(x)], row[: len(x)]] = x
+        for (page, row), start, x in zip(self.places, self.starts, rows, strict=True):
+            values[page[: len(x) - start], row[: len(x) - start]] = x[start:]
         return Bordered(values, "bshd")
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each sequence that counts."""
+        return self.case.leftpad or (0,) * len(self.case.lengths)
 
     @property
     def seqlens(self) -> Tensor:
@@ -127,6 +133,8 @@ class Call:
             given["page_table"] = self.table
         elif case.pages < 0:
             given["cache_batch_idx"] = self.table[:, 0].contiguous()
+        if case.leftpad is not None:
+            given["cache_leftpad"] = torch.tensor(case.leftpad).int().to(self.device)
         if case.num_new:
             given |= {"k": self.new_k, "v": self.new_v}
         if case.rotary:
@@ -157,7 +165,9 @@ class Call:
                 step = case.causal or max(case.window) >= 0
                 q = self._rotated(q, n + step * torch.arange(len(q)))
                 new = self._rotated(new, n + torch.arange(len(new)))
-            k, v = torch.cat([self.k[i], new]), torch.cat([self.v[i], self.new_v[i]])
+            start = self.starts[i]
+            k = torch.cat([self.k[i][start:], new])
+            v = torch.cat([self.v[i][start:], self.new_v[i]])
             yield q[None], k[None], v[None]
 
     def _rotated(self, x: Tensor, position: Tensor) -> Tensor:

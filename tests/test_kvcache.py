@@ -64,6 +64,27 @@ def test_accuracy(case, device):
     _check(case, device)
 
 
+LEFTPAD = [
+    CacheCase(pages=0, num_new=2, leftpad=(150, 37), rotary="halves"),
+    CacheCase(pages=-1, num_queries=(1, 1), leftpad=(0, 20)),
+    CacheCase(pages=5, num_new=1, leftpad=(64, 3), rotary="interleaved"),
+    CacheCase(pages=16, num_queries=(1, 70), leftpad=(70, 37)),
+]
+
+
+@pytest.mark.parametrize("case", LEFTPAD, ids=str)
+def test_first_rows_that_do_not_count(case, device):
+    """They hold NaN. Positions of rotary embeddings are those of rows."""
+    _check(case, device)
+
+
+@pytest.mark.parametrize("case", LEFTPAD[::2], ids=str)
+def test_first_rows_that_do_not_count_in_plain_torch(case, plain_torch):
+    append._run_of.cache_clear()
+    _check(case, torch.device("cpu"))
+    append._run_of.cache_clear()
+
+
 @pytest.mark.parametrize("case", covering()[::5] + covering(GATHERED)[::5], ids=str)
 def test_plain_torch(case, plain_torch):
     append._run_of.cache_clear()
@@ -245,7 +266,13 @@ def test_other_lengths_and_tables_need_no_other_kernel(device, monkeypatch):
         ({"page_table": torch.full((2, 4), 9).int()}, ValueError, ["page_table[0, 0]", "9", "7"]),
         ({"k": torch.zeros(2, 1, 2, 64).bfloat16()}, ValueError, ["v is None"]),
         ({"rotary_cos": torch.zeros(9, 16)}, ValueError, ["rotary_sin is None"]),
-        ({"cache_leftpad": torch.zeros(2).int()}, NotImplementedError, ["cache_leftpad"]),
+        ({"cache_leftpad": torch.zeros(3).int()}, ValueError, ["cache_leftpad", "(3,)", "(2,)"]),
+        (
+            {"cache_leftpad": torch.tensor([5, 10]).int()},
+            ValueError,
+            ["cache_leftpad[1]", "10", "9"],
+        ),
+        ({"cache_leftpad": torch.tensor([-1, 0]).int()}, ValueError, ["cache_leftpad[0]", "-1"]),
         ({"k_cache": torch.zeros(8, 12, 2, 64).bfloat16()}, ValueError, ["keys per page", "12"]),
         (
             dict.fromkeys(("v_cache", "k_cache"), torch.zeros(8, 0, 2, 64).bfloat16())

@@ -6,6 +6,8 @@
     page_table                   (b, pages) int32: k and v are (num_pages, page_size, h_k, d), and
                                  key j of sequence i is row j % page_size of the page
                                  [i, j // page_size]; entries beyond the last key are not read
+    cache_leftpad                (b,) int32, beside page_table: a sequence's first keys, which
+                                 seqused_k counts, do not count
 
 They live on the device and are never read by the host, unless it is asked to check them.
 """
@@ -31,6 +33,7 @@ class Lengths(NamedTuple):
     seqused_q: Tensor | Layout | None = None
     seqused_k: Tensor | Layout | None = None
     page_table: Tensor | Layout | None = None
+    cache_leftpad: Tensor | Layout | None = None
 
 
 NAMES = Lengths._fields
@@ -67,7 +70,8 @@ class Sequences:
             counts["q"] = q.shape[0]
         if lengths.cu_seqlens_k is None:
             counts["k" if lengths.page_table is None else "page_table"] = k.shape[0]
-        for name, used in (("seqused_q", lengths.seqused_q), ("seqused_k", lengths.seqused_k)):
+        for name in ("seqused_q", "seqused_k", "cache_leftpad"):
+            used = getattr(lengths, name)
             if used is not None:
                 _check(name, used, q.device)
                 counts[name] = used.shape[0]
@@ -76,16 +80,19 @@ class Sequences:
             if count != batch:
                 raise ValueError(f"{name} has batch {count} but {first} has {batch}")
         packed = lengths.cu_seqlens_q is not None, lengths.cu_seqlens_k is not None
-        return cls(batch, lengths != EQUAL, *packed, *_pages_of(k, lengths.page_table))
+        return cls(batch, lengths != EQUAL, *packed, *_pages_of(k, lengths))
 
 
-def _pages_of(k: Layout, table: Layout | None) -> tuple[int, int]:
+def _pages_of(k: Layout, lengths: Lengths) -> tuple[int, int]:
     """Sequences.page_size and page_rows; k as in_rows returns it."""
+    table = lengths.page_table
     if table is None or table.shape[1] == 0:
         return 0, 0
     size = k.shape[1] // table.shape[1]
     if table.shape[1] == 1:  # no two keys are in different ones
         return size, PAGE_ROWS[-1]
+    if lengths.cache_leftpad is not None:  # blocks of keys begin anywhere in a page
+        return size, 1
     return size, max(rows for rows in PAGE_ROWS if size % rows == 0)
 
 
@@ -98,6 +105,8 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
     """
     table = lengths.page_table
     if table is None:
+        if lengths.cache_leftpad is not None:
+            raise ValueError("cache_leftpad is a tensor but page_table is None")
         return k, v
     if lengths.cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k is a tensor beside page_table, expected only one of them")
@@ -120,11 +129,9 @@ def in_rows(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> tuple[Layout, 
     return tuple(x._replace(shape=(batch, pages * page_size, *x.shape[2:])) for x in (k, v))
 
 
-def given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table=None) -> Lengths:
-    """EQUAL itself where there are none."""
-    if cu_seqlens_q is cu_seqlens_k is seqused_q is seqused_k is page_table is None:
-        return EQUAL
-    return Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+def given(*lengths: Tensor | None) -> Lengths:
+    """The fields of Lengths; EQUAL itself where there are none."""
+    return EQUAL if all(x is None for x in lengths) else Lengths(*lengths)
 
 
 def named(lengths: Sequence) -> dict:
@@ -135,6 +142,11 @@ def named(lengths: Sequence) -> dict:
 def views(lengths: Lengths, device: torch.device) -> tuple[Tensor | None, ...]:
     """As a kernel takes them: the page table may be None."""
     return *or_empty(lengths[:4], device), lengths.page_table
+
+
+def leftpad(lengths: Lengths, device: torch.device) -> Tensor | None:
+    """As a kernel takes it, which has one if keys are in pages."""
+    return None if lengths.page_table is None else or_empty((lengths.cache_leftpad,), device)[0]
 
 
 def or_empty(numbers: Sequence, device: torch.device) -> list[Tensor]:
@@ -192,7 +204,17 @@ def check_values(
             name = f"max_seqlen_{side}"
             _expect(name, most, most >= max(own), f"at least {max(own)}, the longest")
     if lengths.page_table is not None:
+        _check_leftpad(lengths, k_rows)
         _check_pages(lengths, *k_shape[:2])
+
+
+def _check_leftpad(lengths: Lengths, k_rows: int) -> None:
+    given, used = lengths.cache_leftpad, lengths.seqused_k
+    if given is None:
+        return
+    ends = [k_rows] * given.shape[0] if used is None else used.tolist()
+    for i, (rows, end) in enumerate(zip(given.tolist(), ends, strict=True)):
+        _expect(f"cache_leftpad[{i}]", rows, 0 <= rows <= end, f"0 to {end}, the length")
 
 
 def _check_pages(lengths: Lengths, num_pages: int, page_size: int) -> None:

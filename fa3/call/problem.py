@@ -129,7 +129,7 @@ class Problem:
             v.dtype,
             _out_dtype_of(q.dtype, out_dtype),
             q.device,
-            _scales_of(q, v, descales, sequences),
+            _scales_of(q, v, descales, sequences, lengths),
             _scale_of(options.softmax_scale, head_dim),
             mask,
             _margin_of(options.sm_margin),
@@ -238,9 +238,18 @@ def _either(dtypes) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _scales_of(q: Layout, v: Layout, descales: Descales, sequences: Sequences) -> Scales | None:
+def _scales_of(
+    q: Layout, v: Layout, descales: Descales, sequences: Sequences, lengths: Lengths
+) -> Scales | None:
     if q.dtype in BYTE_DTYPES:
-        return Scales.of(q, v, descales, sequences)
+        scales = Scales.of(q, v, descales, sequences)
+        for name, block in (("k_descale", scales.k.block), ("v_descale", scales.v.block)):
+            if block and lengths.cache_leftpad is not None:
+                raise NotImplementedError(
+                    f"{name} has a scale per {block} keys beside cache_leftpad, expected one per "
+                    "head: blocks of keys would not begin with a sequence"
+                )
+        return scales
     if descales == NO_DESCALES:
         return None
     name = next(iter(named(descales)))

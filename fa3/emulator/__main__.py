@@ -23,6 +23,11 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
+    (
+        "gathered-causal",
+        "wait attend.py:attend: key = k.wait_and_advance()",
+        "the warps that gather arrive for K ahead of the V that is waited for beside it",
+    ),
     *(
         ("backward-.*", what, why)
         for what, why in (
@@ -106,6 +111,40 @@ def _ragged(lengths_q, lengths_k, dtype="bfloat16", d=128, **options) -> Callabl
     return case
 
 
+def _cached(page_size, lengths_q, lengths_k, dtype="bfloat16", d=128, **options):
+    """The forward kernel on packed queries and caches in pages."""
+
+    def case() -> Run:
+        import torch
+
+        import fa3
+
+        torch.manual_seed(0)
+        counts = [-(-length // page_size) for length in lengths_k]
+        pages = iter(torch.randperm(sum(counts)).tolist())
+        table = torch.full((len(counts), max(counts) + 1), -1, dtype=torch.int32)
+        for row, count in zip(table, counts, strict=True):
+            row[:count] = torch.tensor([next(pages) for _ in range(count)])
+        shape = sum(counts), page_size, 1, d
+        q, k, v = (
+            torch.randn(n).to(getattr(torch, dtype)) for n in ((sum(lengths_q), 2, d), shape, shape)
+        )
+        arguments = {
+            "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0).int(),
+            "max_seqlen_q": max(lengths_q),
+            "cache_seqlens": torch.tensor(lengths_k).int(),
+            "page_table": table,
+        }
+        settings = {"num_splits": 1, "sm_margin": 130, "return_softmax_lse": True, **options}
+
+        def run():
+            return fa3.flash_attn_with_kvcache(q, k, v, **arguments, **settings)
+
+        return run
+
+    return case
+
+
 def _quantize(**options) -> Callable[[], Run]:
     """The quantisation kernels of q, k and v, of which each has more work than CTAs."""
 
@@ -167,6 +206,10 @@ CASES: dict[str, Callable[[], Run]] = {
     "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
     "ragged-causal": _ragged((200, 0, 70, 300), (250, 40, 0, 600), causal=True),
     "ragged-fp8": _ragged((200, 0, 70, 150), (256, 40, 0, 500), dtype="float8_e4m3fn"),
+    "split-full": _forward((200, 600), num_splits=3),
+    "paged-causal": _cached(16, (200, 0, 3, 70), (600, 40, 300, 0), causal=True),
+    "gathered-causal": _cached(5, (200, 0, 3, 70), (600, 40, 300, 0), causal=True),
+    "gathered-fp8": _cached(1, (200, 0, 70), (600, 40, 300), dtype="float8_e4m3fn"),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
     "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),

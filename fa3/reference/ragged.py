@@ -127,6 +127,9 @@ def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArgume
     if x.page_table is not None:
         x = _gathered(x, i)
     k = Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
+    if x.cache_leftpad is not None and x.cache_leftpad.numel():
+        start = x.cache_leftpad[i].item()
+        k = dataclasses.replace(k, start=start, length=k.length - start)
     one = dataclasses.replace(
         x, q=q.cut(x.q), k=k.cut(x.k), v=k.cut(x.v), out=q.cut(x.out), lse=q.cut(x.lse, dim=2)
     )
