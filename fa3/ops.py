@@ -142,7 +142,7 @@ def _kernel_of(
     if target.kind == "reference":
         return reference.bind(signature), 0, 0, None
     kernel = dispatch.forward(signature, target)
-    config = tuning.forward(signature, target.capability)
+    config = tuning.forward(signature, target.capability, _rows_of(problem, longest))
     num_ctas = target.num_sms - problem.sm_margin
     number = 1
     if num_splits != 1 and target.capability[0] == 9:
@@ -153,6 +153,13 @@ def _kernel_of(
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
     return run, num_ctas, _scratch_of(problem, config, number), split
+
+
+def _rows_of(problem: Problem, longest: tuple | None) -> int | None:
+    """At most so many rows of q has any sequence; None where the plan does not depend on it."""
+    if not problem.sequences.q_is_packed:
+        return problem.s_q
+    return None if longest is None else longest[0]
 
 
 def _scratch_of(problem: Problem, config: FwdConfig, num_splits: int) -> int:

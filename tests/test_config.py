@@ -1,6 +1,7 @@
 """FwdConfig: what a CTA needs, and where O waits."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,21 @@ def test_every_signature_has_a_config_that_fits(signature):
     # S, P and O of a thread of a consumer warpgroup, with room for addresses and statistics
     tiles = config.tile_n // 2 + config.tile_n // 4 + signature.head_dim_v // 2
     assert tiles <= config.consumer_registers - 20
+
+
+@pytest.mark.parametrize("signature", SIGNATURES, ids=str)
+def test_few_rows_have_one_warpgroup_and_the_space_of_others(signature):
+    ragged = replace(signature, is_ragged=True)
+    few, usual = (tuning.forward(ragged, rows=rows) for rows in (64, 65))
+    assert usual == tuning.forward(ragged) == tuning.forward(ragged, rows=None)
+    assert (few.num_mma_warpgroups, few.tile_n) == (1, usual.tile_n)
+    assert few.num_stages >= usual.num_stages
+    if few.num_stages < tuning.MOST_STAGES:
+        more = replace(few, num_stages=few.num_stages + 1)
+        assert more.smem_bytes(ragged) > SMEM_LIMIT
+    few.check(ragged)
+    few.check(ragged.split())
+    assert tuning.forward(signature, rows=1) == tuning.forward(signature)
 
 
 def test_space_of_o():

@@ -13,7 +13,7 @@ from fa3.emulator.memory.bulk import swizzled_chunks
 from fa3.inspect.cli import inspect
 from fa3.kernels.signature import Signature
 from fa3.kernels.sm90.rows import CHUNK, COLUMNS, ROWS, RowLayout
-from fa3.launch import jit
+from fa3.launch import jit, tuning
 
 from .accuracy import assert_accurate, assert_lse
 from .cache_cases import GATHERED, CacheCase, Call, covering
@@ -361,6 +361,16 @@ def test_lean(page_rows):
         assert reports[0].resources.frame == 0
         slots = [report.steady.straight.per_exponential for report in reports]
         assert slots[0] <= slots[1] + 0.3, dims
+
+
+def test_tiles_for_few_queries_are_lean():
+    """One warpgroup issues no more than two do, for a score."""
+    for dims in ((128, 128), (256, 256)):
+        signature = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=1)
+        few, usual = (inspect(signature, tuning.forward(signature, rows=n)).report for n in (1, 99))
+        assert few.resources.frame == 0 and few.warnings == ()
+        slots = [report.steady.straight.per_exponential for report in (few, usual)]
+        assert slots[0] <= slots[1], dims
 
 
 @pytest.mark.parametrize("width", [64, 96, 128, 192, 256, 384, 512])

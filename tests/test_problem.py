@@ -479,7 +479,7 @@ def test_numpy_numbers():
 def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda x: seen.append(x[-7:-2]), 7, 0, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda x: seen.append(x[-8:-3]), 7, 0, None))
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
     fa3.flash_attn_func(**tensors(), **options, softmax_scale=scale)

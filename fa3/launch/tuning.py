@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..kernels.bwd_config import BwdConfig
 from ..kernels.bwd_signature import BwdSignature
-from ..kernels.config import FwdConfig
+from ..kernels.config import SMEM_LIMIT, FwdConfig
 from ..kernels.signature import Signature
 from ..kernels.sm80.bwd_config import Sm80BwdConfig
 from ..kernels.sm80.config import SMEM_OF_SM, Sm80Config
@@ -120,10 +120,38 @@ BACKWARD_SM80 = {
 }
 
 
-def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdConfig | Sm80Config:
-    """The config of the row for both head dims, else that of the larger one, which also fits."""
+# A tile of so many rows holds all that a sequence of a cache has in a step of generation.
+FEW_ROWS = 64
+MOST_STAGES = 6
+
+
+def forward(
+    signature: Signature, capability: tuple[int, int] = (9, 0), rows: int | None = None
+) -> FwdConfig | Sm80Config:
+    """The config of the row for both head dims, else that of the larger one, which also fits.
+
+    rows: at most so many of q has any sequence; None: not known.
+    """
     if capability[0] == 8:
         return _forward_sm80(signature, capability)
+    config = _forward_sm90(signature)
+    is_few = signature.is_ragged and rows is not None and rows <= FEW_ROWS
+    return for_few_rows(config, signature) if is_few and not signature.quantised else config
+
+
+def for_few_rows(config: FwdConfig, signature: Signature) -> FwdConfig:
+    """One consumer warpgroup, and the space that others had for stages: memory sets the pace.
+
+    Blocks of keys are as they were, and so are the bits of the results.
+    """
+    for num_stages in range(MOST_STAGES, config.num_stages - 1, -1):
+        few = replace(config, num_mma_warpgroups=1, num_stages=num_stages)
+        if few.smem_bytes(signature) <= SMEM_LIMIT:
+            return few
+    return replace(config, num_mma_warpgroups=1)
+
+
+def _forward_sm90(signature: Signature) -> FwdConfig:
     table = FORWARD if signature.quantised is None else FORWARD_FP8
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
