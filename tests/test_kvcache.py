@@ -1,5 +1,6 @@
 """flash_attn_with_kvcache: accuracy, what is written to caches, and what is never read."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -168,9 +169,11 @@ def test_out(device):
     out.assert_border_untouched("out")
 
 
-@pytest.mark.parametrize("pages", [64, 5])
-def test_one_byte_caches(pages, device):
-    """With a scale per head, and one per 64 keys of a sequence, whatever pages they are in."""
+def _one_byte(pages: int, device) -> tuple:
+    """Attention to one-byte caches, and to the same keys in rows: two functions.
+
+    With a scale per head, and one per 64 keys of a sequence, whatever pages they are in.
+    """
     case = CacheCase((200, 37), (4, 4), pages=pages, head_dim=96, head_dim_v=96)
     call = Call(case, device)
     inputs = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (call.k, call.v)]
@@ -189,13 +192,28 @@ def test_one_byte_caches(pages, device):
         return torch.nn.functional.pad(x, (0, blocks - x.shape[-1]), value=torch.nan)
 
     used = {"seqused_k": call.seqlens, "causal": True}
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    wanted = fa3.flash_attn_varlen_func(q, k, v, *(None,) * 4, **used, **descales)
-    descales |= {"k_descale": scales(k_descale), "v_descale": scales(v_descale)}
-    out = fa3.flash_attn_varlen_func(
-        *(q, cache(k), cache(v), *(None,) * 4), **used, **descales, page_table=call.table
-    )
-    assert torch.equal(out, wanted)
+    in_rows = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    in_pages = in_rows | {"k_descale": scales(k_descale), "v_descale": scales(v_descale)}
+    in_pages["page_table"] = call.table
+    pairs = ((k, v), in_rows), ((cache(k), cache(v)), in_pages)
+
+    def attention(kv, more):
+        return fa3.flash_attn_varlen_func(q, *kv, *(None,) * 4, **used, **more)
+
+    paged, plain = (functools.partial(attention, *pair) for pair in reversed(pairs))
+    return paged, plain
+
+
+@pytest.mark.parametrize("pages", [64, 5])
+def test_one_byte_caches(pages, device):
+    paged, plain = _one_byte(pages, device)
+    assert torch.equal(paged(), plain())
+
+
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+def test_one_byte_caches_are_the_same_under_every_schedule(device):
+    paged, _ = _one_byte(5, device)
+    emulator.compare_schedules(lambda: [paged()], range(2), checks=emulator.ALL_CHECKS)
 
 
 SCHEDULED = CacheCase(num_queries=(1, 70), num_new=3, rotary="halves", lengths=(300, 60))

@@ -206,7 +206,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "fp8-causal": _forward((300, 330), (150, 600), dtype="fp8", d=64, causal=True),
     "ragged-causal": _ragged((200, 0, 70, 300), (250, 40, 0, 600), causal=True),
     "ragged-fp8": _ragged((200, 0, 70, 150), (256, 40, 0, 500), dtype="float8_e4m3fn"),
-    "split-full": _forward((200, 1200), num_splits=3),
+    "split-full": _forward((200, 1300), num_splits=2),
     "paged-causal": _cached(16, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-causal": _cached(5, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-fp8": _cached(1, (200, 0, 70), (600, 40, 250), dtype="float8_e4m3fn"),
