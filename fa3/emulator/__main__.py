@@ -23,10 +23,12 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
-    (
-        "gathered-causal",
-        "wait attend.py:attend: key = k.wait_and_advance()",
-        "the warps that gather arrive for K ahead of the V that is waited for beside it",
+    *(
+        ("gathered-causal", what, "K's arrival comes ahead of that of the V waited for beside it")
+        for what in (
+            "wait attend.py:attend: key = k.wait_and_advance()",
+            "barrier gather.py:_arrive: cute.arch.sync_warp()",
+        )
     ),
     *(
         ("backward-.*", what, why)
