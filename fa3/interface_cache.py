@@ -21,7 +21,8 @@ from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
 from .call.options import bool_of, int_of
-from .call.problem import BYTE_DTYPES
+from .call.scales import Descales
+from .call.problem import BYTE_DTYPES, DTYPES
 
 ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
 PACKED_QUERIES = 64  # of a sequence, at most, if pack_gqa does not say: half of a tile
@@ -120,7 +121,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, page_table, cache_batch_idx)
-    new = _New.of(cache, k, v, cu_seqlens_k_new)
+    new = _New.of(cache, q, k, v, cu_seqlens_k_new)
     check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     rotary = _Rotary.of(q, cache, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     given = cache.lengths(cu_seqlens_q, new)
@@ -138,7 +139,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         more = packed_options, descales, given, longest, check, learnable_sink, num_splits
         ops.prepare(heads.pack(q), k_cache, v_cache, target, *more)
     if new is not None:
-        new.append(cache, rotary)
+        new.append(cache, rotary, descales)
     if rotary is not None:
         q = rotary.rotate(q, cu_seqlens_q, options)
     inputs = heads.pack(q), k_cache, v_cache, target
@@ -281,7 +282,7 @@ class _New:
     cu_seqlens: Tensor | None
 
     @classmethod
-    def of(cls, cache: _Cache, k, v, cu_seqlens) -> "_New | None":
+    def of(cls, cache: _Cache, q, k, v, cu_seqlens) -> "_New | None":
         if k is None and v is None:
             return None  # SGLang then gives cu_seqlens_k_new nevertheless
         for name, x, other in (("k", k, "v"), ("v", v, "k")):
@@ -297,17 +298,21 @@ class _New:
         rows = (cache.batch, k.shape[1]) if cu_seqlens is None else (k.shape[0],)
         for name, x, of_cache in (("k", k, cache.k), ("v", v, cache.v)):
             shape = *rows, *of_cache.shape[2:]
-            check_like(name, Layout.of(x), shape, of_cache.dtype, of_cache.device)
+            narrows = q.dtype in DTYPES and of_cache.dtype in BYTE_DTYPES
+            dtype = q.dtype if narrows else of_cache.dtype
+            check_like(name, Layout.of(x), shape, dtype, of_cache.device)
         return cls(k, v, cu_seqlens)
 
     @property
     def counts(self) -> int | Tensor:
         return self.k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
 
-    def append(self, cache: _Cache, rotary: "_Rotary | None") -> None:
+    def append(self, cache: _Cache, rotary: "_Rotary | None", descales: Descales) -> None:
         angles = (None, None, None) if rotary is None else rotary.angles
         kind = {} if rotary is None else {"interleaved": rotary.interleaved}
         where = cache.table(), cache.seqlens, self.cu_seqlens
+        if self.k.dtype != cache.k.dtype:
+            kind |= {"k_descale": descales.k_descale, "v_descale": descales.v_descale}
         append.append(self.k, self.v, cache.k, cache.v, *where, *angles, **kind)
 
 

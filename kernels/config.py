@@ -102,7 +102,7 @@ class FwdConfig:
         if self.o_space is not None:
             return self.o_space
         q, o, k_stage, v_stage = self.elements(signature)
-        if self._bytes(q + o, k_stage, v_stage) <= SMEM_LIMIT:
+        if self._bytes(signature, q + o) <= SMEM_LIMIT:
             return "own"
         # Two stages: then no warpgroup can be two tiles ahead of one that still writes O to a slot.
         if self.num_stages == 2 and o <= k_stage:
@@ -117,12 +117,15 @@ class FwdConfig:
         if signature.quantised is not None:  # V has two rings
             return q + self.num_stages * (k_stage + 2 * v_stage) + BARRIER_BYTES
         q_and_o = {"own": q + o, "q": max(q, o)}.get(self.space_of_o(signature), q)
-        return self._bytes(q_and_o, k_stage, v_stage)
+        return self._bytes(signature, q_and_o)
 
     def elements(self, signature: Signature) -> tuple[int, int, int, int]:
         """Of Q, O, a K stage and a V stage."""
         d, dv = signature.head_dim, signature.head_dim_v
         return self.tile_m * d, self.tile_m * dv, self.tile_n * d, self.tile_n * dv
 
-    def _bytes(self, q_and_o: int, k_stage: int, v_stage: int) -> int:
-        return 2 * (q_and_o + self.num_stages * (k_stage + v_stage)) + BARRIER_BYTES
+    def _bytes(self, signature: Signature, q_and_o: int) -> int:
+        """Of 16-bit operands, and of the bytes that some are made of."""
+        _, _, k_stage, v_stage = self.elements(signature)
+        size = 3 if signature.widens else 2
+        return 2 * q_and_o + size * self.num_stages * (k_stage + v_stage) + BARRIER_BYTES

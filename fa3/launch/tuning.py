@@ -50,6 +50,16 @@ FORWARD_FP8 = {
     },
 }
 
+# The same for 16-bit q beside one-byte k and v, which lie in shared memory twice.
+FORWARD_WIDENED = {
+    (64, 64): {"any": FwdConfig(tile_n=128, num_stages=3)},
+    (96, 96): {"any": FwdConfig(tile_n=128)},
+    (128, 128): {"any": FwdConfig(tile_n=128)},
+    (192, 128): {"any": FwdConfig(tile_n=80)},
+    (192, 192): {"any": FwdConfig(tile_n=64)},
+    (256, 256): {"any": FwdConfig(tile_n=48)},
+}
+
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
@@ -125,6 +135,7 @@ def forward(signature: Signature, capability: tuple[int, int] = (9, 0)) -> FwdCo
     if capability[0] == 8:
         return _forward_sm80(signature, capability)
     table = FORWARD if signature.quantised is None else FORWARD_FP8
+    table = FORWARD_WIDENED if signature.widens else table
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
     # TMA brings pages in parts that divide a block: more keys at a time of 128 than of 176.

@@ -18,13 +18,13 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
     The first K of a tile goes ahead of its Q, which may have to wait until the O of the tile
     before has left the same space (config.OSpace).
     """
-    q, k, v = rings.q.producer(), rings.k.producer(), rings.v_loaded.producer()
+    q, k, v = rings.q.producer(), rings.k_loaded.producer(), rings.v_loaded.producer()
     tile = work.first()
     while tile.is_valid:
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
         head = work.head_of(tile)
         fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence.queries, head, 0)
-        fill_k = rings.k.filler(tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0)
+        fill_k = rings.k_loaded.filler(tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0)
         fill_v = rings.v_loaded.filler(tensors.v, plan.v_tile, sequence.keys, tile.head_kv, 1)
 
         fill_k(blocks.n_max - 1, k.acquire_and_advance())

@@ -100,9 +100,8 @@ class Operands16Bit:
         def space(num_elements):
             return allocator.allocate_array(plan.element, num_elements, byte_alignment=1024)
 
-        def ring(pointer, layout):
-            barriers = allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
-            return Ring.of(swizzled(pointer, layout), barriers, 4 * plan.num_mma_warpgroups)
+        def barriers(layout):
+            return allocator.allocate_array(cutlass.Int64, 2 * cute.size(layout, mode=[2]))
 
         q_size, o_size = cute.cosize(layouts.q), cute.cosize(o_smem)
         q = space(max(q_size, o_size) if plan.o_space == "q" else q_size)
@@ -111,7 +110,20 @@ class Operands16Bit:
         v = k + k_size  # OutputSpace relies on V's ring following K's
         o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
         o = None if self.keeps_o else o
-        return FwdRings(ring(q, layouts.q), ring(k, layouts.k), ring(v, layouts.v)), o
+        of_q = self._ring(q, layouts.q, barriers(layouts.q))
+        k, v = (
+            self.ring_of_operand(pointer, layout, barriers(layout))
+            for pointer, layout in ((k, layouts.k), (v, layouts.v))
+        )
+        return FwdRings(of_q, k, v), o
+
+    def ring_of_operand(self, pointer: cute.Pointer, layout, barriers: cute.Pointer) -> Ring:
+        """Of K or V as they are multiplied."""
+        return self._ring(pointer, layout, barriers)
+
+    def _ring(self, pointer: cute.Pointer, layout, barriers: cute.Pointer) -> Ring:
+        """That TMA fills for the consumers."""
+        return Ring.of(swizzled(pointer, layout), barriers, 4 * self.plan.num_mma_warpgroups)
 
     def assist(self, rings: FwdRings, work: Any, worker, lane):
         """The producer warpgroup's other warps have nothing to do."""
