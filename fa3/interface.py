@@ -66,7 +66,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     Numbers may be tensors without dimensions; these are read, which waits for their device.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
-    fp16, bf16: q, k, v and out have one dtype.
+    fp16, bf16: q, k, v and out have one dtype; or k and v are torch.float8_e4m3fn beside such q,
+        with k_descale and v_descale (batch, h_k), or None for 1, without a backward pass.
     FP8: q, k, v are torch.float8_e4m3fn; k and v may be torch.float8_e5m2, and q and k may both be
     torch.int8. The result is bf16, or what `out` is: bf16, fp16 or fp32.
     q_descale, k_descale, v_descale: scales of one-byte inputs, value = byte * descale. Each is fp32

@@ -21,8 +21,8 @@ from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
 from .call.options import bool_of, int_of
-from .call.scales import Descales
 from .call.problem import BYTE_DTYPES, DTYPES
+from .call.scales import Descales
 
 ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
 PACKED_QUERIES = 64  # of a sequence, at most, if pack_gqa does not say: half of a tile
@@ -81,7 +81,9 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
 
     k (batch, s_new, h_k, d), v (batch, s_new, h_k, dv), or packed (total_new, h_k, d) with
         cu_seqlens_k_new (batch + 1,): are written to the cache first, from row cache_seqlens[i]
-        on, and attended to with the others. What does not fit is dropped.
+        on, and attended to with the others. What does not fit is dropped. Beside 16-bit q a cache
+        may be torch.float8_e4m3fn: 16-bit k and v are stored as the codes that are nearest to
+        k / k_descale and v / v_descale, (batch, h_k) each.
     rotary_cos, rotary_sin: (positions, n / 2), of q's dtype, n a multiple of 16 up to d: the first
         n columns of q and k are rotated, k before it is written. Row j of k has the position
         cache_seqlens[i] + j. So has row j of q with causal or a window; else all have that of 0.
@@ -97,8 +99,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         cache. On CPU tensors all is checked anyway. Elsewhere lengths are cut to what the cache
         has, and pages that do not exist hold zeros.
     q_descale, k_descale, v_descale, softmax_scale, causal, window_size, softcap, sm_margin, out,
-        learnable_sink: as in flash_attn_func, with a one-byte cache of q's kind; causal is aligned
-        to the bottom right of each sequence.
+        learnable_sink: as in flash_attn_func, as is which dtypes go together; causal is aligned to
+        the bottom right of each sequence.
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
     scheduler_metadata: a hint about speed, of no effect so far.
     cache_leftpad: not supported yet.

@@ -73,7 +73,9 @@ class Call:
         self.new_v = numbers(b, case.num_new, case.h_k, case.head_dim_v)
         self.descales = {}
         if case.cache:
-            scales = (torch.rand(b, 2 * case.h_k)[:, ::2].to(self.device) / 50 + 0.004 for _ in "kv")
+            scales = (
+                torch.rand(b, 2 * case.h_k)[:, ::2].to(self.device) / 50 + 0.004 for _ in "kv"
+            )
             self.descales = dict(zip(("k_descale", "v_descale"), scales, strict=True))
             self.k, self.v = (
                 [self._codes(x, name, i) for i, x in enumerate(rows)]

@@ -240,7 +240,9 @@ def _check_types(q: Layout, k: Layout, v: Layout) -> None:
         if layout.device != q.device:
             raise ValueError(f"{name} is on device {layout.device} but q is on {q.device}")
     if q.dtype in DTYPES and v.dtype != k.dtype:
-        raise TypeError(f"v has dtype {v.dtype} but k has {k.dtype}, expected the same beside {q.dtype}")
+        raise TypeError(
+            f"v has dtype {v.dtype} but k has {k.dtype}, expected the same beside {q.dtype}"
+        )
 
 
 def _either(dtypes) -> str:

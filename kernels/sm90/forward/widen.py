@@ -9,6 +9,7 @@ two rows whose numbers differ in the lowest and in the highest of three bits: no
 of them to the same banks, neither where they read nor where they write.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -27,8 +28,8 @@ def widen(plan: cutlass.Constexpr, rings: FwdRings, work: Any, worker, lane):
     """Fill the rings of K and V, tile after tile, in the order of load()."""
     k_bytes, v_bytes = rings.k_loaded.consumer(), rings.v_loaded.consumer()
     k, v = rings.k.producer(), rings.v.producer()
-    keys = _by_rows(rings.k_loaded, 0), _by_rows(rings.k, 0)
-    values = _by_rows(rings.v_loaded, 1), _by_rows(rings.v, 1)
+    keys = Rows.of(rings.k_loaded.buffer, 0), Rows.of(rings.k.buffer, 0)
+    values = Rows.of(rings.v_loaded.buffer, 1), Rows.of(rings.v.buffer, 1)
     tile = work.first()
     while tile.is_valid:
         blocks = work.blocks_of(tile)
@@ -44,33 +45,69 @@ def widen(plan: cutlass.Constexpr, rings: FwdRings, work: Any, worker, lane):
         tile = work.next(tile)
 
 
-def _by_rows(ring: Any, row_mode: int) -> cute.Tensor:
-    """(rows, columns, num_stages), columns side by side."""
-    order = [row_mode, 1 - row_mode, 2]
-    return cute.make_tensor(ring.buffer.iterator, cute.select(ring.buffer.layout, mode=order))
+@dataclass(frozen=True)
+class Rows:
+    """The stages of a ring by rows of bytes, as TMA writes and wgmma reads them.
+
+    Rows are cut into strips as wide as the swizzle spans, which follow each other.
+    """
+
+    dtype: cutlass.Constexpr[type]
+    rows: cutlass.Constexpr[int]  # a multiple of 8
+    row_bytes: cutlass.Constexpr[int]
+    base: Int32  # an address that is a multiple of 1024
+
+    @staticmethod
+    def of(buffer: cute.Tensor, row_mode: int) -> "Rows":
+        dtype = buffer.element_type
+        row_bytes = cute.size(buffer, mode=[1 - row_mode]) * dtype.width // 8
+        base = Int32(buffer.iterator.toint())
+        return Rows(dtype, cute.size(buffer, mode=[row_mode]), row_bytes, base)
+
+    @property
+    def strip(self) -> int:
+        """Bytes of a row in a strip."""
+        return next(n for n in (128, 64, 32) if self.row_bytes % n == 0)
+
+    def within(self, row, byte):
+        """Where a byte of one of a stage's rows is in its strip."""
+        offset = row * self.strip + byte
+        return offset ^ (offset >> 3 & self.strip - 16)
+
+    def chunk(self, stage, first_row, byte: int, within, size: int) -> cute.Tensor:
+        """16 bytes, as so many elements.
+
+        first_row: a multiple of 8, as which it does not meet the swizzle; byte: of a row's, that
+        `within` does not tell.
+        """
+        strips = byte // self.strip * self.rows * self.strip
+        offset = stage * (self.rows * self.row_bytes) + first_row * self.strip + strips
+        address = self.base + offset + within
+        space = cute.AddressSpace.smem
+        pointer = cute.make_ptr(self.dtype, address, space, assumed_align=16)
+        return cute.make_tensor(pointer, cute.make_layout(size))
 
 
 @cute.jit
 def _widen(tensors: tuple, source: Any, target: Any, worker, lane):
     """A stage of bytes into one of 16 bits."""
     given, wide = tensors
-    given, wide = given[None, None, source.index], wide[None, None, target.index]
-    rows, columns = cute.size(given, mode=[0]), cute.size(given, mode=[1])
-    chunks = 4 if columns % 64 == 0 else 2  # of a row, side by side, that a warp moves at once
-    rows_at_once = 32 // chunks
+    chunks = 4 if given.row_bytes % 64 == 0 else 2  # of a row, side by side, that a warp moves
     row, chunk = lane // 8 ^ 5 * (lane // 4 % 2), lane % 4
     if cutlass.const_expr(chunks == 2):
         row, chunk = lane // 2, lane % 2
-    across = columns // (CHUNK * chunks)
-    for i in cutlass.range(worker, rows // rows_at_once * across, WIDENING_WARPS, unroll=1):
-        down = i // across
-        at = down * rows_at_once + row, (i - down * across) * chunks + chunk
-        loaded = cute.make_rmem_tensor(CHUNK, given.element_type)
-        cute.autovec_copy(_chunk(given, *at, CHUNK), loaded)
-        made = widened(loaded, wide.element_type)
-        for half in cutlass.range_constexpr(2):
-            part = cute.make_tensor(made.iterator + half * 8, cute.make_layout(8))
-            cute.autovec_copy(part, _chunk(wide, at[0], 2 * at[1] + half, 8))
+    columns, rows = CHUNK * chunks, 32 // chunks  # at once
+    halves = [wide.within(row, 2 * CHUNK * chunk + 16 * half) for half in (0, 1)]
+    for i in cutlass.range(worker, given.rows // rows, WIDENING_WARPS, unroll=1):
+        for column in cutlass.range_constexpr(0, given.row_bytes, columns):
+            own = given.within(row, CHUNK * chunk + column % given.strip)
+            loaded = cute.make_rmem_tensor(CHUNK, given.dtype)
+            cute.autovec_copy(given.chunk(source.index, rows * i, column, own, CHUNK), loaded)
+            made = widened(loaded, wide.dtype)
+            for half in cutlass.range_constexpr(2):
+                part = cute.make_tensor(made.iterator + 8 * half, cute.make_layout(8))
+                place = wide.chunk(target.index, rows * i, 2 * column, halves[half], 8)
+                cute.autovec_copy(part, place)
     cute.arch.sync_warp()  # one lane releases for all
     source.release()
     cute.arch.fence_view_async_shared()
@@ -100,9 +137,3 @@ def _to_bf16(pair: Int32) -> Int32:
         write_only_types=[Int32],
         read_only_args=[pair],
     )
-
-
-def _chunk(tensor: cute.Tensor, row, chunk, size: int) -> cute.Tensor:
-    """So many elements of a row, 16 bytes that lie side by side."""
-    part = cute.local_tile(tensor, (1, size), (row, chunk))
-    return cute.make_tensor(part.iterator.align(16), cute.make_layout(size))
