@@ -20,6 +20,7 @@ from .attend import (
 from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
+from .call.listed import splits_with
 from .call.options import bool_of, int_of
 from .call.problem import BYTE_DTYPES, DTYPES
 from .call.scales import Descales
@@ -102,7 +103,9 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         learnable_sink: as in flash_attn_func, as is which dtypes go together; causal is aligned to
         the bottom right of each sequence.
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
-    scheduler_metadata: a hint about speed, of no effect so far.
+    scheduler_metadata: of fa3.get_scheduler_metadata for the same arguments: the order of the work,
+        made once for all layers of a step. It saves a launch per call and changes no bit. It may be
+        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q.
     cache_leftpad: not supported yet.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
@@ -115,7 +118,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     if unknown:
         raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
     check_unused(qv, attention_chunk, pack_gqa, cache_leftpad=cache_leftpad)
-    num_splits = splits_of(num_splits)
+    num_splits = splits_with(scheduler_metadata, splits_of(num_splits))
     return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
     check_pages = bool_of("check_pages", check_pages)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
@@ -139,14 +142,15 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     given, longest = heads.lengths(given), (heads.rows(longest[0]), None)
     if plain:
         more = packed_options, descales, given, longest, check, learnable_sink, num_splits
-        ops.prepare(heads.pack(q), k_cache, v_cache, target, *more)
+        ops.prepare(heads.pack(q), k_cache, v_cache, target, *more, scheduler_metadata)
     if new is not None:
         new.append(cache, rotary, descales)
     if rotary is not None:
         q = rotary.rotate(q, cu_seqlens_q, options)
     inputs = heads.pack(q), k_cache, v_cache, target
     more = None, False, given, longest, check, learnable_sink
-    result, lse = attend(*inputs, packed_options, descales, *more, num_splits=num_splits)
+    last = {"num_splits": num_splits, "metadata": scheduler_metadata}
+    result, lse = attend(*inputs, packed_options, descales, *more, **last)
     if out is None:
         out = heads.unpack(result)
     elif target is None:
@@ -214,6 +218,11 @@ class _Heads:
         if self.group == 1:
             return lse
         return lse.unflatten(-1, (-1, self.group)).transpose(-1, -2).flatten(-3, -2).contiguous()
+
+
+def heads_of(q, k_cache, longest: int | None, pack_gqa) -> _Heads:
+    """Of a call without a sink."""
+    return _Heads.of(q, k_cache, longest, None, None, pack_gqa)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .call.layout import (
     tma_strides,
 )
 from .call.lengths import EQUAL, Lengths, Sequences
+from .call.listed import Tiles, listed
 from .call.problem import Options, Problem, check_out
 from .call.scales import NO_DESCALES, Descales, Scales
 from .kernels.config import FwdConfig
@@ -40,13 +41,14 @@ class Plan(NamedTuple):
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
     scratch: int  # int32 for the list of a ragged call's tiles
-    scalars: tuple  # the last fields of FwdArguments
+    scalars: tuple  # the last fields of FwdArguments, but for is_listed
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
     views: tuple | None  # strides for q, k, v, out that TMA accepts where only size-1 ones are odd
     copies: tuple | None  # which of q, k, v to copy, their strides being no multiples of 16 B
     split: "Split | None"  # where the results of `run` are partial
+    tiles: Tiles | None  # that a list is made of
 
 
 class Split(NamedTuple):
@@ -100,7 +102,7 @@ def plan_of(  # noqa: PLR0913
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas, scratch, split = _kernel_of(problem, num_splits, longest)
+    run, num_ctas, scratch, split, tiles = _kernel_of(problem, num_splits, longest)
     return Plan(
         run,
         problem.scales,
@@ -113,6 +115,7 @@ def plan_of(  # noqa: PLR0913
         tuple(views) if any(views) else None,
         copies if any(copies) and not problem.is_empty else None,
         split,
+        tiles,
     )
 
 
@@ -131,38 +134,47 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
 
 def _kernel_of(
     problem: Problem, num_splits: int, longest: tuple
-) -> tuple[Callable, int, int, Split | None]:
-    """The function to call, compiled, the most CTAs it may launch, Plan.scratch and Plan.split."""
+) -> tuple[Callable, int, int, Split | None, Tiles | None]:
+    """The function to call, compiled, the most CTAs it may launch, and the Plan's last fields.
+
+    These are scratch, split and tiles.
+    """
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0, 0, None
+        return _do_nothing, 0, 0, None, None
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0, 0, None
+        return functools.partial(reference_ragged.see_no_key, signature), 0, 0, None, None
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0, 0, None
+        return reference.bind(signature), 0, 0, None, Tiles.of(problem, None, 1, 0)
     kernel = dispatch.forward(signature, target)
-    config = tuning.forward(signature, target.capability)
-    num_ctas = target.num_sms - problem.sm_margin
-    number = 1
-    if num_splits != 1 and target.capability[0] == 9:
-        number = splits.of(problem, config, num_ctas, num_splits, longest)
+    config, num_ctas, number = layout_of(problem, target, num_splits, longest)
     split = None
     if number > 1:
         signature, is_ragged = signature.split(), problem.sequences.is_ragged
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
-    return run, num_ctas, _scratch_of(problem, config, number), split
+    tiles = Tiles.of(problem, config, number, num_ctas)
+    return run, num_ctas, tiles.scratch if tiles else 0, split, tiles
 
 
-def _scratch_of(problem: Problem, config: FwdConfig, num_splits: int) -> int:
-    sequences = problem.sequences
-    if not sequences.is_ragged:
-        return 0
-    from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
+def layout_of(
+    problem: Problem, target: dispatch.Target, num_splits: int, longest: tuple
+) -> tuple[FwdConfig, int, int]:
+    """The config of a call's kernel, the most CTAs it may launch, and into how many parts keys go.
 
-    rows = problem.s_q, problem.h_q * num_splits, sequences.q_is_packed
-    return capacity(config.tile_m, sequences.batch, *rows)
+    num_splits: as asked for. The config is the same whether keys are split or not, but for what
+    makes no other tiles.
+    """
+    signature, capability = problem.signature, target.capability
+    config = tuning.forward(signature, capability)
+    num_ctas = target.num_sms - problem.sm_margin
+    number = 1
+    if num_splits != 1 and capability[0] == 9:
+        number = splits.of(problem, config, num_ctas, num_splits, longest)
+    if number > 1:
+        config = tuning.forward(signature.split(), capability)
+    return config, num_ctas, number
 
 
 def _target_of(problem: Problem) -> dispatch.Target:
@@ -192,6 +204,7 @@ def run(  # noqa: PLR0913
     check_lengths=False,
     sink=None,
     num_splits=1,
+    metadata=None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of real tensors. Returns out and lse (b, h_q, s_q), of packed q (h_q, total_q).
 
@@ -201,6 +214,7 @@ def run(  # noqa: PLR0913
         can be read without waiting, or with check_lengths.
     sink: (h_q,) or (b, h_q), or None.
     num_splits: of the keys, 0: as many as fill the machine.
+    metadata: the list of a ragged call's tiles, as get_scheduler_metadata makes it, or None.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
@@ -219,6 +233,8 @@ def run(  # noqa: PLR0913
     if check_scales:
         scales.check_values(**scales.named(descales))
     _check_lengths(q, k, lengths, longest, check_lengths)
+    if metadata is not None:
+        metadata = plan.tiles and listed(metadata, plan.tiles, q.device, lengths.seqused_q)
     if out is None:  # sizes apart: half the time of a tuple of them
         out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
@@ -230,11 +246,11 @@ def run(  # noqa: PLR0913
         q, k, v, target = _for_tma(plan, q, k, v, out)
     views = *views, None if sink is None else sink.float().expand(plan.sequences.batch, q.shape[-2])
     if plan.split is not None:
-        _run_split(plan, q, k, v, target, lse, views, lengths)
+        _run_split(plan, q, k, v, target, lse, views, lengths, metadata)
     elif lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars))
+        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars, None))
     else:
-        plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
+        plan.run(_ragged(plan, q, k, v, target, lse, views, lengths, metadata))
     return out, lse
 
 
@@ -258,29 +274,29 @@ def _plan_for(  # noqa: PLR0913
 
 
 NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
-WHOLE = None, None  # num_splits and rows_per_query where keys are not split, and rows are queries
+WHOLE = None, None, None  # what follows num_ctas where keys are not split, and rows are queries
 
 
-def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
+def _ragged(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> tuple:  # noqa: PLR0913
     """FwdArguments; packed tensors get a dimension of 1 for the batch."""
     if plan.sequences.q_is_packed:
         q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
     if plan.sequences.k_is_packed:
         k, v = k.unsqueeze(0), v.unsqueeze(0)
-    tiles = q.new_empty(plan.scratch, dtype=torch.int32)
+    tiles = q.new_empty(plan.scratch, dtype=torch.int32) if metadata is None else metadata
     given = lengths_.views(lengths, q.device)
-    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars
+    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars, int(metadata is not None)
 
 
-def _run_split(plan: Plan, q, k, v, out, lse, views, lengths) -> None:  # noqa: PLR0913
+def _run_split(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> None:  # noqa: PLR0913
     """Each split of a head is a head of the partial results."""
     parts, part_lse = plan.split.partial(out, lse)
     results = parts.flatten(-3, -2), part_lse.flatten(-3, -2)
     if lengths is EQUAL:
-        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars))
+        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars, None))
         plan.split.finish((parts, part_lse), out, lse, (None, None))
         return
-    plan.run(_ragged(plan, q, k, v, *results, views, lengths))
+    plan.run(_ragged(plan, q, k, v, *results, views, lengths, metadata))
     if plan.sequences.q_is_packed:
         parts, part_lse, out, lse = (x.unsqueeze(0) for x in (parts, part_lse, out, lse))
     cu_seqlens_q, _, seqused_q, *_ = lengths_.views(lengths, q.device)
@@ -311,11 +327,13 @@ def _check_addresses(q, k, v, descales, sink) -> None:
 
 
 def prepare(  # noqa: PLR0913
-    q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits
+    q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits, metadata
 ) -> None:
     """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
-    _plan_for(q, k, v, out, options, descales, None, lengths, longest, sink, num_splits)
+    plan = _plan_for(q, k, v, out, options, descales, None, lengths, longest, sink, num_splits)
     _check_lengths(q, k, lengths, longest, check_lengths)
+    if metadata is not None and plan.tiles:
+        listed(metadata, plan.tiles, q.device, lengths.seqused_q)
 
 
 def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913
@@ -373,6 +391,7 @@ def forward(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    scheduler_metadata: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
@@ -380,7 +399,8 @@ def forward(  # noqa: PLR0913
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, None, options, descales, *checks, learnable_sink, num_splits)
+    more = learnable_sink, num_splits, scheduler_metadata
+    return run(q, k, v, None, options, descales, *checks, *more)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -411,6 +431,7 @@ def forward_out(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    scheduler_metadata: Tensor | None = None,
 ) -> Tensor:
     """The lse; `out` is written."""
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap, rows_per_query
@@ -418,7 +439,8 @@ def forward_out(  # noqa: PLR0913
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, out, options, descales, *checks, learnable_sink, num_splits)[1]
+    more = learnable_sink, num_splits, scheduler_metadata
+    return run(q, k, v, out, options, descales, *checks, *more)[1]
 
 
 @forward.register_fake
@@ -428,6 +450,7 @@ def _(  # noqa: PLR0913
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
     deterministic=False, page_table=None, num_splits=1, rows_per_query=1,
+    scheduler_metadata=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
@@ -443,6 +466,7 @@ def _(  # noqa: PLR0913
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
     page_table=None, num_splits=1, rows_per_query=1,
+    scheduler_metadata=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table

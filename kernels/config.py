@@ -47,6 +47,7 @@ class FwdConfig:
     o_slice: int = 0  # FP8: columns of O per product, where not all fit beside S; or 0
     polynomial_exp2: int = 0  # one of this many exponentials on the FMA pipe (exp2.py); 0: none
     o_space: OSpace | None = None  # None: the first one that is large enough
+    spared_registers: int = 0  # that a consumer's thread leaves to those of the producer
 
     @property
     def tile_m(self) -> int:
@@ -59,11 +60,12 @@ class FwdConfig:
 
     @property
     def producer_registers(self) -> int:
-        return {1: 56, 2: 24, 3: 32}[self.num_mma_warpgroups]
+        own = {1: 56, 2: 24, 3: 32}[self.num_mma_warpgroups]
+        return own + self.num_mma_warpgroups * self.spared_registers
 
     @property
     def consumer_registers(self) -> int:
-        return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups]
+        return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups] - self.spared_registers
 
     def check(self, signature: Signature) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
@@ -80,6 +82,7 @@ class FwdConfig:
         yield "num_mma_warpgroups", self.num_mma_warpgroups in (1, 2, 3), "1, 2 or 3"
         yield "num_stages", self.num_stages >= 1, "at least 1"
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
+        yield "spared_registers", self.spared_registers in range(0, 65, 8), "0, 8, .. 64"
         if quantised is None:
             yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"
             if signature.is_split:

@@ -44,6 +44,7 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         num_ctas=Int32(1),
         num_splits=Int32(1) if is_split else None,
         rows_per_query=Int32(1) if plan.signature.packs_heads else None,
+        is_listed=Int32(0) if plan.signature.is_ragged else None,
     )
     return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
 
