@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
-    scratch: int  # int32 for the list of a ragged call's tiles
+    tiles: Tiles | None  # of a ragged call, which has a list of them
     scalars: tuple  # the last fields of FwdArguments, but for is_listed
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
@@ -48,7 +48,6 @@ class Plan(NamedTuple):
     views: tuple | None  # strides for q, k, v, out that TMA accepts where only size-1 ones are odd
     copies: tuple | None  # which of q, k, v to copy, their strides being no multiples of 16 B
     split: "Split | None"  # where the results of `run` are partial
-    tiles: Tiles | None  # that a list is made of
 
 
 class Split(NamedTuple):
@@ -102,12 +101,12 @@ def plan_of(  # noqa: PLR0913
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas, scratch, split, tiles = _kernel_of(problem, num_splits, longest)
+    run, num_ctas, tiles, split = _kernel_of(problem, num_splits, longest)
     return Plan(
         run,
         problem.scales,
         problem.sequences,
-        scratch,
+        tiles,
         (*problem.scalars, num_ctas, split and split.number, problem.given_rows_per_query),
         problem.out_shape,
         problem.out_dtype,
@@ -115,7 +114,6 @@ def plan_of(  # noqa: PLR0913
         tuple(views) if any(views) else None,
         copies if any(copies) and not problem.is_empty else None,
         split,
-        tiles,
     )
 
 
@@ -134,19 +132,16 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
 
 def _kernel_of(
     problem: Problem, num_splits: int, longest: tuple
-) -> tuple[Callable, int, int, Split | None, Tiles | None]:
-    """The function to call, compiled, the most CTAs it may launch, and the Plan's last fields.
-
-    These are scratch, split and tiles.
-    """
+) -> tuple[Callable, int, Tiles | None, Split | None]:
+    """The function to call, compiled, the most CTAs it may launch, Plan.tiles and Plan.split."""
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0, 0, None, None
+        return _do_nothing, 0, None, None
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0, 0, None, None
+        return functools.partial(reference_ragged.see_no_key, signature), 0, None, None
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0, 0, None, Tiles.of(problem, None, 1, 0)
+        return reference.bind(signature), 0, Tiles.of(problem, None, 1, 0), None
     kernel = dispatch.forward(signature, target)
     config, num_ctas, number = layout_of(problem, target, num_splits, longest)
     split = None
@@ -154,8 +149,7 @@ def _kernel_of(
         signature, is_ragged = signature.split(), problem.sequences.is_ragged
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
-    tiles = Tiles.of(problem, config, number, num_ctas)
-    return run, num_ctas, tiles.scratch if tiles else 0, split, tiles
+    return run, num_ctas, Tiles.of(problem, config, number, num_ctas), split
 
 
 def layout_of(
@@ -283,7 +277,9 @@ def _ragged(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> tuple:  
         q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
     if plan.sequences.k_is_packed:
         k, v = k.unsqueeze(0), v.unsqueeze(0)
-    tiles = q.new_empty(plan.scratch, dtype=torch.int32) if metadata is None else metadata
+    tiles = metadata
+    if metadata is None:
+        tiles = q.new_empty(plan.tiles.scratch if plan.tiles else 0, dtype=torch.int32)
     given = lengths_.views(lengths, q.device)
     return q, k, v, out, lse, *views, *given, tiles, *plan.scalars, int(metadata is not None)
 
