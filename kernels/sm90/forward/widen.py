@@ -99,19 +99,30 @@ def _widen(tensors: tuple, source: Any, target: Any, worker, lane):
     columns, rows = CHUNK * chunks, 32 // chunks  # at once
     halves = [wide.within(row, 2 * CHUNK * chunk + 16 * half) for half in (0, 1)]
     for i in cutlass.range(worker, given.rows // rows, WIDENING_WARPS, unroll=1):
-        for column in cutlass.range_constexpr(0, given.row_bytes, columns):
-            own = given.within(row, CHUNK * chunk + column % given.strip)
-            loaded = cute.make_rmem_tensor(CHUNK, given.dtype)
-            cute.autovec_copy(given.chunk(source.index, rows * i, column, own, CHUNK), loaded)
-            made = widened(loaded, wide.dtype)
-            for half in cutlass.range_constexpr(2):
-                part = cute.make_tensor(made.iterator + 8 * half, cute.make_layout(8))
-                place = wide.chunk(target.index, rows * i, 2 * column, halves[half], 8)
-                cute.autovec_copy(part, place)
+        loaded = [
+            _loaded(given, source.index, rows * i, column, row, chunk)
+            for column in range(0, given.row_bytes, columns)
+        ]
+        for j, part in enumerate(loaded):
+            _store_widened(wide, target.index, rows * i, 2 * columns * j, halves, part)
     cute.arch.sync_warp()  # one lane releases for all
     source.release()
     cute.arch.fence_view_async_shared()
     target.commit()
+
+
+def _loaded(given: Rows, stage, first_row, column: int, row, chunk) -> cute.Tensor:
+    within = given.within(row, CHUNK * chunk + column % given.strip)
+    loaded = cute.make_rmem_tensor(CHUNK, given.dtype)
+    cute.autovec_copy(given.chunk(stage, first_row, column, within, CHUNK), loaded)
+    return loaded
+
+
+def _store_widened(wide: Rows, stage, first_row, byte: int, halves: list, loaded: cute.Tensor):
+    made = widened(loaded, wide.dtype)
+    for half, within in enumerate(halves):
+        part = cute.make_tensor(made.iterator + 8 * half, cute.make_layout(8))
+        cute.autovec_copy(part, wide.chunk(stage, first_row, byte, within, 8))
 
 
 def widened(source: cute.Tensor, dtype: type) -> cute.Tensor:
