@@ -13,6 +13,7 @@ from .combine import flash_attn_combine
 from .interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from .interface_cache import flash_attn_with_kvcache
 from .interface_fp8 import flash_attn_fp8_func, flash_attn_varlen_fp8_func
+from .metadata import get_scheduler_metadata
 from .quantize import Fp8Inputs, quantize_fp8
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_fp8_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
     "quantize_fp8",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .call.layout import Layout, check_address, odd_dimension
 from .call.lengths import or_empty
 from .call.problem import BYTE_DTYPES, DTYPES
+from .call.scales import CacheScales, Descales
 from .kernels.append_signature import AppendConfig, AppendSignature
 from .launch import dispatch, jit
 from .reference import append as reference
@@ -32,12 +33,15 @@ def append(  # noqa: PLR0913
     rotary_sin: Tensor | None = None,
     rotary_seqlens: Tensor | None = None,
     interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Row j of sequence i of k and v to position seqlens[i] + j of its cache, k rotated.
 
     k, v (b, s, h_k, d), or packed (total, h_k, d) with cu_seqlens; caches (num_pages, page_size,
     h_k, d); page_table (b, pages). rotary_cos and rotary_sin (positions, n / 2). Rows that find no
-    room, or a page that does not exist, are dropped.
+    room, or a page that does not exist, are dropped. k_descale and v_descale (b, h_k) are for
+    caches of bytes that get 16-bit rows: what is stored is the code nearest to value / descale.
     """
     if k.numel() == 0:
         return
@@ -53,12 +57,17 @@ def append(  # noqa: PLR0913
         first = seqlens if rotary_seqlens is None else rotary_seqlens
         angles = rotary_cos.contiguous(), rotary_sin.contiguous(), first, 1
     k, v = (_readable(x if x.dim() == 4 else x[None]) for x in (k, v))
-    signature = AppendSignature(*_of(k, rotary_cos, interleaved))
-    tensors = k, None, v, k_cache, v_cache
-    if k.itemsize == 1:
-        tensors = tuple(None if x is None else x.view(torch.uint8) for x in tensors)
+    narrows = BYTE_DTYPES[k_cache.dtype] if k.itemsize > k_cache.itemsize else None
+    scales = None, None
+    if narrows:
+        scales = _descales_of(k_cache, seqlens.shape[0], k_descale, v_descale)
+    signature = AppendSignature(*_of(k, rotary_cos, interleaved), narrows=narrows)
+    tensors = tuple(
+        x.view(torch.uint8) if x is not None and x.itemsize == 1 else x
+        for x in (k, None, v, k_cache, v_cache)
+    )
     of_lengths = *or_empty((cu_seqlens,), k.device), seqlens.shape[0]
-    _run_of(signature, k.device)(*tensors, page_table, seqlens, *of_lengths, *angles)
+    _run_of(signature, k.device)(*tensors, page_table, seqlens, *of_lengths, *angles, *scales)
 
 
 @torch.library.custom_op("fa3::rotate", mutates_args=())
@@ -81,7 +90,7 @@ def rotate(  # noqa: PLR0913
         signature = AppendSignature(*_of(q, rotary_cos, interleaved), appends=False)
         of_lengths = *or_empty((cu_seqlens,), q.device), seqlens.shape[0]
         angles = rotary_cos.contiguous(), rotary_sin.contiguous(), seqlens, int(advances)
-        _run_of(signature, q.device)(x, y, *(None,) * 5, *of_lengths, *angles)
+        _run_of(signature, q.device)(x, y, *(None,) * 5, *of_lengths, *angles, None, None)
     return y.view(q.shape)
 
 
@@ -93,6 +102,16 @@ def _(*arguments, **named):
 @rotate.register_fake
 def _(q, *arguments, **named):
     return q.new_empty(q.shape)
+
+
+def _descales_of(k_cache: Tensor, batch: int, k_descale, v_descale) -> tuple[Tensor, Tensor]:
+    """(b, h_k) each, ones for None."""
+    descales = Descales(None, k_descale, v_descale)
+    layouts = (None if x is None else Layout.of(x) for x in descales)
+    cache = Layout.of(k_cache)
+    scales = CacheScales.of(cache, cache, Descales(*layouts), batch)
+    _, k, v, _ = scales.views(k_cache.device, *descales)
+    return k, v
 
 
 def _of(x: Tensor, cos: Tensor | None, interleaved: bool) -> tuple:

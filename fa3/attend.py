@@ -80,6 +80,7 @@ def attend(  # noqa: PLR0913
     sink=None,
     deterministic=False,
     num_splits=1,
+    metadata=None,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
     plain = are_plain(q, k, v, out, given)
@@ -102,12 +103,13 @@ def attend(  # noqa: PLR0913
     try:
         if plain:
             checks = out_dtype, check_scales, given, longest, check_lengths
-            return ops.run(q, k, v, out, options, descales, *checks, sink, num_splits)
+            return ops.run(q, k, v, out, options, descales, *checks, sink, num_splits, metadata)
         options, (softcap, *rest) = options[:5], options[5:]
         of_rows, (page_table, leftpad) = given[:4], given[4:]
         more = () if given is EQUAL else (*of_rows, *longest, check_lengths)
         score = {"softcap": softcap, "learnable_sink": sink, "num_splits": num_splits}
         score |= {"page_table": page_table, "rows_per_query": rest[0] if rest else 1}
+        score["scheduler_metadata"] = metadata
         score["cache_leftpad"] = leftpad
         if out is None:
             score["deterministic"] = deterministic

@@ -99,6 +99,8 @@ def signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSign
 
     Raises NotImplementedError if there is no backward pass for the problem.
     """
+    if problem.widens:
+        _refuse(f"k has dtype {problem.k_dtype} beside q of {problem.dtype}")
     if problem.scales is not None:
         _refuse(f"q has dtype {problem.dtype}, which is none of {', '.join(map(str, DTYPES))}")
     if problem.rows_per_query > 1:

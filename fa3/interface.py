@@ -5,6 +5,7 @@ from torch import Tensor
 from .attend import attend, bounds_of, check_unused, descales_of, options_of, splits_of
 from .call import hints, lengths
 from .call.layout import check_tensors
+from .call.listed import splits_with
 from .call.options import bool_of, int_of
 
 
@@ -66,7 +67,8 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     Numbers may be tensors without dimensions; these are read, which waits for their device.
     out: (batch, s_q, h_q, dv), receives the result instead of a new tensor.
 
-    fp16, bf16: q, k, v and out have one dtype.
+    fp16, bf16: q, k, v and out have one dtype; or k and v are torch.float8_e4m3fn beside such q,
+        with k_descale and v_descale (batch, h_k), or None for 1, without a backward pass.
     FP8: q, k, v are torch.float8_e4m3fn; k and v may be torch.float8_e5m2, and q and k may both be
     torch.int8. The result is bf16, or what `out` is: bf16, fp16 or fp32.
     q_descale, k_descale, v_descale: scales of one-byte inputs, value = byte * descale. Each is fp32
@@ -147,6 +149,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     check_lengths=False,
     learnable_sink=None,
     page_table=None,
+    scheduler_metadata=None,
     **unknown,
 ):
     """flash_attn_func of sequences with lengths of their own, packed without padding.
@@ -172,6 +175,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
         Elsewhere lengths that reach beyond the tensors are cut and pages that do not exist hold
         zeros, so that nothing else is read or written.
 
+    scheduler_metadata: of fa3.get_scheduler_metadata with pack_gqa=False, for the same call.
+
     Lengths stay on the device: no call waits for them, none recompiles for others, and a CUDA graph
     may be replayed with other lengths in the same tensors. A sequence may be without queries or
     keys. Queries and keys of a sequence are aligned as in flash_attn_func, by its own lengths, so
@@ -196,7 +201,7 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     if unknown:
         raise hints.unknown_argument(flash_attn_varlen_func, next(iter(unknown)))
     check_unused(qv, attention_chunk, pack_gqa)
-    num_splits = splits_of(num_splits)
+    num_splits = splits_with(scheduler_metadata, splits_of(num_splits))
     if return_attn_probs is not False:
         return_attn_probs = bool_of("return_attn_probs", return_attn_probs)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
@@ -207,7 +212,8 @@ def flash_attn_varlen_func(  # noqa: PLR0913 - the signature is FA3's
     bounds = bounds_of(given, max_seqlen_q, max_seqlen_k, check_lengths)
     more = given, *bounds, learnable_sink, deterministic
     checks = None, check_scales, *more
-    out, lse = attend(q, k, v, out, options, descales, *checks, num_splits=num_splits)
+    last = {"num_splits": num_splits, "metadata": scheduler_metadata}
+    out, lse = attend(q, k, v, out, options, descales, *checks, **last)
     return (out, lse) if return_attn_probs else out
 
 

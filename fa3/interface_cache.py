@@ -20,8 +20,10 @@ from .attend import (
 from .call import hints, lengths
 from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
+from .call.listed import splits_with
 from .call.options import bool_of, int_of
-from .call.problem import BYTE_DTYPES
+from .call.problem import BYTE_DTYPES, DTYPES
+from .call.scales import Descales
 
 ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
 PACKED_QUERIES = 64  # of a sequence, at most, if pack_gqa does not say: half of a tile
@@ -82,7 +84,9 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
 
     k (batch, s_new, h_k, d), v (batch, s_new, h_k, dv), or packed (total_new, h_k, d) with
         cu_seqlens_k_new (batch + 1,): are written to the cache first, from row cache_seqlens[i]
-        on, and attended to with the others. What does not fit is dropped.
+        on, and attended to with the others. What does not fit is dropped. Beside 16-bit q a cache
+        may be torch.float8_e4m3fn: 16-bit k and v are stored as the codes that are nearest to
+        k / k_descale and v / v_descale, (batch, h_k) each.
     rotary_cos, rotary_sin: (positions, n / 2), of q's dtype, n a multiple of 16 up to d: the first
         n columns of q and k are rotated, k before it is written. Row j of k has the position
         cache_seqlens[i] + j. So has row j of q with causal or a window; else all have that of 0.
@@ -98,10 +102,12 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
         cache. On CPU tensors all is checked anyway. Elsewhere lengths are cut to what the cache
         has, and pages that do not exist hold zeros.
     q_descale, k_descale, v_descale, softmax_scale, causal, window_size, softcap, sm_margin, out,
-        learnable_sink: as in flash_attn_func, with a one-byte cache of q's kind; causal is aligned
-        to the bottom right of each sequence.
+        learnable_sink: as in flash_attn_func, as is which dtypes go together; causal is aligned to
+        the bottom right of each sequence.
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
-    scheduler_metadata: a hint about speed, of no effect so far.
+    scheduler_metadata: of fa3.get_scheduler_metadata for the same arguments: the order of the work,
+        made once for all layers of a step. It saves a launch per call and changes no bit. It may be
+        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
     and lse (batch, h_q, s_q), of packed q (h_q, total_q).
@@ -113,7 +119,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     if unknown:
         raise hints.unknown_argument(flash_attn_with_kvcache, next(iter(unknown)))
     check_unused(qv, attention_chunk, pack_gqa)
-    num_splits = splits_of(num_splits)
+    num_splits = splits_with(scheduler_metadata, splits_of(num_splits))
     return_softmax_lse = bool_of("return_softmax_lse", return_softmax_lse)
     check_pages = bool_of("check_pages", check_pages)
     options = options_of(softmax_scale, causal, window_size, sm_margin, softcap)
@@ -122,7 +128,7 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     where = page_table, cache_batch_idx, cache_leftpad
     cache = _Cache.of(q, k_cache, v_cache, batch, cache_seqlens, *where)
-    new = _New.of(cache, k, v, cu_seqlens_k_new)
+    new = _New.of(cache, q, k, v, cu_seqlens_k_new)
     check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     rotary = _Rotary.of(q, cache, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     given = cache.lengths(cu_seqlens_q, new)
@@ -138,14 +144,15 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     given, longest = heads.lengths(given), (heads.rows(longest[0]), None)
     if plain:
         more = packed_options, descales, given, longest, check, learnable_sink, num_splits
-        ops.prepare(heads.pack(q), k_cache, v_cache, target, *more)
+        ops.prepare(heads.pack(q), k_cache, v_cache, target, *more, scheduler_metadata)
     if new is not None:
-        new.append(cache, rotary)
+        new.append(cache, rotary, descales)
     if rotary is not None:
         q = rotary.rotate(q, cu_seqlens_q, options)
     inputs = heads.pack(q), k_cache, v_cache, target
     more = None, False, given, longest, check, learnable_sink
-    result, lse = attend(*inputs, packed_options, descales, *more, num_splits=num_splits)
+    last = {"num_splits": num_splits, "metadata": scheduler_metadata}
+    result, lse = attend(*inputs, packed_options, descales, *more, **last)
     if out is None:
         out = heads.unpack(result)
     elif target is None:
@@ -213,6 +220,11 @@ class _Heads:
         if self.group == 1:
             return lse
         return lse.unflatten(-1, (-1, self.group)).transpose(-1, -2).flatten(-3, -2).contiguous()
+
+
+def heads_of(q, k_cache, longest: int | None, pack_gqa) -> _Heads:
+    """Of a call without a sink."""
+    return _Heads.of(q, k_cache, longest, None, None, pack_gqa)
 
 
 @dataclass(frozen=True)
@@ -291,7 +303,7 @@ class _New:
     cu_seqlens: Tensor | None
 
     @classmethod
-    def of(cls, cache: _Cache, k, v, cu_seqlens) -> "_New | None":
+    def of(cls, cache: _Cache, q, k, v, cu_seqlens) -> "_New | None":
         if k is None and v is None:
             return None  # SGLang then gives cu_seqlens_k_new nevertheless
         for name, x, other in (("k", k, "v"), ("v", v, "k")):
@@ -307,17 +319,21 @@ class _New:
         rows = (cache.batch, k.shape[1]) if cu_seqlens is None else (k.shape[0],)
         for name, x, of_cache in (("k", k, cache.k), ("v", v, cache.v)):
             shape = *rows, *of_cache.shape[2:]
-            check_like(name, Layout.of(x), shape, of_cache.dtype, of_cache.device)
+            narrows = q.dtype in DTYPES and of_cache.dtype in BYTE_DTYPES
+            dtype = q.dtype if narrows else of_cache.dtype
+            check_like(name, Layout.of(x), shape, dtype, of_cache.device)
         return cls(k, v, cu_seqlens)
 
     @property
     def counts(self) -> int | Tensor:
         return self.k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
 
-    def append(self, cache: _Cache, rotary: "_Rotary | None") -> None:
+    def append(self, cache: _Cache, rotary: "_Rotary | None", descales: Descales) -> None:
         angles = (None, None, None) if rotary is None else rotary.angles
         kind = {} if rotary is None else {"interleaved": rotary.interleaved}
         where = cache.table(), cache.seqlens, self.cu_seqlens
+        if self.k.dtype != cache.k.dtype:
+            kind |= {"k_descale": descales.k_descale, "v_descale": descales.v_descale}
         append.append(self.k, self.v, cache.k, cache.v, *where, *angles, **kind)
 
 

@@ -25,6 +25,7 @@ from .call.layout import (
     tma_strides,
 )
 from .call.lengths import EQUAL, Lengths, Sequences
+from .call.listed import Tiles, listed
 from .call.problem import Options, Problem, check_out
 from .call.scales import NO_DESCALES, Descales, Scales
 from .kernels.config import FwdConfig
@@ -39,8 +40,8 @@ class Plan(NamedTuple):
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
-    scratch: int  # int32 for the list of a ragged call's tiles
-    scalars: tuple  # the last fields of FwdArguments
+    tiles: Tiles | None  # of a ragged call, which has a list of them
+    scalars: tuple  # the last fields of FwdArguments, but for is_listed
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
@@ -100,12 +101,12 @@ def plan_of(  # noqa: PLR0913
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas, scratch, split = _kernel_of(problem, num_splits, longest)
+    run, num_ctas, tiles, split = _kernel_of(problem, num_splits, longest)
     return Plan(
         run,
         problem.scales,
         problem.sequences,
-        scratch,
+        tiles,
         (*problem.scalars, num_ctas, split and split.number, problem.given_rows_per_query),
         problem.out_shape,
         problem.out_dtype,
@@ -131,45 +132,51 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
 
 def _kernel_of(
     problem: Problem, num_splits: int, longest: tuple
-) -> tuple[Callable, int, int, Split | None]:
-    """The function to call, compiled, the most CTAs it may launch, Plan.scratch and Plan.split."""
+) -> tuple[Callable, int, Tiles | None, Split | None]:
+    """The function to call, compiled, the most CTAs it may launch, Plan.tiles and Plan.split."""
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0, 0, None
+        return _do_nothing, 0, None, None
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0, 0, None
+        return functools.partial(reference_ragged.see_no_key, signature), 0, None, None
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0, 0, None
+        return reference.bind(signature), 0, Tiles.of(problem, None, 1, 0), None
     kernel = dispatch.forward(signature, target)
-    config = tuning.forward(signature, target.capability, _rows_of(problem, longest))
-    num_ctas = target.num_sms - problem.sm_margin
-    number = 1
-    if num_splits != 1 and target.capability[0] == 9:
-        number = splits.of(problem, config, num_ctas, num_splits, longest)
+    rows = rows_of(problem, longest)
+    config, num_ctas, number = layout_of(problem, target, num_splits, longest, rows)
     split = None
     if number > 1:
         signature, is_ragged = signature.split(), problem.sequences.is_ragged
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
-    return run, num_ctas, _scratch_of(problem, config, number), split
+    return run, num_ctas, Tiles.of(problem, config, number, num_ctas), split
 
 
-def _rows_of(problem: Problem, longest: tuple | None) -> int | None:
+def rows_of(problem: Problem, longest: tuple | None) -> int | None:
     """At most so many rows of q has any sequence; None where the plan does not depend on it."""
     if not problem.sequences.q_is_packed:
         return problem.s_q
     return None if longest is None else longest[0]
 
 
-def _scratch_of(problem: Problem, config: FwdConfig, num_splits: int) -> int:
-    sequences = problem.sequences
-    if not sequences.is_ragged:
-        return 0
-    from .kernels.simple.rounds import capacity  # imports the DSL, as the kernel has
+def layout_of(
+    problem: Problem, target: dispatch.Target, num_splits: int, longest: tuple, rows: int | None
+) -> tuple[FwdConfig, int, int]:
+    """The config of a call's kernel, the most CTAs it may launch, and into how many parts keys go.
 
-    rows = problem.s_q, problem.h_q * num_splits, sequences.q_is_packed
-    return capacity(config.tile_m, sequences.batch, *rows)
+    num_splits: as asked for. The config is the same whether keys are split or not, but for what
+    makes no other tiles.
+    """
+    signature, capability = problem.signature, target.capability
+    config = tuning.forward(signature, capability, rows)
+    num_ctas = target.num_sms - problem.sm_margin
+    number = 1
+    if num_splits != 1 and capability[0] == 9:
+        number = splits.of(problem, config, num_ctas, num_splits, longest)
+    if number > 1:
+        config = tuning.forward(signature.split(), capability, rows)
+    return config, num_ctas, number
 
 
 def _target_of(problem: Problem) -> dispatch.Target:
@@ -199,6 +206,7 @@ def run(  # noqa: PLR0913
     check_lengths=False,
     sink=None,
     num_splits=1,
+    metadata=None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of real tensors. Returns out and lse (b, h_q, s_q), of packed q (h_q, total_q).
 
@@ -208,6 +216,7 @@ def run(  # noqa: PLR0913
         can be read without waiting, or with check_lengths.
     sink: (h_q,) or (b, h_q), or None.
     num_splits: of the keys, 0: as many as fill the machine.
+    metadata: the list of a ragged call's tiles, as get_scheduler_metadata makes it, or None.
 
     Nothing but allocation happens before the last check has passed. The compiled function takes
     the stream that is torch's current one on q's device, and makes that device current itself.
@@ -226,6 +235,8 @@ def run(  # noqa: PLR0913
     if check_scales:
         scales.check_values(**scales.named(descales))
     _check_lengths(q, k, lengths, longest, check_lengths)
+    if metadata is not None:
+        metadata = plan.tiles and listed(metadata, plan.tiles, q.device, lengths.seqused_q)
     if out is None:  # sizes apart: half the time of a tuple of them
         out = q.new_empty(*plan.out_shape, dtype=plan.out_dtype)
     else:
@@ -237,11 +248,11 @@ def run(  # noqa: PLR0913
         q, k, v, target = _for_tma(plan, q, k, v, out)
     views = *views, None if sink is None else sink.float().expand(plan.sequences.batch, q.shape[-2])
     if plan.split is not None:
-        _run_split(plan, q, k, v, target, lse, views, lengths)
+        _run_split(plan, q, k, v, target, lse, views, lengths, metadata)
     elif lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars, None))
+        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars, *NEITHER))
     else:
-        plan.run(_ragged(plan, q, k, v, target, lse, views, lengths))
+        plan.run(_ragged(plan, q, k, v, target, lse, views, lengths, metadata))
     return out, lse
 
 
@@ -265,30 +276,33 @@ def _plan_for(  # noqa: PLR0913
 
 
 NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
-WHOLE = None, None, None  # the last fields of FwdArguments, for what signatures seldom ask for
+WHOLE = (None,) * 4  # the last fields of FwdArguments, for what signatures seldom ask for
+NEITHER = WHOLE[2:]  # is_listed and cache_leftpad
 
 
-def _ragged(plan: Plan, q, k, v, out, lse, views, lengths) -> tuple:  # noqa: PLR0913
+def _ragged(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> tuple:  # noqa: PLR0913
     """FwdArguments; packed tensors get a dimension of 1 for the batch."""
     if plan.sequences.q_is_packed:
         q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
     if plan.sequences.k_is_packed:
         k, v = k.unsqueeze(0), v.unsqueeze(0)
-    tiles = q.new_empty(plan.scratch, dtype=torch.int32)
+    tiles = metadata
+    if metadata is None:
+        tiles = q.new_empty(plan.tiles.scratch if plan.tiles else 0, dtype=torch.int32)
     given = lengths_.views(lengths, q.device)
-    leftpad = lengths_.leftpad(lengths, q.device)
-    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars, leftpad
+    last = int(metadata is not None), lengths_.leftpad(lengths, q.device)
+    return q, k, v, out, lse, *views, *given, tiles, *plan.scalars, *last
 
 
-def _run_split(plan: Plan, q, k, v, out, lse, views, lengths) -> None:  # noqa: PLR0913
+def _run_split(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> None:  # noqa: PLR0913
     """Each split of a head is a head of the partial results."""
     parts, part_lse = plan.split.partial(out, lse)
     results = parts.flatten(-3, -2), part_lse.flatten(-3, -2)
     if lengths is EQUAL:
-        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars, None))
+        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars, *NEITHER))
         plan.split.finish((parts, part_lse), out, lse, (None, None))
         return
-    plan.run(_ragged(plan, q, k, v, *results, views, lengths))
+    plan.run(_ragged(plan, q, k, v, *results, views, lengths, metadata))
     if plan.sequences.q_is_packed:
         parts, part_lse, out, lse = (x.unsqueeze(0) for x in (parts, part_lse, out, lse))
     cu_seqlens_q, _, seqused_q, *_ = lengths_.views(lengths, q.device)
@@ -319,11 +333,13 @@ def _check_addresses(q, k, v, descales, sink) -> None:
 
 
 def prepare(  # noqa: PLR0913
-    q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits
+    q, k, v, out, options, descales, lengths, longest, check_lengths, sink, num_splits, metadata
 ) -> None:
     """What `run` checks of a call ahead of which something else happens; its kernel is compiled."""
-    _plan_for(q, k, v, out, options, descales, None, lengths, longest, sink, num_splits)
+    plan = _plan_for(q, k, v, out, options, descales, None, lengths, longest, sink, num_splits)
     _check_lengths(q, k, lengths, longest, check_lengths)
+    if metadata is not None and plan.tiles:
+        listed(metadata, plan.tiles, q.device, lengths.seqused_q)
 
 
 def check(q, k, v, out, lengths, longest, check_lengths, sink, *options) -> None:  # noqa: PLR0913
@@ -381,6 +397,7 @@ def forward(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    scheduler_metadata: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as of `run`. deterministic: what autograd is to do; the results always are."""
@@ -390,7 +407,8 @@ def forward(  # noqa: PLR0913
     lengths = lengths_.given(*cu_seqlens, seqused_q, seqused_k, page_table, cache_leftpad)
     longest = max_seqlen_q, max_seqlen_k
     checks = out_dtype, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, None, options, descales, *checks, learnable_sink, num_splits)
+    more = learnable_sink, num_splits, scheduler_metadata
+    return run(q, k, v, None, options, descales, *checks, *more)
 
 
 @torch.library.custom_op("fa3::forward_out", mutates_args=("out",))
@@ -421,6 +439,7 @@ def forward_out(  # noqa: PLR0913
     page_table: Tensor | None = None,
     num_splits: int = 1,
     rows_per_query: int = 1,
+    scheduler_metadata: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
 ) -> Tensor:
     """The lse; `out` is written."""
@@ -430,7 +449,8 @@ def forward_out(  # noqa: PLR0913
     lengths = lengths_.given(*cu_seqlens, seqused_q, seqused_k, page_table, cache_leftpad)
     longest = max_seqlen_q, max_seqlen_k
     checks = None, check_scales, lengths, longest, check_lengths
-    return run(q, k, v, out, options, descales, *checks, learnable_sink, num_splits)[1]
+    more = learnable_sink, num_splits, scheduler_metadata
+    return run(q, k, v, out, options, descales, *checks, *more)[1]
 
 
 @forward.register_fake
@@ -439,7 +459,8 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, out_dtype=None,
     check_scales=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    deterministic=False, page_table=None, num_splits=1, rows_per_query=1, cache_leftpad=None,
+    deterministic=False, page_table=None, num_splits=1, rows_per_query=1,
+    scheduler_metadata=None, cache_leftpad=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_leftpad
@@ -454,7 +475,7 @@ def _(  # noqa: PLR0913
     q_descale=None, k_descale=None, v_descale=None, v_shift=None, check_scales=False,
     cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
     max_seqlen_q=None, max_seqlen_k=None, check_lengths=False, softcap=0.0, learnable_sink=None,
-    page_table=None, num_splits=1, rows_per_query=1, cache_leftpad=None,
+    page_table=None, num_splits=1, rows_per_query=1, scheduler_metadata=None, cache_leftpad=None,
 ):  # fmt: skip
     descales = q_descale, k_descale, v_descale, v_shift
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_leftpad

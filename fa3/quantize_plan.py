@@ -169,6 +169,9 @@ def check_layouts(
     """Raises TypeError or ValueError; nothing has been launched."""
     if q.dtype not in DTYPES:
         raise TypeError(f"q has dtype {q.dtype}, expected torch.float16 or torch.bfloat16")
+    for name, layout in (("k", k), ("v", v)):
+        if layout.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {layout.dtype}, expected {q.dtype}, that of q")
     problem = Problem.of(q, k, v, Options(), lengths=given)
     for name, layout in (("q", q), ("k", k), ("v", v)):
         check_last_stride(name, layout)

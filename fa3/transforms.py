@@ -100,7 +100,8 @@ class _BatchRule:
 
     def __call__(self, info, dims, *arguments):
         for name, x in zip(self.names, arguments, strict=False):
-            if x is not None and (name.startswith("cu_seqlens") or name == "page_table"):
+            one_call = name.startswith("cu_seqlens") or name in ("page_table", "scheduler_metadata")
+            if x is not None and one_call:
                 raise NotImplementedError(
                     f"{name} is a tensor, but vmap has no rule for packed sequences or pages: "
                     "expected dense tensors, with seqused_q and seqused_k for their lengths"

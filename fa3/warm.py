@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import append, autograd, combine, interface, interface_cache, interface_fp8, ops
+from . import append, autograd, combine, interface, interface_cache, interface_fp8, metadata, ops
 from . import quantize_plan as quantise
 from .inspect.call import DTYPES, Call, Lengths, add_arguments_of_call
 from .launch import cache, dispatch, jit
@@ -123,6 +123,7 @@ def _forget_plans() -> None:
         autograd.plan_of,
         autograd._check_layouts,
         append._run_of,
+        metadata._plan_of,
         combine._plan_of,
         quantise.plans_of,
     ):

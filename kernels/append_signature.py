@@ -15,6 +15,7 @@ class AppendSignature:
     dtype: Literal["bf16", "fp16", "byte"]
     rotary: RotaryKind | None  # columns i and i + n / 2 turn together, or 2 i and 2 i + 1
     appends: bool = True  # k and v to a cache; else q is rotated and no more
+    narrows: Literal["e4m3"] | None = None  # dtype of the cache, where it is not that of k and v
 
     def __post_init__(self):
         if self.rotary not in (None, "halves", "interleaved"):
@@ -23,6 +24,14 @@ class AppendSignature:
             raise ValueError("rotary is for 16-bit elements, not for bytes")
         if not self.appends and self.rotary is None:
             raise ValueError("appends=False without rotary, expected one of them")
+
+        if self.narrows not in (None, "e4m3") or (
+            self.narrows and (self.dtype == "byte" or not self.appends)
+        ):
+            raise ValueError(
+                f"narrows={self.narrows!r} with dtype={self.dtype!r} and appends={self.appends}, "
+                "expected None, or 'e4m3' for 16-bit elements that are appended"
+            )
 
     @property
     def chunk(self) -> int:

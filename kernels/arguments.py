@@ -37,5 +37,6 @@ class FwdArguments:
     num_ctas: Any  # Int32, at most so many are launched
     num_splits: Any = None  # Int32, where Signature.is_split: heads of out and lse per head of q
     rows_per_query: Any = None  # Int32, where Signature.packs_heads
+    is_listed: Any = None  # Int32, of ragged sequences: 1 if `tiles` holds the list already
     # (b,) int32, beside page_table: rows of a sequence ahead of its first key; (0,): none
     cache_leftpad: Any = None

@@ -47,6 +47,7 @@ class FwdConfig:
     o_slice: int = 0  # FP8: columns of O per product, where not all fit beside S; or 0
     polynomial_exp2: int = 0  # one of this many exponentials on the FMA pipe (exp2.py); 0: none
     o_space: OSpace | None = None  # None: the first one that is large enough
+    spared_registers: int = 0  # that a consumer's thread leaves to those of the producer
 
     @property
     def tile_m(self) -> int:
@@ -59,11 +60,12 @@ class FwdConfig:
 
     @property
     def producer_registers(self) -> int:
-        return {1: 56, 2: 24, 3: 32}[self.num_mma_warpgroups]
+        own = {1: 56, 2: 24, 3: 32}[self.num_mma_warpgroups]
+        return own + self.num_mma_warpgroups * self.spared_registers
 
     @property
     def consumer_registers(self) -> int:
-        return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups]
+        return {1: 256, 2: 240, 3: 160}[self.num_mma_warpgroups] - self.spared_registers
 
     def check(self, signature: Signature) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
@@ -82,6 +84,7 @@ class FwdConfig:
         if signature.gathers:  # a stage is full when the next one has been asked for
             yield "num_stages", self.num_stages >= 2, "at least 2 where rows are gathered"
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
+        yield "spared_registers", self.spared_registers in range(0, 65, 8), "0, 8, .. 64"
         if quantised is None:
             yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"
             if signature.is_split:
@@ -104,7 +107,7 @@ class FwdConfig:
         if self.o_space is not None:
             return self.o_space
         q, o, k_stage, v_stage = self.elements(signature)
-        if self._bytes(q + o, k_stage, v_stage) <= SMEM_LIMIT:
+        if self._bytes(signature, q + o) <= SMEM_LIMIT:
             return "own"
         # Two stages: then no warpgroup can be two tiles ahead of one that still writes O to a slot.
         if self.num_stages == 2 and o <= k_stage:
@@ -119,12 +122,15 @@ class FwdConfig:
         if signature.quantised is not None:  # V has two rings
             return q + self.num_stages * (k_stage + 2 * v_stage) + BARRIER_BYTES
         q_and_o = {"own": q + o, "q": max(q, o)}.get(self.space_of_o(signature), q)
-        return self._bytes(q_and_o, k_stage, v_stage)
+        return self._bytes(signature, q_and_o)
 
     def elements(self, signature: Signature) -> tuple[int, int, int, int]:
         """Of Q, O, a K stage and a V stage."""
         d, dv = signature.head_dim, signature.head_dim_v
         return self.tile_m * d, self.tile_m * dv, self.tile_n * d, self.tile_n * dv
 
-    def _bytes(self, q_and_o: int, k_stage: int, v_stage: int) -> int:
-        return 2 * (q_and_o + self.num_stages * (k_stage + v_stage)) + BARRIER_BYTES
+    def _bytes(self, signature: Signature, q_and_o: int) -> int:
+        """Of 16-bit operands, and of the bytes that some are made of."""
+        _, _, k_stage, v_stage = self.elements(signature)
+        size = 3 if signature.widens else 2
+        return 2 * q_and_o + size * self.num_stages * (k_stage + v_stage) + BARRIER_BYTES

@@ -1,6 +1,6 @@
 """The DSL's types of elements, by the names that a Signature has for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32
@@ -27,6 +27,14 @@ class Elements:
     v: type
     out: type
     scores: type  # of the accumulator of Q K^T
+
+    @staticmethod
+    def in_memory(signature: Signature) -> "Elements":
+        """The same with K and V as TMA brings them."""
+        elements = Elements.of(signature)
+        if signature.widens is None:
+            return elements
+        return replace(elements, k=ELEMENT[signature.widens], v=ELEMENT[signature.widens])
 
     @staticmethod
     def of(signature: Signature) -> "Elements":

@@ -19,7 +19,8 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
     batch_k = cute.sym_int32() if plan.signature.is_ragged else batch
     is_split = plan.signature.is_split
     heads_out = cute.sym_int32() if is_split else heads_q
-    d, dv = (cute.sym_int32(divisibility=_in_16_bytes(element.q)) for _ in range(2))
+    unit = max(_in_16_bytes(element.q), _in_16_bytes(element.k))
+    d, dv = (cute.sym_int32(divisibility=unit) for _ in range(2))
 
     def tensor(dtype, batch, length, heads, width):
         strides = (cute.sym_int64(divisibility=_in_16_bytes(dtype)) for _ in range(3))
@@ -43,6 +44,7 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
         num_ctas=Int32(1),
         num_splits=Int32(1) if is_split else None,
         rows_per_query=Int32(1) if plan.signature.packs_heads else None,
+        is_listed=Int32(0) if plan.signature.is_ragged else None,
         cache_leftpad=_leftpad() if plan.signature.page_rows else None,
     )
     return arguments, make_fake_stream(use_tvm_ffi_env_stream=True)
@@ -51,6 +53,17 @@ def forward_example(plan: Any, element: Any, scales: Callable) -> tuple:
 def no_scales(batch, heads_k, dv) -> tuple:
     """Those of 16-bit inputs."""
     return None, None, None, None
+
+
+def head_scales(is_ragged: bool, batch, heads_k, dv) -> tuple:
+    """Those of one-byte k and v beside 16-bit q; packed tensors tell no batch."""
+
+    def scales():
+        strides = (cute.sym_int64(), cute.sym_int64())
+        shape = (cute.sym_int32() if is_ragged else batch, heads_k)
+        return make_fake_tensor(Float32, shape, strides, assumed_align=4)
+
+    return None, scales(), scales(), None
 
 
 def _leftpad():

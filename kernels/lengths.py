@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.runtime import make_fake_tensor
 
 from .arguments import FwdArguments
-from .arithmetic import minimum
+from .arithmetic import maximum, minimum
 from .bwd_arguments import BwdArguments
-from .scheduler import L2_BUDGET, TileList, TileOrder
+from .scheduler import L2_BUDGET, MAX_CTAS, TileList, TileOrder
 from .sequence import PagedSpans, RaggedSequences, RaggedSpans, Sequences, ragged_view
 from .simple.list_arguments import ListArguments
 from .simple.rounds import Slots
@@ -104,7 +105,7 @@ class RaggedLengths:
         return RaggedSequences(given.num_sequences, queries, keys)
 
     def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileList:
-        """Has it written first, by a kernel of its own."""
+        """Has it written first, by a kernel of its own, unless a forward call brings it."""
         x, tiling = arguments, self.plan.tiling
         cut, _ = tiling.sides(x.q, x.k)
         cu_seqlens, _ = tiling.sides(x.cu_seqlens_q, x.cu_seqlens_k)
@@ -123,5 +124,16 @@ class RaggedLengths:
             rows_per_query=tiling.rows_per_query(x),
             num_splits=tiling.num_splits(x),
         )
+        is_listed = tiling.is_listed(x)
+        if is_listed is None:
+            ListTiles(tiling)(call, stream)
+            return call.tiles()
+        _list_unless(is_listed, tiling, call, stream)
+        # All CTAs that have a place in it: it may have been made for more tiles than these.
+        return TileList.of(call.memory, maximum(call.places.num_tiles, is_listed * MAX_CTAS))
+
+
+@cute.jit
+def _list_unless(is_listed: Int32, tiling: cutlass.Constexpr, call: ListArguments, stream):
+    if is_listed == 0:
         ListTiles(tiling)(call, stream)
-        return call.tiles()

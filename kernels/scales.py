@@ -52,6 +52,17 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class HeadScales:
+    """Of one-byte K and V beside 16-bit Q: one for each sequence and head."""
+
+    k: cute.Tensor  # (h_k, b) fp32
+    v: cute.Tensor
+
+    def of_head(self, tile) -> tuple[Float32, Float32]:
+        return tuple(x[tile.head_kv, tile.batch] for x in (self.k, self.v))
+
+
+@dataclass(frozen=True)
 class TileScales:
     """The scales that a thread needs for one query tile."""
 

@@ -66,6 +66,7 @@ class Signature:
     packs_heads: bool = (
         False  # rows of q are heads of a query, several of each; not if mask is full
     )
+    widens: Literal["e4m3"] | None = None  # dtype of k and v in memory, beside 16-bit q
 
     def __post_init__(self):
         for name in ("head_dim", "head_dim_v"):
@@ -86,6 +87,11 @@ class Signature:
             raise ValueError(
                 f"page_rows={self.page_rows} with is_ragged={self.is_ragged}, expected 0, or "
                 f"is_ragged=True and one of {PAGE_ROWS}"
+            )
+        if self.widens not in (None, "e4m3") or (self.widens and self.quantised):
+            raise ValueError(
+                f"widens={self.widens!r} with quantised={self.quantised}, expected None, or 'e4m3' "
+                "with quantised=None"
             )
         if self.is_split and self.quantised is not None and self.quantised.out != "fp32":
             raise ValueError(f"is_split=True does not go with out of {self.quantised.out!r}")

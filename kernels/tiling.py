@@ -47,6 +47,10 @@ class QueryTiles:
         """Where each head of q has so many tiles that share the blocks of one; else None."""
         return x.num_splits
 
+    def is_listed(self, x) -> Any:
+        """Whether a call may bring the list of its tiles, and does."""
+        return x.is_listed
+
     def shared_bytes(self, x) -> Any:
         """Of one row of what is shared."""
         return _row_bytes(x)
@@ -82,6 +86,9 @@ class KeyTiles:
         """A row is a query."""
 
     def num_splits(self, x) -> None:
+        return None
+
+    def is_listed(self, x) -> None:
         return None
 
     def cost(self, window: Window, block, num_splits: None = None):

@@ -73,7 +73,8 @@ def compared() -> list[Signature]:
 def kernels() -> list[variants.Variant]:
     """All of the table."""
     back = variants.backward() + variants.backward_with_options()
-    return [*map(variants.Variant, compared()), *back, *variants.ampere()]
+    forward = compared() + variants.of_caches()
+    return [*map(variants.Variant, forward), *back, *variants.ampere()]
 
 
 def read(path: Path = TABLE) -> dict[str, Line]:

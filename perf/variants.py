@@ -61,6 +61,23 @@ def with_scores() -> list[Signature]:
     ]
 
 
+def of_caches() -> list[Signature]:
+    """Every config of 16-bit q beside a cache of bytes, and what split and paged kernels risk.
+
+    Mostly kernels that the tests of accuracy run.
+    """
+    paged = {"is_ragged": True, "widens": "e4m3"}
+    return [
+        Signature("bf16", 64, 64, "causal", page_rows=16, packs_heads=True, **paged),
+        Signature("bf16", 96, 96, "full", page_rows=16, **paged).split(),
+        Signature("fp16", 128, 128, "full", page_rows=128, **paged),
+        Signature("bf16", 192, 128, "local", page_rows=64, packs_heads=True, **paged),
+        Signature("fp16", 192, 192, "local", page_rows=64, **paged).split(),
+        Signature("fp16", 256, 256, "causal", page_rows=128, packs_heads=True, **paged),
+        Signature("e4m3", 96, 96, "local", QUANTISED["block scales"]).split(),
+    ]
+
+
 def backward() -> list[Variant]:
     """Every pair of a row of the tuning table and a mask; without one in bf16, else in turns."""
     rows = list(enumerate(tuning.BACKWARD))

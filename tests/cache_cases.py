@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from fa3.reference.append import rotated
+from fa3.reference.append import narrowed, rotated
 
 from . import reference
 from .cases import DTYPES, Bordered, pairwise
@@ -32,6 +32,7 @@ class CacheCase:
     h_k: int = 2
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
+    cache: str | None = None  # its dtype, e4m3 with scales per head; None: that of q
     leftpad: tuple[int, ...] | None = None
 
     def __str__(self):
@@ -71,6 +72,16 @@ class Call:
         self.v = [numbers(n, case.h_k, case.head_dim_v) for n in case.lengths]
         self.new_k = numbers(b, case.num_new, case.h_k, case.head_dim)
         self.new_v = numbers(b, case.num_new, case.h_k, case.head_dim_v)
+        self.descales = {}
+        if case.cache:
+            scales = (
+                torch.rand(b, 2 * case.h_k)[:, ::2].to(self.device) / 50 + 0.004 for _ in "kv"
+            )
+            self.descales = dict(zip(("k_descale", "v_descale"), scales, strict=True))
+            self.k, self.v = (
+                [self._codes(x, name, i) for i, x in enumerate(rows)]
+                for name, rows in (("k_descale", self.k), ("v_descale", self.v))
+            )
         angles = torch.randn(POSITIONS, ANGLES).to(self.device)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
         self._place()
@@ -104,10 +115,17 @@ class Call:
 
     def _cache(self, num_pages: int, size: int, rows: list[Tensor]) -> Bordered:
         shape = num_pages, size, *rows[0].shape[1:]
-        values = torch.full(shape, torch.nan, dtype=rows[0].dtype, device=self.device)
+        values = torch.full(shape, torch.nan, device=self.device).to(rows[0].dtype)
         for (page, row), start, x in zip(self.places, self.starts, rows, strict=True):
-            values[page[: len(x) - start], row[: len(x) - start]] = x[start:]
+            bits(values)[page[: len(x) - start], row[: len(x) - start]] = bits(x[start:])
         return Bordered(values, "bshd")
+
+    def _codes(self, x: Tensor, name: str, i: int) -> Tensor:
+        """Of rows of sequence i."""
+        return narrowed(x, self.descales[name][i]).view(torch.float8_e4m3fn)
+
+    def _values(self, codes: Tensor, name: str, i: int) -> Tensor:
+        return codes.float() * self.descales[name][i][:, None] if self.descales else codes
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -128,6 +146,7 @@ class Call:
             "causal": case.causal,
             "window_size": case.window,
             "return_softmax_lse": True,
+            **self.descales,
         }
         if case.pages > 0:
             given["page_table"] = self.table
@@ -158,6 +177,11 @@ class Call:
 
     def expected(self):
         """q, k and v of each sequence as attention is to see them, (1, n, h, d)."""
+        for i, (q, k, v) in enumerate(self.stored()):
+            yield q, self._values(k, "k_descale", i), self._values(v, "v_descale", i)
+
+    def stored(self):
+        """The same, but k and v as they are in the cache."""
         case = self.case
         for i, n in enumerate(case.lengths):
             q, new = self.q[i], self.new_k[i]
@@ -165,9 +189,13 @@ class Call:
                 step = case.causal or max(case.window) >= 0
                 q = self._rotated(q, n + step * torch.arange(len(q)))
                 new = self._rotated(new, n + torch.arange(len(new)))
-            start = self.starts[i]
-            k = torch.cat([self.k[i][start:], new])
-            v = torch.cat([self.v[i][start:], self.new_v[i]])
+            new_v, start = self.new_v[i], self.starts[i]
+            if self.descales:
+                new, new_v = self._codes(new, "k_descale", i), self._codes(new_v, "v_descale", i)
+            k, v = (
+                torch.cat([bits(x[start:]), bits(y)]).view(x.dtype)
+                for x, y in ((self.k[i], new), (self.v[i], new_v))
+            )
             yield q[None], k[None], v[None]
 
     def _rotated(self, x: Tensor, position: Tensor) -> Tensor:
@@ -179,7 +207,12 @@ class Call:
             out = q.new_zeros(*q.shape[:3], v.shape[3])
             return out, torch.full((1, q.shape[2], q.shape[1]), -torch.inf).to(q.device), out
         exact, lse = reference.exact(q, k, v, **self.case.mask)
-        return exact, lse, reference.baseline(q, k, v, **self.case.mask)
+        return exact, lse, reference.baseline(q, k.to(q), v.to(q), **self.case.mask)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same as integers, which torch moves whatever the dtype is."""
+    return x.view(Bordered.BITS[x.element_size()])
 
 
 # dtype, head dims, mask, and sizes of pages that share a kernel with it.

@@ -12,6 +12,7 @@ from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import Quantised, Signature, head_dim_tile
 from fa3.launch import tuning
 
+from .cache_cases import CacheCase, Call
 from .conftest import HOPPER
 from .ragged_cases import Rows
 
@@ -410,3 +411,37 @@ def test_shared_memory_has_no_bank_conflicts(device):
         WORK[4].run()
     kinds = [{kind: x.conflicts for kind, x in p.total.shared.items()} for p in profile.launches]
     assert kinds == [{"stmatrix": 0}, {"st": 0, "ldmatrix": 0, "stmatrix": 0}]
+
+
+STEP = CacheCase(num_queries=(1, 1), num_new=1, h_q=6, lengths=(500, 37))
+SERVED = [
+    (STEP, 1),
+    (STEP, 3),
+    (CacheCase(num_new=2, rotary="halves", cache="e4m3"), 1),
+    (
+        CacheCase(
+            **{"num_queries": (1, 70), "num_new": 5, "pages": 0, "causal": False, "cache": "e4m3"},
+            **{"dtype": "fp16", "head_dim": 128, "head_dim_v": 112, "lengths": (300, 50)},
+        ),
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "num_splits"), SERVED, ids=str)
+def test_a_step_reads_every_key_once_for_all_heads_of_its_group(case, num_splits, device):
+    """And q once per split. What widens the bytes of keys meets no bank of shared memory twice."""
+    from fa3 import emulator
+
+    call = Call(case, device)
+    q, given = call.queries(), call.arguments() | {"num_splits": num_splits}
+    with emulator.options(checks=()), emulator.profile() as profile:
+        fa3.flash_attn_with_kvcache(q, **given, pack_gqa=max(case.num_queries) < 5)
+    (launch,) = (x for x in profile.launches if x.total.flops)
+    width = 1 if case.cache else 2
+    keys = sum(n + case.num_new for n in case.lengths)
+    of_cache = keys * case.h_k * (case.head_dim + case.head_dim_v) * width
+    of_q = 2 * sum(case.num_queries) * case.h_q * case.head_dim * num_splits
+    apart = case.h_q // case.h_k if max(case.num_queries) > 5 else 1
+    assert launch.total.bytes.bulk_read == of_cache * apart + of_q
+    assert launch.counters["other"].conflicts == 0

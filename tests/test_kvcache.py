@@ -17,7 +17,7 @@ from fa3.kernels.sm90.rows import CHUNK, COLUMNS, ROWS, RowLayout
 from fa3.launch import jit, tuning
 
 from .accuracy import assert_accurate, assert_lse
-from .cache_cases import GATHERED, CacheCase, Call, covering
+from .cache_cases import GATHERED, CacheCase, Call, bits, covering
 from .cases import Bordered
 from .conftest import HOPPER
 
@@ -34,13 +34,12 @@ def _check(case: CacheCase, device) -> None:
 
 def _check_caches(call: Call) -> None:
     """New rows are where they belong, and nothing else was written."""
-    keys, values = zip(*((k[0], v[0]) for _, k, v in call.expected()), strict=True)
+    keys, values = zip(*((k[0], v[0]) for _, k, v in call.stored()), strict=True)
     for cache, rows in ((call.k_cache, keys), (call.v_cache, values)):
         wanted = cache.values.clone()
         for (page, row), x in zip(call.places, rows, strict=True):
-            wanted[page, row] = x
-        bits = Bordered.BITS[wanted.element_size()]
-        assert torch.equal(cache.tensor.view(bits), wanted.view(bits))
+            bits(wanted)[page, row] = bits(x)
+        assert torch.equal(bits(cache.tensor), bits(wanted))
         cache.assert_border_untouched("cache")
 
 

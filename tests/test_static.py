@@ -12,7 +12,7 @@ from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
 from fa3.launch import tuning
 from perf import static
-from perf.variants import QUANTISED, Variant, as_code, name_of
+from perf.variants import QUANTISED, Variant, as_code, name_of, of_caches
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
 VARIANTS = static.compared()
@@ -124,9 +124,21 @@ def test_no_kernel_is_worse_than_its_committed_line(inspection):
     assert static.worse(committed, static.Line.of(inspection)) == []
 
 
-@pytest.mark.parametrize("table", [tuning.FORWARD, tuning.FORWARD_FP8], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("signature", of_caches(), ids=name_of)
+def test_kernels_of_caches_spill_nothing_and_are_no_worse(signature, device):
+    found = inspected(signature)
+    assert found.report.warnings == () and found.report.serialised == ()
+    assert found.report.resources.frame == 0
+    assert static.worse(static.read()[name_of(signature)], static.Line.of(found)) == []
+
+
+@pytest.mark.parametrize(
+    "table",
+    [tuning.FORWARD, tuning.FORWARD_FP8, tuning.FORWARD_WIDENED],
+    ids=["16 bits", "8 bits", "16 and 8 bits"],
+)
 def test_every_row_is_looked_at(table):
-    looked_at = {tuning.forward(s) for s in VARIANTS}
+    looked_at = {tuning.forward(s) for s in VARIANTS + of_caches()}
     assert {config for row in table.values() for config in row.values()} <= looked_at
 
 

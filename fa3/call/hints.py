@@ -38,6 +38,8 @@ HINTS = {
     **dict.fromkeys(("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx"), _CACHE),
     **dict.fromkeys(("page_table", "block_table", "block_tables"), _PAGES),
     **dict.fromkeys(("s_aux", "sinks", "sink"), "learnable_sink is meant"),
+    "num_heads": "num_heads_q is meant",
+    "num_heads_k": "num_heads_kv is meant",
 }
 PACKED = "flash_attn_varlen_func takes packed sequences"
 ORDER = (

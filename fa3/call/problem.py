@@ -28,15 +28,16 @@ from .layout import (
 from .lengths import EQUAL, Lengths, Sequences, in_rows
 from .mask import MaskSpec
 from .options import Options
-from .scales import NO_DESCALES, Descales, Scales, named
+from .scales import NO_DESCALES, CacheScales, Descales, Scales, named
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BYTE_DTYPES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 OUT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+WIDENED_DTYPES = (torch.float8_e4m3fn,)  # of k and v beside 16-bit q
 # dtype of q -> those that k and v may have
 K_DTYPES = {
-    torch.float16: (torch.float16,),
-    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16, *WIDENED_DTYPES),
+    torch.bfloat16: (torch.bfloat16, *WIDENED_DTYPES),
     torch.float8_e4m3fn: (torch.float8_e4m3fn, torch.float8_e5m2),
     torch.int8: (torch.int8,),
 }
@@ -75,7 +76,7 @@ class Problem:
     v_dtype: torch.dtype
     out_dtype: torch.dtype
     device: torch.device
-    scales: Scales | None  # for one-byte inputs
+    scales: Scales | CacheScales | None  # for one-byte inputs, of k and v alone or of all
     softmax_scale: float
     mask: MaskSpec
     sm_margin: int
@@ -129,7 +130,7 @@ class Problem:
             v.dtype,
             _out_dtype_of(q.dtype, out_dtype),
             q.device,
-            _scales_of(q, v, descales, sequences, lengths),
+            _scales_of(q, k, v, descales, sequences, lengths),
             _scale_of(options.softmax_scale, head_dim),
             mask,
             _margin_of(options.sm_margin),
@@ -141,19 +142,21 @@ class Problem:
     @property
     def signature(self) -> Signature:
         """The part of the problem that a kernel is compiled for."""
-        dtype = (DTYPES if self.scales is None else BYTE_DTYPES)[self.dtype]
+        dtype = (DTYPES | BYTE_DTYPES)[self.dtype]
         tiles = head_dim_tile(self.head_dim), head_dim_tile(self.head_dim_v)
         more = {"score": "softcap" if self.softcap else None, "sinks": self.has_sink}
         if self.sequences.page_size:
             more["page_rows"] = self.sequences.page_rows
         more["packs_heads"] = self.given_rows_per_query is not None
+        if self.widens:
+            more["widens"] = BYTE_DTYPES[self.k_dtype]
         return Signature(
             dtype, *tiles, self.mask.kind, self._quantised, self.sequences.is_ragged, **more
         )
 
     @property
     def _quantised(self) -> Quantised | None:
-        if self.scales is None:
+        if self.dtype in DTYPES:
             return None
         return Quantised(
             BYTE_DTYPES[self.k_dtype],
@@ -162,6 +165,11 @@ class Problem:
             k_block=self.scales.k.block,
             v_block=self.scales.v.block,
         )
+
+    @property
+    def widens(self) -> bool:
+        """k and v have one byte, q has two."""
+        return self.dtype in DTYPES and self.k_dtype in BYTE_DTYPES
 
     @property
     def batch(self) -> int:
@@ -231,6 +239,10 @@ def _check_types(q: Layout, k: Layout, v: Layout) -> None:
             )
         if layout.device != q.device:
             raise ValueError(f"{name} is on device {layout.device} but q is on {q.device}")
+    if q.dtype in DTYPES and v.dtype != k.dtype:
+        raise TypeError(
+            f"v has dtype {v.dtype} but k has {k.dtype}, expected the same beside {q.dtype}"
+        )
 
 
 def _either(dtypes) -> str:
@@ -239,8 +251,13 @@ def _either(dtypes) -> str:
 
 
 def _scales_of(
-    q: Layout, v: Layout, descales: Descales, sequences: Sequences, lengths: Lengths
-) -> Scales | None:
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    descales: Descales,
+    sequences: Sequences,
+    lengths: Lengths,
+) -> Scales | CacheScales | None:
     if q.dtype in BYTE_DTYPES:
         scales = Scales.of(q, v, descales, sequences)
         for name, block in (("k_descale", scales.k.block), ("v_descale", scales.v.block)):
@@ -250,6 +267,8 @@ def _scales_of(
                     "head: blocks of keys would not begin with a sequence"
                 )
         return scales
+    if k.dtype in BYTE_DTYPES:
+        return CacheScales.of(q, k, descales, sequences.batch)
     if descales == NO_DESCALES:
         return None
     name = next(iter(named(descales)))
@@ -286,7 +305,7 @@ def _check_shapes(q: Layout, k: Layout, v: Layout, lengths: Lengths) -> None:
                 f"{name} has {what} {shape[dim]} but {other} has {wanted[dim]} "
                 f"(dimension {len(shape) + dim})"
             )
-    unit = ALIGNMENT // q.dtype.itemsize
+    unit = ALIGNMENT // k.dtype.itemsize  # which has at most as many bytes as q
     for name, layout in (("q", q), ("v", v)):
         d = layout.shape[-1]
         if d <= 0 or d > MAX_HEAD_DIM or d % unit:

@@ -141,6 +141,39 @@ class Scales:
         )
 
 
+@dataclass(frozen=True)
+class CacheScales:
+    """Of one-byte k and v beside 16-bit q: (b, h_k) each."""
+
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, q: Layout, k: Layout, descales: Descales, batch: int) -> "CacheScales":
+        """Check them against q (.., s_q, h_q, d) and k (.., s_k, h_k, d).
+
+        Raises:
+            TypeError: a dtype is not float32.
+            ValueError: a shape is not (b, h_k), or one is there of what has no scale.
+        """
+        shape = batch, k.shape[-2]
+        for name, layout in named(descales).items():
+            if name not in ("k_descale", "v_descale"):
+                raise ValueError(
+                    f"{name} is a tensor but q has dtype {q.dtype}, expected None: beside 16-bit q "
+                    "only k and v have scales"
+                )
+            _form_of(name, layout, [Form("(batch, h_k)", shape, 1)], q.device)
+        return cls(shape)
+
+    def views(self, device, q_descale, k_descale, v_descale, v_shift=None) -> tuple:
+        """As Scales.views: nothing for q, (b, h_k) of k and v, no shift."""
+        k, v = (
+            _constant(1.0, device).as_strided(self.shape, (0, 0)) if x is None else x
+            for x in (k_descale, v_descale)
+        )
+        return None, k, v, None
+
+
 def forms_of(
     q_shape: Sequence[int], v_shape: Sequence[int], sequences: Sequences
 ) -> dict[str, list[Form]]:

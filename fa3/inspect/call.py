@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import autograd
+from ..call import lengths as lengths_
 from ..call.layout import Layout
+from ..call.lengths import EQUAL
 from ..call.problem import Options, Problem
 from ..call.scales import Descales, num_blocks
 from ..kernels.bwd_signature import BwdSignature
@@ -67,6 +69,9 @@ class Call:
     has_sink: bool
     is_backward: bool = False  # the kernels of its gradients
     is_deterministic: bool = False
+    splits: int = 1  # of the keys
+    page_size: int = 0  # keys per page of a cache; 0: there are no pages
+    cache_dtype: torch.dtype | None = None  # of k and v; None: that of q
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Call":
@@ -86,15 +91,21 @@ class Call:
         )
 
     @property
+    def is_of_cache(self) -> bool:
+        return self.splits > 1 or self.page_size > 0 or self.cache_dtype is not None
+
+    @property
     def signature(self) -> Signature | BwdSignature:
         """What the public function would compile for; its errors are that function's."""
         problem = self.problem(Lengths())
         if not self.is_backward:
-            return problem.signature
+            return problem.signature.split() if self.splits > 1 else problem.signature
         return autograd.signature_of(problem, self.is_deterministic)
 
     @property
     def v_dtype(self) -> torch.dtype:
+        if self.cache_dtype is not None:
+            return self.cache_dtype
         return torch.float8_e4m3fn if self.dtype == torch.int8 else self.dtype
 
     def shapes(self, lengths: Lengths) -> dict[str, tuple[int, ...]]:
@@ -119,11 +130,20 @@ class Call:
     def problem(self, lengths: Lengths) -> Problem:
         """Its errors are those of the public function."""
         shapes = self.shapes(lengths)
-        q, k = (_layout(shapes[name], self.dtype) for name in "qk")
+        of_lengths = EQUAL
+        if self.page_size:
+            pages = num_blocks(lengths.s_k, self.page_size)
+            numbers = (_layout(shape, torch.int32) for shape in ((1,), (1, pages)))
+            of_lengths = lengths_.Lengths(None, None, None, *numbers)
+            for name in "kv":
+                shapes[name] = pages, self.page_size, *shapes[name][2:]
+        q = _layout(shapes["q"], self.dtype)
+        k = _layout(shapes["k"], self.cache_dtype or self.dtype)
         v = _layout(shapes["v"], self.v_dtype)
         scales = (_layout(shape, torch.float32) for shape in self.descale_shapes(lengths))
         sink = _layout((lengths.heads,), torch.float32) if self.has_sink else None
-        return Problem.of(q, k, v, self.options, Descales(*scales), learnable_sink=sink)
+        more = {"lengths": of_lengths, "learnable_sink": sink}
+        return Problem.of(q, k, v, self.options, Descales(*scales), **more)
 
     def tensors(self, lengths: Lengths) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """q, k and v, about normal, and the descales: ones."""

@@ -23,6 +23,7 @@ from ..launch.jit import Artifacts
 from . import run
 from .call import DTYPES, Call, add_arguments_of_call
 from .model import cli as model_cli
+from .model.machine import BANDWIDTH, BYTES_PER_CYCLE
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
 from .report import Report, analyse, analyse_rest
@@ -113,6 +114,7 @@ class Inspection:
             f"the limit is {self._smem_limit()}",
             str(self.report),
             *(summary(self.prediction) if self.prediction else ()),
+            *self._generation(),
             *map(_beside, self.rest),
         ]
         return "\n".join(lines)
@@ -120,6 +122,22 @@ class Inspection:
     @property
     def _streamed(self) -> str:
         return "Q and of dO" if self.is_backward else "K and of V"
+
+    def _generation(self) -> list[str]:
+        """Of kernels for caches: what a block of keys takes to arrive."""
+        s = self.signature
+        if self.prediction is None or self.is_backward or not (s.page_rows or s.is_split):
+            return []
+        size = 1 if s.widens or s.quantised else 2
+        moved = size * self.config.tile_n * (s.head_dim + s.head_dim_v)
+        arrival, cycles = moved / BYTES_PER_CYCLE, self.prediction.cycles
+        bound = "memory" if arrival > cycles else "the loop"
+        return [
+            f"generation        a block of {self.config.tile_n} keys has {moved} bytes, which take "
+            f"{arrival:.0f} cycles to",
+            f"                  arrive at {BANDWIDTH / 1e12} TB/s, the loop {cycles:.0f}: bound by "
+            f"{bound}",
+        ]
 
     def _roles(self) -> str:
         c = self.config
@@ -142,6 +160,10 @@ def features(signature: AnySignature) -> list[str]:
     found = [signature.score] if getattr(signature, "score", None) else []
     found += ["sinks"] * getattr(signature, "sinks", False)
     found += ["split"] * getattr(signature, "is_split", False)
+    rows = getattr(signature, "page_rows", 0)
+    found += [f"pages of {rows}"] * (rows > 0)
+    found += ["packed heads"] * getattr(signature, "packs_heads", False)
+    found += [f"cache in {signature.widens}"] if getattr(signature, "widens", None) else []
     found += ["deterministic"] * getattr(signature, "deterministic", False)
     return found + ["no dQ"] * (not getattr(signature, "with_dq", True))
 
@@ -155,9 +177,15 @@ def _beside(report: Report) -> str:
     )
 
 
+def call_of(args: argparse.Namespace) -> Call:
+    dtype = None if args.cache_dtype is None else DTYPES[args.cache_dtype]
+    call = Call.of(args)
+    return replace(call, splits=args.splits, page_size=args.page_size, cache_dtype=dtype)
+
+
 def signature_of(args: argparse.Namespace) -> AnySignature:
     """What the public function would compile for such tensors; its errors are that function's."""
-    return Call.of(args).signature
+    return call_of(args).signature
 
 
 def kernel_of(signature: AnySignature, target: dispatch.Target = HOPPER) -> dispatch.Kernel:
@@ -229,6 +257,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--head-dim", type=int, required=True, help="of q and k")
     p.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (%(default)s)")
     add_arguments_of_call(p)
+    p.add_argument("--splits", type=int, default=1, metavar="N", help="of the keys (%(default)s)")
+    p.add_argument("--page-size", type=int, default=0, metavar="TOKENS", help="of a cache's pages")
+    p.add_argument("--cache-dtype", choices=["e4m3"], help="of k and v beside 16-bit q")
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
@@ -251,6 +282,17 @@ def _json(inspection: Inspection, launch: LaunchProfile | None) -> str:
 
 def _text(inspection: Inspection, launch: LaunchProfile | None) -> str:
     return str(inspection) if launch is None else f"{inspection}\nrun on the emulator: {launch}"
+
+
+def _check_cache(args: argparse.Namespace) -> None:
+    for name, smallest in (("splits", 1), ("page_size", 0)):
+        given = getattr(args, name)
+        if given < smallest:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {given}, expected at least {smallest}")
+    if call_of(args).is_of_cache and (args.backward or args.run or args.timeline):
+        what = "--backward" if args.backward else "--run"
+        raise ValueError(f"{what} goes with none of --splits, --page-size and --cache-dtype")
 
 
 def _check_backward(args: argparse.Namespace) -> None:
@@ -276,6 +318,7 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         lengths = run.lengths_of(args)
         _check_backward(args)
+        _check_cache(args)
         if args.run or args.timeline:
             _emulate(args.arch)  # before anything is compiled
         signature, target = signature_of(args), TARGETS[args.arch]
@@ -285,7 +328,7 @@ def _inspect(args: argparse.Namespace) -> int:
         if runs:
             print("compiling, unless the cache has the kernel", file=sys.stderr, flush=True)
         inspection = inspect(signature, config, target)
-        launch = run.run(inspection, Call.of(args), lengths) if runs else None
+        launch = run.run(inspection, call_of(args), lengths) if runs else None
         print(_json(inspection, launch) if args.json else _text(inspection, launch))
         if args.timeline:
             run.write_timeline(inspection, launch, args.timeline)

@@ -37,7 +37,14 @@ class Kernel:
 
 
 def _why_not_sm90(signature: Signature, target: Target) -> str | None:
-    return _why_not_hopper(target) or ("it takes 16-bit inputs" if signature.quantised else None)
+    if signature.quantised or signature.widens:
+        return _why_not_hopper(target) or "it takes 16-bit inputs"
+    return _why_not_hopper(target)
+
+
+def _why_not_widened_sm90(signature: Signature, target: Target) -> str | None:
+    is_right = signature.widens is not None
+    return _why_not_hopper(target) or (None if is_right else "it takes one-byte k and v")
 
 
 def _why_not_fp8_sm90(signature: Signature, target: Target) -> str | None:
@@ -51,7 +58,7 @@ def _why_not_backward_sm90(signature: BwdSignature, target: Target) -> str | Non
 def _why_not_sm80(signature: Signature, target: Target) -> str | None:
     if target.capability[0] != 8:
         return _needs("8.x", target)
-    if signature.quantised:
+    if signature.quantised or signature.widens:
         return (
             f"{target.name} has no kernel for FP8: give q, k and v in bf16 or fp16, multiplied by "
             "their scales"
@@ -87,6 +94,7 @@ _SM90 = "fa3.kernels.sm90.forward"
 FORWARD = (
     Kernel("forward sm90", f"{_SM90}.operands_16bit:forward", _why_not_sm90),
     Kernel("FP8 forward sm90", f"{_SM90}.operands_fp8:forward", _why_not_fp8_sm90),
+    Kernel("widening forward sm90", f"{_SM90}.operands_widened:forward", _why_not_widened_sm90),
     Kernel("forward sm80", "fa3.kernels.sm80.forward.kernel:forward", _why_not_sm80),
 )
 BACKWARD = (

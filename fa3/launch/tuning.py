@@ -40,7 +40,10 @@ FORWARD_FP8 = {
         "any": FwdConfig(tile_n=96, num_mma_warpgroups=3, num_stages=3),  # 599
         "blocks": FwdConfig(tile_n=128, num_stages=3),  # 539
     },
-    (96, 96): {"any": FwdConfig(tile_n=128)},  # 757
+    (96, 96): {
+        "any": FwdConfig(tile_n=128),  # 757
+        "split": FwdConfig(tile_n=128, spared_registers=8),  # else the transposing warps spill
+    },
     (128, 128): {"any": FwdConfig(tile_n=128)},  # 855
     (192, 128): {"any": FwdConfig(tile_n=128)},  # 985
     (192, 192): {"any": FwdConfig(tile_n=128, o_slice=64)},  # 890
@@ -48,6 +51,17 @@ FORWARD_FP8 = {
         "any": FwdConfig(tile_n=96, o_slice=64),  # 921
         "blocks": FwdConfig(tile_n=64, o_slice=64),  # 818
     },
+}
+
+# The same for 16-bit q beside one-byte k and v, which lie in shared memory twice.  In fp16 the
+# warps that widen them would spill in 24 registers.
+FORWARD_WIDENED = {
+    (64, 64): {"any": FwdConfig(tile_n=128, num_stages=3, spared_registers=8)},
+    (96, 96): {"any": FwdConfig(tile_n=128, spared_registers=8)},
+    (128, 128): {"any": FwdConfig(tile_n=128, spared_registers=8)},
+    (192, 128): {"any": FwdConfig(tile_n=80, spared_registers=8)},
+    (192, 192): {"any": FwdConfig(tile_n=64, spared_registers=8)},
+    (256, 256): {"any": FwdConfig(tile_n=48, spared_registers=8)},
 }
 
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
@@ -153,10 +167,12 @@ def for_few_rows(config: FwdConfig, signature: Signature) -> FwdConfig:
 
 def _forward_sm90(signature: Signature) -> FwdConfig:
     table = FORWARD if signature.quantised is None else FORWARD_FP8
+    table = FORWARD_WIDENED if signature.widens else table
     widest = max(signature.head_dim, signature.head_dim_v)
     row = table.get((signature.head_dim, signature.head_dim_v)) or table[widest, widest]
     # TMA brings pages in parts that divide a block: more keys at a time of 128 than of 176.
     config = row["any"] if signature.page_rows else row.get(signature.mask) or row["any"]
+    config = row.get("split", config) if signature.is_split else config
     v_block = 0 if signature.quantised is None else signature.quantised.v_block
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)

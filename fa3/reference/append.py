@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..kernels.append_signature import AppendSignature
 
+E4M3 = torch.finfo(torch.float8_e4m3fn)
+
 
 def run(  # noqa: PLR0913 - the arguments are the kernel's
     signature: AppendSignature,
@@ -21,6 +23,8 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
     sin: Tensor | None,
     first: Tensor | None,
     advances: int | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
 ) -> None:
     """As `kernels.simple.append.Append.__call__`."""
     for i in range(num_sequences):
@@ -35,7 +39,9 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
         if not signature.appends:
             y[entry, start:end] = rows
             continue
-        for new, cache in ((rows, k_cache), (v[entry, start:end], v_cache)):
+        new_v = v[entry, start:end]
+        for new, cache, scales in ((rows, k_cache, k_scales), (new_v, v_cache, v_scales)):
+            new = new if scales is None else narrowed(new, scales[i])
             num_pages, page_size = cache.shape[:2]
             position = seqlens[i] + index
             fits = (position >= 0) & (position < pages.shape[1] * page_size)
@@ -43,6 +49,12 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
             exists = (page >= 0) & (page < num_pages)
             place = page[exists], position[fits][exists] % page_size
             cache[place] = new[fits][exists]
+
+
+def narrowed(x: Tensor, scale: Tensor) -> Tensor:
+    """x (n, h, d) and scale (h,) -> codes of e4m3 as bytes: the nearest ones."""
+    codes = (x.float() / scale[:, None]).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:

@@ -38,7 +38,14 @@ def _forward(signature: Signature, arguments: Sequence) -> None:
     arguments: the fields of FwdArguments, of which num_ctas has no meaning here.
     """
     x = FwdArguments(*arguments)
-    q, k, v = (x.q, x.k, x.v) if signature.quantised is None else _values(signature.quantised, x)
+    q, k, v = x.q, x.k, x.v
+    if signature.quantised is not None:
+        q, k, v = _values(signature.quantised, x)
+    elif signature.widens:
+        k, v = (
+            tensor.float() * scales[:, None, :, None]
+            for tensor, scales in ((x.k, x.k_scales), (x.v, x.v_scales))
+        )
     out, lse = x.out, x.lse
     b, s_q, h_q, d = q.shape
     s_k, h_k = k.shape[1:3]

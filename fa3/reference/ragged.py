@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.arguments import FwdArguments
 from ..kernels.bwd_arguments import BwdArguments
 from ..kernels.bwd_signature import BwdSignature
-from ..kernels.signature import Q_BLOCK, Quantised, Signature
+from ..kernels.signature import Q_BLOCK, Signature
 
 
 def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
@@ -19,7 +19,7 @@ def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
     x = FwdArguments(*arguments)
     signature = dataclasses.replace(signature, is_ragged=False, page_rows=0)
     for i in range(x.num_sequences):
-        one = _sequence(x, i, signature.quantised)
+        one = _sequence(x, i, signature)
         if one.q.shape[1]:
             run = dense if one.k.shape[1] else see_no_key
             run(signature, [getattr(one, field.name) for field in dataclasses.fields(one)])
@@ -121,7 +121,7 @@ def _gathered(x: FwdArguments, i: int) -> FwdArguments:
     return dataclasses.replace(x, k=k, v=v)
 
 
-def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArguments:
+def _sequence(x: FwdArguments, i: int, signature: Signature) -> FwdArguments:
     """What sequence i would be given alone."""
     q = Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
     if x.page_table is not None:
@@ -136,6 +136,11 @@ def _sequence(x: FwdArguments, i: int, quantised: Quantised | None) -> FwdArgume
     per_sequence = slice(i, i + 1)
     if x.sinks is not None:
         one = dataclasses.replace(one, sinks=x.sinks[per_sequence])
+    quantised = signature.quantised
+    if signature.widens:
+        of_keys = (x.k_scales, x.v_scales)
+        k_scales, v_scales = (scales[per_sequence] for scales in of_keys)
+        return dataclasses.replace(one, k_scales=k_scales, v_scales=v_scales)
     if quantised is None:
         return one
     k_block, v_block = quantised.k_block, quantised.v_block

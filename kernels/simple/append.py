@@ -3,6 +3,7 @@
 Row j of sequence i goes to position seqlens[i] + j of its cache, which is in the page
 pages[i, position // page_size].  A row that finds no room, or no page, is dropped.  Keys are
 rotated on the way (RoFormer, arXiv 2104.09864); queries by a launch of their own, to a new tensor.
+Where the cache has bytes, a value becomes the nearest code, which times its scale is the value.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from ..append_signature import AppendConfig, AppendSignature
+from ..append_signature import CHUNK_BYTES, AppendConfig, AppendSignature
 from ..arithmetic import maximum, minimum
 from ..elements import ELEMENT
 from ..sequence import RaggedSpans
+from ..views import four_bytes
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Cache:
     tensor: cute.Tensor  # (num_pages, page_size, h, d)
     pages: cute.Tensor  # (b, pages) Int32
     first: cute.Tensor  # (b,) Int32: rows that each sequence has so far
+    scales: cute.Tensor | None  # (b, h) fp32: of a value over its code, where the cache has bytes
 
     @cute.jit
     def store(self, batch, index, head, column, values: cute.Tensor):
@@ -81,7 +84,10 @@ class Cache:
             page = self.pages[batch, position // page_size]
             if page >= 0 and page < num_pages:
                 row = self.tensor[page, position % page_size, head, None]
-                store_chunk(row, column, values)
+                store_chunk(row, column, self._as_stored(batch, head, values))
+
+    def _as_stored(self, batch, head, values: cute.Tensor) -> cute.Tensor:
+        return values if self.scales is None else _narrowed(values, self.scales[batch, head])
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,10 @@ class Append:
         d, dv = (cute.sym_int32(divisibility=signature.chunk) for _ in range(2))
         element = cutlass.Uint8 if signature.dtype == "byte" else ELEMENT[signature.dtype]
 
-        def tensor(*shape):
-            strides = (cute.sym_int64(divisibility=signature.chunk) for _ in range(3))
-            return make_fake_tensor(element, shape, (*strides, 1), assumed_align=16)
+        def tensor(*shape, element=element):
+            unit = CHUNK_BYTES * 8 // element.width
+            strides = (cute.sym_int64(divisibility=unit) for _ in range(3))
+            return make_fake_tensor(element, shape, (*strides, 1), assumed_align=CHUNK_BYTES)
 
         def numbers():
             return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
@@ -124,10 +131,17 @@ class Append:
             positions, half = cute.sym_int32(), cute.sym_int32(divisibility=4)
             cos, sin = (table(element, positions, half) for _ in range(2))
             angles = cos, sin, numbers(), Int32(0)
-        places = None, None, None, None, None
+        places, scales = (None,) * 5, (None, None)
         if signature.appends:
             v = tensor(entries, length, heads, dv)
             caches = tensor(pages, page_size, heads, d), tensor(pages, page_size, heads, dv)
+            if signature.narrows:
+                caches = (
+                    tensor(pages, page_size, heads, x, element=cutlass.Uint8) for x in (d, dv)
+                )
+                strides = cute.sym_int64(), cute.sym_int64()
+                shape = cute.sym_int32(), heads
+                scales = (make_fake_tensor(Float32, shape, strides, assumed_align=4),) * 2
             page_table = make_fake_tensor(
                 Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4
             )
@@ -135,7 +149,7 @@ class Append:
         x = tensor(entries, length, heads, d)
         y = None if signature.appends else tensor(entries, length, heads, d)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return x, y, *places, numbers(), Int32(1), *angles, stream
+        return x, y, *places, numbers(), Int32(1), *angles, *scales, stream
 
     @cute.jit
     def __call__(  # noqa: PLR0913
@@ -153,6 +167,8 @@ class Append:
         sin: cute.Tensor | None,
         first: cute.Tensor | None,  # (b,) Int32
         advances: Int32 | None,
+        k_scales: cute.Tensor | None,  # (b, h_k) fp32
+        v_scales: cute.Tensor | None,
         stream,
     ):
         all_rows = cute.make_tensor(cu_seqlens.iterator, cute.make_layout((Int32(0),)))
@@ -161,8 +177,10 @@ class Append:
         if cutlass.const_expr(self.signature.rotary is not None):
             rotary = Rotary(self.signature.rotary, cos, sin, first, advances)
         if cutlass.const_expr(self.signature.appends):
-            self._launch(x, Cache(k_cache, pages, seqlens), spans, rotary, num_sequences, stream)
-            self._launch(v, Cache(v_cache, pages, seqlens), spans, None, num_sequences, stream)
+            keys = Cache(k_cache, pages, seqlens, k_scales)
+            values = Cache(v_cache, pages, seqlens, v_scales)
+            self._launch(x, keys, spans, rotary, num_sequences, stream)
+            self._launch(v, values, spans, None, num_sequences, stream)
         else:
             self._launch(x, SameRows(y, spans), spans, rotary, num_sequences, stream)
 
@@ -214,5 +232,15 @@ def store_chunk(row: cute.Tensor, column, values: cute.Tensor):
     cute.autovec_copy(values, _chunk(row, column, cute.size(values)))
 
 
+def _narrowed(values: cute.Tensor, scale: Float32) -> cute.Tensor:
+    """The codes of values, as bytes."""
+    codes = cute.make_rmem_tensor(cute.size(values), cutlass.Uint8)
+    words = cute.recast_tensor(codes, Int32)
+    for i in range(cute.size(words)):
+        words[i] = four_bytes(*(Float32(values[4 * i + j]) / scale for j in range(4)), "e4m3")
+    return codes
+
+
 def _chunk(row: cute.Tensor, column, size: int) -> cute.Tensor:
-    return cute.make_tensor((row.iterator + column).align(16), cute.make_layout(size))
+    alignment = size * row.element_type.width // 8
+    return cute.make_tensor((row.iterator + column).align(alignment), cute.make_layout(size))

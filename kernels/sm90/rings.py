@@ -179,9 +179,14 @@ class FwdRings:
     q: Ring  # 1 stage
     k: Ring
     v: Ring  # as the consumers multiply it
-    v_by_keys: Ring | None = None  # FP8: as TMA brings it, before it is transposed (transpose.py)
+    v_by_keys: Ring | None = None  # as TMA brings it: before transpose.py, or widen.py
+    k_bytes: Ring | None = None  # the same of K, before widen.py
 
     @property
     def v_loaded(self) -> Ring:
         """What TMA fills."""
         return self.v if self.v_by_keys is None else self.v_by_keys
+
+    @property
+    def k_loaded(self) -> Ring:
+        return self.k if self.k_bytes is None else self.k_bytes

@@ -75,7 +75,15 @@ class FwdSmem:
 
     @staticmethod
     def of(signature: Signature, config: FwdConfig) -> "FwdSmem":
-        element = Elements.of(signature)
+        return FwdSmem._of(signature, config, Elements.of(signature))
+
+    @staticmethod
+    def in_memory(signature: Signature, config: FwdConfig) -> "FwdSmem":
+        """As TMA writes them, where that is not what wgmma reads."""
+        return FwdSmem._of(signature, config, Elements.in_memory(signature))
+
+    @staticmethod
+    def _of(signature: Signature, config: FwdConfig, element: Elements) -> "FwdSmem":
         rows, columns = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
         qk = (config.tile_m, config.tile_n, signature.head_dim)
         pv = (config.tile_m, signature.head_dim_v, config.tile_n)

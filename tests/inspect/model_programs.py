@@ -63,6 +63,16 @@ TRANSPOSE = f"""
     @P1 BRA ->turn
     EXIT
 """
+# The same from bytes of K or V to 16 bits, 1024 bytes at a time; behind it a 16-bit main loop.
+WIDEN = f"""
+    turn:
+    LDS.128 R4, [R20]
+    {repeat(8, "F2FP.F16.E4M3.UNPACK_B R{0}, R4")}
+    STS.128 [R22], R8
+    STS.128 [R23], R12
+    @P1 BRA ->turn
+    EXIT
+"""
 # A step back of 64 queries and 64 keys at head dim 64 in one warpgroup: S, dP; dV, dK; dQ, which
 # leaves by RED, or by a copy of the producer, whose loop loads Q and dO with a number per row.
 DQ = [

@@ -143,6 +143,38 @@ def test_an_fp8_kernel_is_read_and_predicted(call):
     assert 1979 > rate > 100  # 1979 is the dense peak
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("64", "--causal", "--page-size", "48"), ["mask causal, pages of 16", "32768 bytes"]),
+        (("128", "--splits", "3"), ["mask full, split", "90112 bytes", "bound by memory"]),
+    ],
+)
+def test_kernels_of_caches(call, arguments, words):
+    """A block of keys is K and V, of 128 keys by 64 + 64 channels, of 176 by 128 + 128."""
+    status, out, _ = call("--head-dim", *arguments)
+    assert status == 0
+    for word in (*words, "cycles to\n"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--splits", "0"), "--splits is 0, expected at least 1"),
+        (("--page-size", "-8"), "--page-size is -8, expected at least 0"),
+        (("--page-size", "12"), "k has 12 keys per page, expected a multiple of 8"),
+        (("--splits", "2", "--run"), "--run goes with none of --splits, --page-size"),
+        (("--page-size", "16", "--backward"), "--backward goes with none of --splits"),
+        (("--cache-dtype", "e4m3", "--dtype", "int8"), "k has dtype torch.float8_e4m3fn but q has"),
+    ],
+)
+def test_what_goes_with_no_cache_is_refused(call, arguments, message):
+    status, out, err = call("--head-dim", "64", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("fa3 inspect: ") and message in err
+
+
 def test_another_config_than_the_tables(call):
     changes = "--config", "tile_n=112", "num_stages=2"
     status, out, _ = call("--head-dim", "64", "--causal", *changes)

@@ -22,7 +22,7 @@ from fa3.inspect.sass import Control, Instruction
 from fa3.kernels.signature import Signature
 
 from .listings import program, repeat
-from .model_programs import BACKWARD, FP8, LOADS, PINGPONG, REDS, SCORES, TRANSPOSE
+from .model_programs import BACKWARD, FP8, LOADS, PINGPONG, REDS, SCORES, TRANSPOSE, WIDEN
 
 CALM = Machine(steal=0.0, slow=0.0)
 
@@ -203,6 +203,13 @@ def test_the_transpose_of_v_is_found_in_the_producer():
     assert opcodes.count("SYNCS") == 1 and "UTMALDG" not in opcodes
     assert opcodes.count("PRMT") == 8 and opcodes[-1] == "BRA"
     assert transpose(program(FP8)) is None
+
+
+def test_the_widening_of_k_and_v_is_found_in_the_producer():
+    found = transpose(program(WIDEN + FP8))
+    assert found.widens and found.bytes == 2 * 512 and found.what == "widening of K and V"
+    assert [x.base for x in found.steps].count("F2FP") == 8
+    assert not transpose(program(TRANSPOSE + FP8)).widens
 
 
 def test_each_warp_transposes_its_share_of_v():

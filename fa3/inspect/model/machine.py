@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 SMS = 132  # H100 SXM5, H200
 CLOCK = 1.72  # GHz; fitted together with Machine.steal and Machine.slow, not a measured clock
+BANDWIDTH = 3.35e12  # bytes per second of an H100 SXM5's memory, by its data sheet
+BYTES_PER_CYCLE = BANDWIDTH / (SMS * CLOCK * 1e9)  # of an SM
 TAIL = 0.97  # share of the time in the steady loop on full waves: 15.5 waves in 16
 
 

@@ -10,7 +10,7 @@ from ..report import Report, analyse
 from .machine import CLOCK, RIVALS, SMS, TAIL, Machine
 from .ops import decode
 from .producer import AHEAD, WARPS, Beside, Transpose, loaded_per_step, transpose, v_bytes
-from .simulate import ITERATIONS, Result, simulate
+from .simulate import ITERATIONS, Result, kv_bytes, simulate
 from .trace import Trace, trace
 from .traffic import Sums, Traffic, bytes_loaded
 
@@ -62,6 +62,8 @@ class Prediction:
     @cached_property
     def loaded(self) -> int:
         """Bytes that TMA brings per iteration of the CTA tile."""
+        if self.transpose and self.transpose.widens:
+            return kv_bytes(self.traces[0]) // 2
         return bytes_loaded(self.traces, loaded_per_step(self.report.program), self.sums)
 
     @cached_property
@@ -139,7 +141,8 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
     found = transpose(report.program)
     producer = None
     if found and settings.transposers:
-        steps = found.share(v_bytes(traces[0]), settings.transposers)
+        made = (kv_bytes if found.widens else v_bytes)(traces[0])
+        steps = found.share(made, settings.transposers)
         producer = Beside(steps, settings.transposers, settings.ahead)
     result = simulate(traces, settings.machine, settings.iterations, producer)
     return Prediction(report, settings, traces, found, producer, result)

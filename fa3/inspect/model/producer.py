@@ -1,8 +1,9 @@
 """What a producer warp does beside the consumers: loads, and the transpose of V in shared memory.
 
 8-bit matrix products take only operands whose rows run along k, so V is transposed after its
-arrival: LDSM, byte permutes, STSM. These instructions share the issue slots of the sub-partition
-and the bandwidth of shared memory with the consumers.
+arrival: LDSM, byte permutes, STSM. Beside 16-bit Q bytes of K and V are widened: LDS, conversions,
+STS. These instructions share the issue slots of the sub-partition and the bandwidth of shared
+memory with the consumers.
 """
 
 import re
@@ -12,26 +13,35 @@ from ..flow import Flow, NaturalLoop
 from ..loops import cheapest_way
 from ..sass import Instruction, Program
 from .machine import Machine
-from .ops import SUB_PARTITIONS, Op, decode_all, loaded_bytes, registers_hold_a
+from .ops import LANES, SUB_PARTITIONS, Op, decode_all, loaded_bytes, registers_hold_a
 from .trace import TAKEN, Trace
 
 WARPS = 3  # that transpose: one of the producer's four issues the copies
 AHEAD = 2  # blocks of V that wait transposed
+WIDENS = "E4M3.UNPACK"  # in the name of the instruction that does
 MATRIX_BYTES = 128  # an 8 x 8 matrix of 16-bit pairs, of which LDSM and STSM move up to four
 
 
 @dataclass(frozen=True)
 class Transpose:
-    """One way round the producer's loop that reads and writes V in shared memory."""
+    """One way round the producer's loop that reads and writes V, or K and V, in shared memory."""
 
     head: int  # address
     latch: int  # address
     steps: Trace
     bytes: int  # that one warp writes on this way
 
-    def share(self, v_bytes: int, warps: int) -> Trace:
-        """What each of `warps` warps issues to transpose `v_bytes` of V."""
-        rounds = v_bytes / (warps * self.bytes)
+    @property
+    def widens(self) -> bool:
+        return any(WIDENS in x.opcode for x in self.steps)
+
+    @property
+    def what(self) -> str:
+        return "widening of K and V" if self.widens else "transpose of V"
+
+    def share(self, made: int, warps: int) -> Trace:
+        """What each of `warps` warps issues to write so many bytes."""
+        rounds = made / (warps * self.bytes)
         whole = int(rounds)
         return self.steps * whole + self.steps[: round((rounds - whole) * len(self.steps))]
 
@@ -60,7 +70,7 @@ class Beside:
 
 
 def transpose(program: Program) -> Transpose | None:
-    """The loop with LDSM and STSM and without matrix products; None where there is none.
+    """The loop that transposes or widens, without matrix products; None where there is none.
 
     Of several the one with the fewest instructions per byte: the others are beginnings and ends.
     """
@@ -94,7 +104,9 @@ def _code(flow: Flow, blocks) -> list[Instruction]:
 
 def _transposes(code: list[Instruction]) -> bool:
     bases = {x.base for x in code}
-    return {"LDSM", "STSM"} <= bases and not any(x.is_mma for x in code)
+    moves = {"LDSM", "STSM"} <= bases
+    widens = "STS" in bases and any(WIDENS in x.opcode for x in code)
+    return (moves or widens) and not any(x.is_mma for x in code)
 
 
 def _loads(code: list[Instruction]) -> bool:
@@ -128,7 +140,9 @@ def _way(flow: Flow, loop: NaturalLoop) -> Transpose:
 
 
 def _stored(x: Instruction) -> int:
-    """Bytes that a warp's STSM writes."""
+    """Bytes that a warp's STSM writes, or its STS, of 16 bytes a lane."""
+    if x.base == "STS":
+        return LANES * 16 if ".128" in x.opcode else 0
     if x.base != "STSM":
         return 0
     count = x.opcode.rsplit(".", 1)[-1]

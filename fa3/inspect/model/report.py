@@ -17,7 +17,7 @@ def text(prediction: Prediction) -> str:
     beside = ""
     if p.producer:
         where = f"{p.transpose.head:#x} to {p.transpose.latch:#x}"
-        beside = f"; {len(p.producer.steps)} of the transpose of V ({where}) beside"
+        beside = f"; {len(p.producer.steps)} of the {p.transpose.what} ({where}) beside"
     shapes = Counter("x".join(map(str, x.mma_shape)) for x in p.traces[-1] if x.is_mma)
     mmas = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
     what = "with every skippable block" if p.settings.rescale_always else "on the straight way"
@@ -77,7 +77,7 @@ def _sums(p: Prediction) -> str:
 def _memory(p: Prediction) -> str:
     return (
         f"shared memory   {p.traffic.total:.0f} cycles per step of {p.tensor_floor:.0f} "
-        f"MMA cycles: {p.traffic}"
+        f"MMA cycles: {p.traffic.told(p.transpose.what if p.transpose else '')}"
     )
 
 

@@ -70,7 +70,7 @@ class Traffic:
     a: float  # A operands of the matrix products: none where registers hold them
     b: float  # B operands; every warpgroup reads K and V for itself
     tma: float  # what arrives: K and V, or Q and dO
-    transpose: float  # the producer reads and writes V
+    transpose: float  # the producer reads and writes V, or widens K and V
     other: float  # loads and stores of the consumers
     sums: float  # dQ leaves by copies that add
 
@@ -101,9 +101,12 @@ class Traffic:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
-        """The parts that there are."""
+        return self.told("transpose of V")
+
+    def told(self, beside: str) -> str:
+        """The parts that there are; beside: what the producer does."""
         names = {
-            **{"a": "A", "b": "B", "tma": "TMA", "transpose": "transpose of V", "other": "other"},
+            **{"a": "A", "b": "B", "tma": "TMA", "transpose": beside, "other": "other"},
             "sums": "sums out",
         }
         parts = {name: getattr(self, field) for field, name in names.items()}

@@ -88,7 +88,8 @@ class FwdPlan:
     def loading_warps(self) -> int:
         """Of the producer warpgroup. Rows are gathered by all that have nothing else to do."""
         signature = self.signature
-        return 4 if signature.gathers and signature.quantised is None else 1
+        are_idle = signature.quantised is None and signature.widens is None
+        return 4 if signature.gathers and are_idle else 1
 
     def source(self, warp) -> ByTma | Gather:
         """Of K and V, for a loading warp."""
@@ -168,13 +169,13 @@ class ForwardSm90:
 
     def example_args(self) -> tuple:
         """Symbolic arguments of __call__ for cute.compile."""
-        element = Elements.of(self.plan.signature)
+        element = Elements.in_memory(self.plan.signature)
         return forward_example(self.plan, element, self.operands.example_scales)
 
     @cute.jit
     def __call__(self, arguments: FwdArguments, stream):
         plan = self.plan
-        smem = FwdSmem.of(plan.signature, plan.config)
+        smem = FwdSmem.in_memory(plan.signature, plan.config)
         q, k, o = (permute(t, [1, 3, 2, 0]) for t in (arguments.q, arguments.k, arguments.out))
         v = permute(arguments.v, [3, 1, 2, 0])
         view = plan.lengths.view

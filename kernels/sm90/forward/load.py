@@ -19,13 +19,15 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
     before has left the same space (config.OSpace).
     """
     source = plan.source(warp)
-    q, k, v = rings.q.producer(), rings.k.producer(), rings.v_loaded.producer()
+    q, k, v = rings.q.producer(), rings.k_loaded.producer(), rings.v_loaded.producer()
     tile = work.first()
     while tile.is_valid:
         sequence, blocks = work.sequence_of(tile), work.blocks_of(tile)
         head = work.head_of(tile)
         fill_q = rings.q.filler(tensors.q, plan.q_tile, sequence.queries, head, 0)
-        fill_k = source.filler(rings.k, tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0)
+        fill_k = source.filler(
+            rings.k_loaded, tensors.k, plan.k_tile, sequence.keys, tile.head_kv, 0
+        )
         fill_v = source.filler(
             rings.v_loaded, tensors.v, plan.v_tile, sequence.keys, tile.head_kv, 1
         )

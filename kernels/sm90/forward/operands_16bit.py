@@ -1,5 +1,6 @@
 """Operands16Bit: what fp16 and bf16 put into the kernel's places."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +113,13 @@ class Operands16Bit:
         o = space(o_size) if plan.o_space == "own" else k if plan.keeps_last_k else q
         o = None if self.keeps_o else o
         q = ring(Ring.of, q, layouts.q)
-        k, v = (ring(plan.key_ring, *of) for of in ((k, layouts.k), (v, layouts.v)))
+        k, v = (ring(self.operand_ring, *of) for of in ((k, layouts.k), (v, layouts.v)))
         return FwdRings(q, k, v), o
+
+    @property
+    def operand_ring(self) -> Callable:
+        """Makes the ring of K or V as they are multiplied."""
+        return self.plan.key_ring
 
     def assist(self, rings: FwdRings, work: Any, worker, lane):
         """The producer warpgroup's other warps have nothing to do."""
