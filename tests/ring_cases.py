@@ -95,6 +95,7 @@ def run_process(rank: int, folder: str) -> None:
         pair = dist.new_group([0, 1])
         _use("reference")
         results.found["torch"] = context_parallel(rank)
+        results.found["sharded"] = [sharded(*x) for x in SHARDED]
         for i, case in enumerate(CASES):
             if rank < case.size:
                 _use("emulate" if case.emulated else "reference")
@@ -199,3 +200,39 @@ def context_parallel(rank: int) -> dict:
         deactivate()
         F.scaled_dot_product_attention = chosen
     return {**found, "report": report()}
+
+
+# A mesh, placements of q, k and v, and of out; h_q is 4, h_k 2 and the batch 2.
+SHARDED = (
+    ((2, 2), "0 2", "0 2"),
+    ((2, 2), "2 0", "2 0"),
+    ((2, 2), "- 2", "- 2"),
+    ((2, 2), "1 2", "- 2"),  # not by length
+    ((4,), "2", "-"),  # groups of heads would be torn
+)
+
+
+def sharded(mesh_shape, placements, out_placements) -> dict:
+    """flash_attn_func of DTensors with a sink, forward and backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    import fa3.distributed.tensor  # noqa: F401
+
+    def placed(text):
+        return [Replicate() if x == "-" else Shard(int(x)) for x in text.split()]
+
+    mesh = init_device_mesh("cpu", mesh_shape)
+    *qkv, dout, sink, _ = RingCase().inputs()
+    given = [distribute_tensor(x, mesh, placed(placements)).requires_grad_() for x in qkv]
+    of_sink = [Shard(0) if x == Shard(2) else Replicate() for x in placed(placements)]
+    given.append(distribute_tensor(sink, mesh, of_sink).requires_grad_())
+    dout = distribute_tensor(dout, mesh, placed(out_placements))
+    with CommDebugMode() as sent:
+        out = fa3.flash_attn_func(*given[:3], causal=True, learnable_sink=given[3])
+        gradients = torch.autograd.grad(out, given, dout)
+    assert list(out.placements) == placed(out_placements)
+    names = ("out", "dq", "dk", "dv", "dsink")
+    found = {n: x.full_tensor() for n, x in zip(names, (out.detach(), *gradients), strict=True)}
+    return {**found, "sends": sent.get_total_counts() > 0}

@@ -13,7 +13,7 @@ from perf.ring import Layer
 from . import reference
 from .accuracy import assert_accurate, assert_lse
 from .conftest import HOPPER
-from .ring_cases import CASES, PROCESSES, TIMEOUT, RingCase, run_process
+from .ring_cases import CASES, PROCESSES, SHARDED, TIMEOUT, RingCase, run_process
 
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (3, 0), (2, 1), (0, 5), (-1, 2), (4, -1), (9, 7), (40, 1)]
 
@@ -165,6 +165,22 @@ def test_context_parallel_of_torch(processes):
             assert_accurate(name, x, exact.to(x.dtype), baseline)
         name = "_scaled_dot_product_flash_attention"
         assert found["report"] == {name: {"fa3": 4}, f"{name}_backward": {"fa3": 4}}
+
+
+@pytest.mark.parametrize("i", range(len(SHARDED)), ids=[str(x) for x in SHARDED])
+def test_sharded_tensors(i, processes):
+    """DTensors: whole groups of heads, or parts of the batch, are attended where they are."""
+    case = RingCase(sink=True)
+    expected = [
+        _expected(case, attend) for attend in (reference.exact, reference.baseline_with_lse)
+    ]
+    _, placements, out_placements = SHARDED[i]
+    for results in processes:
+        found = dict(results["sharded"][i])
+        assert found.pop("sends") == (placements != out_placements)
+        for name, x in found.items():
+            exact, baseline = (y[name] for y in expected)
+            assert_accurate(name, x, exact.to(x.dtype), baseline)
 
 
 def _qkv():

@@ -34,7 +34,8 @@ def positions(length: int, rank: int, size: int, order: str, cu_seqlens=None) ->
     Raises ValueError unless every sequence can be cut into equal chunks.
     """
     check_order(order)
-    ends = [0, length] if cu_seqlens is None else torch.as_tensor(cu_seqlens).tolist()
+    ends = (0, length) if cu_seqlens is None else cu_seqlens
+    ends = ends.tolist() if isinstance(ends, Tensor) else list(ends)
     pieces = size * CHUNKS[order]
     rows = []
     for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
@@ -45,8 +46,9 @@ def positions(length: int, rank: int, size: int, order: str, cu_seqlens=None) ->
             )
         chunk = (end - start) // pieces
         for c in chunks_of(order, rank, size):
-            rows.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
-    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+            first = start + c * chunk
+            rows.append(torch.arange(first, first + chunk, dtype=torch.int64, device="cpu"))
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
 
 
 class Interval(NamedTuple):

@@ -126,7 +126,8 @@ class Packed:
         """Of some chunks of all sequences, among a rank's rows."""
         if rows not in self._rows:
             count, ends = self._count(rows), self.cu_seqlens.long()
-            row = torch.arange(total * count // self.chunks, device=ends.device)
+            number = total * count // self.chunks
+            row = torch.arange(number, dtype=torch.int64, device=ends.device)
             sequence = torch.searchsorted(ends[1:] * count, row, right=True)
             before = ends[:-1] * (self.chunks - count)  # rows of others, ahead of the sequence
             first = ends.diff() * (rows.start // self.length)
