@@ -35,9 +35,23 @@ def found(functions: dict | None = None):
     }
     matrix = utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
     with (
-        mock.patch.dict(sys.modules, {"flash_attn_interface": module}),
+        _importable(module),
         mock.patch.dict(matrix[3], there),
         mock.patch.object(utils, "is_flash_attn_3_available", lambda *a, **b: True),
         mock.patch.object(utils, "_loaded_implementation", None),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _importable(module):
+    """Others that are imported meanwhile stay."""
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:
+            sys.modules[module.__name__] = before
