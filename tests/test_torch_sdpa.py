@@ -103,6 +103,39 @@ def test_on_the_kernels(device, active):
     assert all(set(calls) == {"fa3"} for calls in integration.report().values())
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(device):
+    """What torch chooses by itself, and what stays its own."""
+    inputs = [x.to(device) for x in _inputs(90, 40, h_k=4)]
+
+    def attend(q, k, v, **options):
+        torch.manual_seed(0)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    def with_dropout(q, k, v):
+        return attend(q, k, v, dropout_p=0.25)
+
+    def by_cudnn(q, k, v):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v)
+
+    wanted = [_with_gradients(f, inputs) for f in (with_dropout, by_cudnn)]
+    integration.activate()
+    try:
+        found = [_with_gradients(f, inputs) for f in (with_dropout, by_cudnn)]
+        assert not any("fa3" in calls for calls in integration.report().values())
+        causal = _with_gradients(lambda *qkv: attend(*qkv, is_causal=True), inputs)
+        full = _with_gradients(attend, inputs)
+    finally:
+        integration.deactivate()
+    assert sum(calls.get("fa3", 0) for calls in integration.report().values()) == 4
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
+    inputs = [x.cpu() for x in inputs]
+    _assert_right([x.cpu() for x in causal], inputs, _top_left(90, 40))
+    _assert_right([x.cpu() for x in full], inputs, torch.ones(90, 40, dtype=torch.bool))
+
+
 def test_cross_attention_with_another_scale(plain_torch, active):
     inputs = _inputs(33, 57, h_k=4, dtype=torch.float16)
 

@@ -64,7 +64,7 @@ def _why_not(target, q, k, v, lengths, descales, *options) -> str | None:  # noq
         if not is_inference:  # which torch has no backward pass for either
             autograd.signature_of(problem)
     except (NotImplementedError, TypeError, ValueError) as error:
-        return str(error).replace("\n", "")
+        return str(error).replace("\n ", ";")
     return None
 
 
