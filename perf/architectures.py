@@ -480,6 +480,7 @@ def verdicts(names: list[str]):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(theirs,), daemon=True)
             worker.start()
+            theirs.close()  # else nobody would notice that the process died
         ours.send(name)
         try:
             if not ours.poll(SECONDS):

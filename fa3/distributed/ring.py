@@ -97,6 +97,9 @@ class Dense:
     def put_lse(self, lse: Tensor, rows: Interval, values: Tensor) -> None:
         self.take_lse(lse, rows).copy_(values)
 
+    def add(self, x: Tensor, rows: Interval, values: Tensor) -> None:
+        self.take(x, rows).add_(values)
+
     def attend(self, q, k, v, block: Block) -> tuple[Tensor, Tensor]:
         scale, _, softcap, *_ = self.options
         options = {"window_size": block.window, "softcap": softcap, "return_attn_probs": True}
@@ -148,6 +151,12 @@ class Packed:
 
     def put_lse(self, lse: Tensor, rows: Interval, values: Tensor) -> None:
         self.put(lse.T, rows, values.T)
+
+    def add(self, x: Tensor, rows: Interval, values: Tensor) -> None:
+        if rows == self.whole:
+            x.add_(values)
+        else:
+            x.index_add_(0, self._index(rows, x.shape[0]), values.to(x.dtype))
 
     def attend(self, q, k, v, block: Block) -> tuple[Tensor, Tensor]:
         scale, _, softcap, *_ = self.options
@@ -221,7 +230,7 @@ class RingAttention(torch.autograd.Function):
                 found = _block_gradients(rows, options, block, (q, *keys), result)
                 where = block.q, block.k, block.k
                 for total, place, x in zip((dq, dk, dv), where, found, strict=True):
-                    rows.put(total, place, rows.take(total, place) + x)
+                    rows.add(total, place, x)
             if travelling is not None:
                 dk, dv = (x + y for x, y in zip((dk, dv), travelling.wait(), strict=True))
             travelling = ring.shift((dk, dv), -step.number if step.is_last else 1)
