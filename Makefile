@@ -3,7 +3,7 @@
 # make lint       ruff
 # make sweep      TFLOPs/s beside other kernels; needs a Hopper GPU
 # make device     all that a GPU can tell (docs/device.md); needs a Hopper GPU
-# make figures    draws the timelines of docs/algorithm.md
+# make figures    draws the timelines of docs/algorithm.md and the cost of docs/torch.md
 # make evidence   rewrites the table of docs/evidence.md
 # make docs       builds the documentation into site/
 #
@@ -48,6 +48,7 @@ evidence: $(VENV)/.installed
 
 figures: $(VENV)/.installed
 	$(BIN)/python -m perf.figures
+	$(BIN)/python -m perf.ring
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -5,7 +5,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, jagged, ops
 from .call import hints, lengths
 from .call.layout import check_tensors
 from .call.lengths import EQUAL, Lengths
@@ -83,7 +83,14 @@ def attend(  # noqa: PLR0913
     metadata=None,
 ):
     """out and lse; directly, or by the operator where somebody watches."""
+    if type(q) is not Tensor and given is EQUAL and all(map(jagged.is_jagged, (q, k, v))):
+        (*values,), lengths_, longest = jagged.unpack(q, k, v, out)
+        more = lengths_, longest, check_lengths, sink, deterministic, num_splits
+        packed, lse = attend(*values, None, options, descales, out_dtype, check_scales, *more)
+        return jagged.packed_like(q, packed), lse
     plain = are_plain(q, k, v, out, given)
+    if torch.float32 in (q.dtype, k.dtype, v.dtype):
+        q, k, v = in_autocasts_dtype(q, k, v)
     if out is not None:
         check_out(out)
     if descales is not NO_DESCALES or sink is not None:
@@ -120,6 +127,14 @@ def attend(  # noqa: PLR0913
     except (RuntimeError, ValueError):
         check_tensors(q=q, k=k, v=v)  # of nested and sparse ones the error said something odd
         raise
+
+
+def in_autocasts_dtype(q, k, v) -> tuple:
+    """All in the dtype of torch.autocast, as its own attention takes them, if it is on."""
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
 
 
 def are_plain(q, k, v, out, given) -> bool:

@@ -90,6 +90,10 @@ def flash_attn_func(  # noqa: PLR0913 - the signature is FA3's
     check_scales: wait for the device and refuse scales that are not finite and above 0, and a
         v_shift that is not finite.
 
+    Under torch.autocast q, k and v are cast to its dtype if one of them is in fp32. q, k and v may
+    be nested tensors of layout torch.jagged, (batch, lengths, heads, head dim): then out is one,
+    too, and lse (h_q, total_q), as of flash_attn_varlen_func.
+
     Returns out, or with return_attn_probs=True the pair out and lse (batch, h_q, s_q), fp32, the
     natural logarithm of each row's sum of exponentials. In FP8 it is that of the exponentials as
     e4m3 rounds them, which is what v was weighted with: its error is at most 2^-4 and falls with

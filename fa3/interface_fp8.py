@@ -3,7 +3,7 @@
 import torch
 
 from . import ops
-from .attend import are_plain, attend, bounds_of, check_out, options_of
+from .attend import are_plain, attend, bounds_of, check_out, in_autocasts_dtype, options_of
 from .call import hints, lengths
 from .call.layout import check_tensors
 from .call.lengths import EQUAL
@@ -139,6 +139,8 @@ def _attend_in_fp8(  # noqa: PLR0913
         check_out(out)
     if sink is not None:
         check_tensors(learnable_sink=sink)
+    if torch.float32 in (q.dtype, k.dtype, v.dtype):
+        q, k, v = in_autocasts_dtype(q, k, v)
     more = given, longest, check_lengths, sink
     if are_plain(q, k, v, None, given):
         ops.check(q, k, v, out, *more, *options)

@@ -1,13 +1,16 @@
 """Rewrite the table of docs/transformers.md: every architecture of transformers, eager against fa3.
 
+By fa3's own name, and by transformers' "flash_attention_3", where fa3 takes flash-attn's place.
+
     python -m perf.architectures             all of them, some minutes on one core
     python -m perf.architectures llama bert  only these; prints, and leaves the document alone
 
-Each model is built of a tiny configuration with random weights, and runs once with
-attn_implementation="eager" and once with "fa3", on the CPU and with fa3's products in fp32, so that
-what is left is a difference of meaning and none of rounding. Then the last token changes: where
-eager's earlier positions stay as they were, fa3's must. An architecture whose tiny model cannot be
-built, or does not run with eager attention, says nothing about fa3 and is only counted.
+Each model is built of a tiny configuration with random weights, and runs with
+attn_implementation="eager", "fa3" and "flash_attention_3", on the CPU and with fa3's products in
+fp32, so that what is left is a difference of meaning and none of rounding. Then the last token
+changes: where eager's earlier positions stay as they were, fa3's must. An architecture whose tiny
+model cannot be built, or does not run with eager attention, says nothing about fa3 and is only
+counted.
 
 A model of text runs a padded batch, too: fa3 must agree with eager at all tokens that are no
 padding. That is compared where eager's own results there do not depend on what the padding holds.
@@ -18,6 +21,7 @@ import collections
 import contextlib
 import copy
 import datetime
+import functools
 import inspect
 import itertools
 import multiprocessing
@@ -25,12 +29,16 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 
+import fa3
+
+from . import flash_attention_3
 from .document import insert, table
 from .progress import track
 from .results import ROOT
@@ -40,7 +48,8 @@ DOCUMENT = ROOT / "docs" / "transformers.md"
 BEGIN, END = "<!-- begin: python -m perf.architectures -->", "<!-- end -->"
 RESULTS = ("wrong", "fails", "runs", "refused", "does not call fa3", "not built")
 BAD = ("wrong", "fails")
-COLUMNS = ("result", "how many", "why", "model types")
+COLUMNS = ("fa3", "flash_attention_3", "how many", "why", "model types")
+NO_SUPPORT = "does not support Flash Attention"  # says transformers
 BATCH, TOKENS, CHANGED = 2, 12, 7  # tokens below CHANGED are never special
 MOST_PARAMETERS = 30_000_000
 PLACES = ((0, 8), (5, 12))  # of the tokens of a padded batch
@@ -95,6 +104,16 @@ class Verdict(NamedTuple):
     result: str  # one of RESULTS
     note: str = ""
     padded: bool = False  # a padded batch was compared, too
+    flash: str = ""  # the result by transformers' flash_attention_3, and a note on it
+    flash_note: str = ""
+
+
+class Way(NamedTuple):
+    """How a model gets to fa3."""
+
+    name: str  # attn_implementation
+    in_fp32: Callable  # a context: fa3's products in fp32, with a counter of its calls
+    is_refusal: Callable  # of an error
 
 
 def architectures() -> list[str]:
@@ -106,6 +125,11 @@ def architectures() -> list[str]:
 
 def judge(architecture: str) -> Verdict:
     """Eager against fa3."""
+    with flash_attention_3.found():  # models look for it when they are imported
+        return _judge(architecture)
+
+
+def _judge(architecture: str) -> Verdict:
     name, reason = "-", ""
     for sizes in VARIANTS:
         torch.manual_seed(0)
@@ -119,11 +143,20 @@ def judge(architecture: str) -> Verdict:
         except Exception as error:
             reason = reason or _line(error)
             continue
-        result, note = _compared(cls, config, eager, probes, expected)
-        if result != "runs":
-            return Verdict(architecture, name, result, note)
-        return Verdict(architecture, name, *_padded(cls, config, eager, probes[0]))
-    return Verdict(architecture, name, "not built", reason)
+        found = [_judge_way(way, cls, config, eager, probes, expected) for way in (OWN, FLASH)]
+        (result, note, padded), (flash, flash_note, _) = found
+        if flash == "wrong":  # what transformers asks for is its own affair
+            flash = "differs"
+        return Verdict(architecture, name, result, note, padded, flash, flash_note)
+    return Verdict(architecture, name, "not built", reason, flash="not built")
+
+
+def _judge_way(way: Way, cls, config, eager, probes, expected) -> tuple[str, str, bool]:  # noqa: PLR0913
+    """The result, a note, and whether a padded batch was compared."""
+    result, note = _compared(way, cls, config, eager, probes, expected)
+    if result != "runs":
+        return result, note, False
+    return _padded(way, cls, config, eager, probes[0])
 
 
 def _runnable(eager) -> tuple[list, list]:
@@ -141,16 +174,15 @@ def _runnable(eager) -> tuple[list, list]:
     raise failure
 
 
-def _compared(cls, config, eager, probes, expected) -> tuple[str, str]:
+def _compared(way: Way, cls, config, eager, probes, expected) -> tuple[str, str]:  # noqa: PLR0913
     calls = collections.Counter()
     try:
-        with _quiet(), in_fp32(calls):
-            ours = _built(cls, config, "fa3")
+        with _quiet(), way.in_fp32(calls):
+            ours = _built(cls, config, way.name)
             ours.load_state_dict(eager.state_dict())
             actual = [_run(ours, x) for x in probes]
     except Exception as error:
-        refused = isinstance(error, NotImplementedError | ValueError) and " fa3 " in str(error)
-        return ("refused" if refused else "fails"), _line(error)
+        return ("refused" if way.is_refusal(error) else "fails"), _line(error)
     scale = expected[0].abs().max().item()
     difference = (actual[0] - expected[0]).abs().max().item() / scale
     moved = [_moved(pair) / scale for pair in (expected, actual)]
@@ -163,7 +195,7 @@ def _compared(cls, config, eager, probes, expected) -> tuple[str, str]:
     return "runs", ""
 
 
-def _padded(cls, config, eager, inputs) -> tuple[str, str, bool]:
+def _padded(way: Way, cls, config, eager, inputs) -> tuple[str, str, bool]:
     """The same of a padded batch, for a model that runs without."""
     batches, is_real = _padded_batches(eager, inputs)
     try:
@@ -176,12 +208,12 @@ def _padded(cls, config, eager, inputs) -> tuple[str, str, bool]:
     if not is_defined:
         return "runs", "", False
     try:
-        with _quiet(), in_fp32():
-            ours = _built(cls, config, "fa3")
+        with _quiet(), way.in_fp32(collections.Counter()):
+            ours = _built(cls, config, way.name)
             ours.load_state_dict(eager.state_dict())
             actual = _run(ours, batches[0])[is_real]
     except Exception as error:
-        refused = isinstance(error, NotImplementedError | ValueError) and " fa3 " in str(error)
+        refused = way.is_refusal(error)
         return ("runs" if refused else "fails"), f"padded: {_line(error)}", False
     difference = (actual - expected[0]).abs().max().item() / scale
     if not difference <= TOLERANCE:
@@ -216,11 +248,56 @@ def in_fp32(calls=None):
     calls = collections.Counter() if calls is None else calls
     import fa3.integrations.transformers as integration
 
+    integration.register()
+    plain = integration.flash_attn_func, integration.flash_attn_varlen_func
+    attention, ragged = _functions_in_fp32(*plain, calls)
+    with (
+        mock.patch.object(integration, "flash_attn_func", attention),
+        mock.patch.object(integration, "flash_attn_varlen_func", ragged),
+        mock.patch.object(integration, "_computed_in", lambda q, k, v: v.dtype),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def flash_in_fp32(calls):
+    """The same of what transformers calls by the name of flash_attention_3."""
+    plain = fa3.flash_attn_func, fa3.flash_attn_varlen_func
+    names = [function.__name__ for function in plain]
+    functions = _functions_in_fp32(*plain, calls)
+    from transformers.integrations import flash_attention
+
+    with (
+        flash_attention_3.found(dict(zip(names, functions, strict=True))),
+        # which dtype to round fp32 to: models without a Linear have no answer
+        mock.patch.object(flash_attention, "get_target_dtype", lambda query, module: None),
+    ):
+        yield
+
+
+def _is_refused_here(error) -> bool:
+    return isinstance(error, NotImplementedError | ValueError) and " fa3 " in str(error)
+
+
+def _is_refused_there(error) -> bool:
+    """By transformers, which may want a kernel of the model's own, or by fa3's functions."""
+    wants_kernels = isinstance(error, ImportError) and "`kernels`" in str(error)
+    return wants_kernels or isinstance(error, NotImplementedError | ValueError | TypeError)
+
+
+OWN = Way("fa3", in_fp32, _is_refused_here)
+FLASH = Way(flash_attention_3.NAME, flash_in_fp32, _is_refused_there)
+
+
+def _functions_in_fp32(plain, plain_ragged, calls):
+    """Stand-ins for flash_attn_func and flash_attn_varlen_func."""
     from .check import visible_keys
 
-    integration.register()
-
-    def attention(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink):  # noqa: PLR0913
+    @functools.wraps(plain)
+    def attention(  # noqa: PLR0913
+        q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+        learnable_sink=None, deterministic=False,
+    ):  # fmt: skip
         calls["attention"] += 1
         rounded = (x.bfloat16() for x in (q, k, v))
         options = {"softcap": softcap, "learnable_sink": learnable_sink}
@@ -240,15 +317,20 @@ def in_fp32(calls=None):
             lse = torch.logaddexp(lse, learnable_sink[:, None, None])
         return ((scores - lse).exp() @ v).transpose(1, 2).contiguous()
 
-    def ragged(q, k, v, *lengths, seqused_q=None, seqused_k=None, out=None, **options):  # noqa: PLR0913
+    @functools.wraps(plain_ragged)
+    def ragged(  # noqa: PLR0913
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
+        seqused_k=None, out=None, **options,
+    ):  # fmt: skip
         """The same, of one sequence after another; rows of nobody are NaN."""
         used = {"seqused_q": seqused_q, "seqused_k": seqused_k}
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         plain_ragged(*(x.bfloat16() for x in (q, k, v)), *lengths, **used, **options)
         if out is None:
             out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
         rows = zip(
-            _rows_of_sequences(q, lengths[0], seqused_q),
-            _rows_of_sequences(k, lengths[1], seqused_k),
+            _rows_of_sequences(q, cu_seqlens_q, seqused_q),
+            _rows_of_sequences(k, cu_seqlens_k, seqused_k),
             strict=True,
         )
         for queries, keys in rows:
@@ -257,13 +339,7 @@ def in_fp32(calls=None):
                 out[queries] = attention(*one, **options)[0] if k[keys].numel() else 0.0
         return out
 
-    plain, plain_ragged = integration.flash_attn_func, integration.flash_attn_varlen_func
-    with (
-        mock.patch.object(integration, "flash_attn_func", attention),
-        mock.patch.object(integration, "flash_attn_varlen_func", ragged),
-        mock.patch.object(integration, "_computed_in", lambda q, k, v: v.dtype),
-    ):
-        yield
+    return attention, ragged
 
 
 def _rows_of_sequences(x, cu_seqlens, seqused) -> list[tuple]:
@@ -410,6 +486,7 @@ def verdicts(names: list[str]):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(theirs,), daemon=True)
             worker.start()
+            theirs.close()  # else nobody would notice that the process died
         ours.send(name)
         try:
             if not ours.poll(SECONDS):
@@ -418,7 +495,8 @@ def verdicts(names: list[str]):
         except (EOFError, OSError, TimeoutError) as error:
             worker.kill()
             worker = None
-            yield Verdict(name, "-", "not built", _line(error) or "its process died")
+            note = _line(error) or "its process died"
+            yield Verdict(name, "-", "not built", note, flash="not built")
     if worker is not None:
         worker.kill()
 
@@ -432,20 +510,33 @@ def _work(pipe) -> None:
 
 
 def markdown(found: list[Verdict], made: str) -> str:
-    """The generated part of the document: a row per result and reason."""
+    """The generated part of the document: a row per pair of results and reasons."""
     groups = collections.defaultdict(list)
     for verdict in found:
-        reason = verdict.note.partition(" fa3 ")[2] if verdict.result not in BAD else ""
-        if verdict.result == "runs" and reason:
-            reason = f"of padded batches: {reason}"
-        groups[verdict.result, re.sub(r"[0-9]+", "n", reason)].append((verdict, reason))
+        reasons = _reason(verdict), _flash_reason(verdict)
+        key = tuple(re.sub(r"[0-9]+", "n", reason) for reason in reasons)
+        groups[verdict.result, verdict.flash, key].append((verdict, reasons))
     order = sorted(groups.items(), key=lambda x: (RESULTS.index(x[0][0]), -len(x[1])))
     rows = []
-    for (result, _), members in order:
-        reason = members[0][1] or "-"
+    for (result, flash, _), members in order:
+        reason, flash_reason = members[0][1]
+        why = "; ".join(filter(None, (reason, flash_reason))) or "-"
         names = ", ".join(verdict.architecture for verdict, _ in members)
-        rows.append((result, str(len(members)), reason, names))
+        rows.append((result, flash, str(len(members)), why, names))
     return "\n".join([BEGIN, "", made, "", table(COLUMNS, rows), "", END])
+
+
+def _reason(verdict: Verdict) -> str:
+    reason = verdict.note.partition(" fa3 ")[2] if verdict.result not in BAD else ""
+    return f"of padded batches: {reason}" if verdict.result == "runs" and reason else reason
+
+
+def _flash_reason(verdict: Verdict) -> str:
+    """What flash_attention_3 says, without the name of the model's class."""
+    note = verdict.flash_note
+    if NO_SUPPORT in note:
+        note = f"transformers: the model {NO_SUPPORT} 3"
+    return f"flash_attention_3: {note}" if note else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -460,12 +551,14 @@ def main(argv: list[str] | None = None) -> int:
     found = list(verdicts(track(names, "architecture")))
     for verdict in found:
         if options.architectures or verdict.result in BAD:
-            print(": ".join(filter(None, verdict)))
+            print(": ".join(str(x) for x in verdict if x not in ("", False)))
     counts = collections.Counter(verdict.result for verdict in found)
     print(", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result]))
     if not options.architectures:
         made = f"{datetime.date.today()}, commit {commit()}: transformers {version('transformers')}"
         made += f", torch {torch.__version__}, {len(found)} model types"
+        there = collections.Counter(verdict.flash for verdict in found)
+        made += f"; by flash_attention_3 {there['runs']} run"
         made += f"; padded batches of {sum(verdict.padded for verdict in found)} compared."
         text = markdown(found, made)
         DOCUMENT.write_text(insert(DOCUMENT.read_text(), text))

@@ -117,15 +117,16 @@ def _stop_watching(model) -> None:
 
 
 def _before_forward(model, inputs) -> None:
-    if not torch.compiler.is_compiling():
+    is_ours = model.config._attn_implementation in _names  # it may have been changed since
+    if is_ours and not torch.compiler.is_compiling():
         _calls_before[model] = _num_calls
 
 
 def _after_forward(model, inputs, output) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or model not in _calls_before:
         return
     _stop_watching(model)
-    if _calls_before.pop(model, None) == _num_calls:
+    if _calls_before.pop(model) == _num_calls:
         warnings.warn(
             f"{type(model).__name__} was given fa3's attention and did not call it: it has no "
             "attention, or computes it by itself",
