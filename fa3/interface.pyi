@@ -112,6 +112,7 @@ def flash_attn_varlen_func(
     check_lengths: bool = False,
     learnable_sink: Tensor | None = None,
     page_table: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attn_varlen_func(
@@ -145,6 +146,7 @@ def flash_attn_varlen_func(
     check_lengths: bool = False,
     learnable_sink: Tensor | None = None,
     page_table: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_varlen_func(
@@ -178,6 +180,7 @@ def flash_attn_varlen_func(
     check_lengths: bool = False,
     learnable_sink: Tensor | None = None,
     page_table: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_qkvpacked_func(
