@@ -1,7 +1,7 @@
 """The call that the command line describes: its tensors, as shapes or with numbers in them."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ def add_arguments_of_call(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
     parser.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
+    parser.add_argument("--ragged", action="store_true", help="sequences of different lengths")
     parser.add_argument("--backward", action="store_true", help="the kernels of gradients")
     parser.add_argument("--deterministic", action="store_true", help="gradients in one order")
 
@@ -67,6 +68,7 @@ class Call:
     has_sink: bool
     is_backward: bool = False  # the kernels of its gradients
     is_deterministic: bool = False
+    is_ragged: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Call":
@@ -83,15 +85,18 @@ class Call:
             args.sinks,
             args.backward,
             args.deterministic,
+            args.ragged,
         )
 
     @property
     def signature(self) -> Signature | BwdSignature:
         """What the public function would compile for; its errors are that function's."""
         problem = self.problem(Lengths())
-        if not self.is_backward:
-            return problem.signature
-        return autograd.signature_of(problem, self.is_deterministic)
+        if self.is_backward:
+            found = autograd.signature_of(problem, self.is_deterministic)
+        else:
+            found = problem.signature
+        return replace(found, is_ragged=self.is_ragged)
 
     @property
     def v_dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from ..launch.jit import Artifacts
 from . import run
 from .call import DTYPES, Call, add_arguments_of_call
 from .model import cli as model_cli
+from .model.ampere import Bound
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
 from .report import Report, analyse, analyse_rest
@@ -75,6 +76,13 @@ class Inspection:
         settings = Settings(consumers=self.config.num_mma_warpgroups)
         return predict_report(self.report, settings)
 
+    @cached_property
+    def bound(self) -> Bound | None:
+        """The same of Ampere and Ada, but no more than a bound."""
+        if not self.is_ampere:
+            return None
+        return Bound.of(self.report, self.target.capability, self.is_backward)
+
     @property
     def stem(self) -> str:
         """File name without a suffix."""
@@ -95,7 +103,7 @@ class Inspection:
             "smem_bytes": self.smem_bytes,
             "report": self.report.as_dict(),
             "rest": [report.as_dict() for report in self.rest],
-            "prediction": self.prediction and as_dict(self.prediction),
+            "prediction": self.bound.as_dict() if self.bound else as_dict(self.prediction),
         }
 
     def __str__(self) -> str:
@@ -112,7 +120,7 @@ class Inspection:
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
             f"the limit is {self._smem_limit()}",
             str(self.report),
-            *(summary(self.prediction) if self.prediction else ()),
+            *(self.bound.lines() if self.bound else summary(self.prediction)),
             *map(_beside, self.rest),
         ]
         return "\n".join(lines)
@@ -139,7 +147,8 @@ class Inspection:
 
 def features(signature: AnySignature) -> list[str]:
     """Words for what few kernels do."""
-    found = [signature.score] if getattr(signature, "score", None) else []
+    found = ["ragged"] * signature.is_ragged
+    found += [signature.score] if getattr(signature, "score", None) else []
     found += ["sinks"] * getattr(signature, "sinks", False)
     found += ["split"] * getattr(signature, "is_split", False)
     found += ["deterministic"] * getattr(signature, "deterministic", False)
@@ -253,7 +262,9 @@ def _text(inspection: Inspection, launch: LaunchProfile | None) -> str:
     return str(inspection) if launch is None else f"{inspection}\nrun on the emulator: {launch}"
 
 
-def _check_backward(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
+    if args.ragged and (args.run or args.timeline):
+        raise ValueError("--run is of sequences of one length: expected no --ragged")
     if args.deterministic and not args.backward:
         raise ValueError("--deterministic is of a backward pass: expected --backward, too")
     if args.backward and args.config and (args.run or args.timeline):
@@ -275,7 +286,7 @@ def main(argv: list[str]) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     try:
         lengths = run.lengths_of(args)
-        _check_backward(args)
+        _check_options(args)
         if args.run or args.timeline:
             _emulate(args.arch)  # before anything is compiled
         signature, target = signature_of(args), TARGETS[args.arch]

@@ -118,6 +118,18 @@ BACKWARD_SM80 = {
         Sm80BwdConfig(32, 64, num_stages=1, v_in_registers=192, v_is_kept=False),  # 76 KiB
     ),
 }
+# With softcap, where these spill.
+BACKWARD_SM80_SOFTCAP = {
+    (64, 64): (Sm80BwdConfig(32, 128, k_in_registers=64, v_in_registers=64),),  # 58 KiB
+    (128, 128): (
+        Sm80BwdConfig(32, 128),  # 105 KiB
+        BACKWARD_SM80[128, 128][1],
+    ),
+    (192, 192): (
+        Sm80BwdConfig(64, 96, key_warps=2, num_stages=1, score_slices=2),  # 144 KiB
+        BACKWARD_SM80[192, 192][1],
+    ),
+}
 
 
 # A tile of so many rows holds all that a sequence of a cache has in a step of generation.
@@ -132,7 +144,7 @@ def forward(
 
     rows: at most so many of q has any sequence; None: not known.
     """
-    if capability[0] == 8:
+    if capability[0] != 9:
         return _forward_sm80(signature, capability)
     config = _forward_sm90(signature)
     is_few = signature.is_ragged and rows is not None and rows <= FEW_ROWS
@@ -171,10 +183,11 @@ def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
 def backward(signature: BwdSignature, capability: tuple[int, int] = (9, 0)) -> AnyBwdConfig:
     """The config of the row for both head dims."""
     tiles = signature.head_dim, signature.head_dim_v
-    if capability[0] == 8:
-        return _first_that_fits(BACKWARD_SM80[tiles], signature, capability)
-    own = BACKWARD_SOFTCAP.get(tiles) if signature.score == "softcap" else None
-    return own or BACKWARD[tiles]
+    has_softcap = signature.score == "softcap"
+    if capability[0] != 9:
+        row = BACKWARD_SM80_SOFTCAP.get(tiles) if has_softcap else None
+        return _first_that_fits(row or BACKWARD_SM80[tiles], signature, capability)
+    return (BACKWARD_SOFTCAP.get(tiles) if has_softcap else None) or BACKWARD[tiles]
 
 
 def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:

@@ -9,7 +9,12 @@ from ..signature import Signature
 # Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
 # 1 KiB of each CTA's.
 RESERVED = 1024
-SMEM_OF_SM = {(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10}
+SMEM_OF_SM = {
+    **{(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10},
+    **{(10, 0): 228 << 10, (10, 3): 228 << 10, (11, 0): 228 << 10},
+    **{(12, 0): 100 << 10, (12, 1): 100 << 10},
+}
+A100 = SMEM_OF_SM[8, 0]
 REGISTERS_OF_SM = 65_536
 MAX_REGISTERS = 255  # of a thread
 ROWS = 16  # of a fragment
@@ -39,7 +44,7 @@ class Sm80Config:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
-    def check(self, signature: Signature, smem_of_sm: int = max(SMEM_OF_SM.values())) -> None:
+    def check(self, signature: Signature, smem_of_sm: int = A100) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
         check_fields(self, self._rules(signature))
         smaller = "tile_n, num_stages, num_warps or ctas_per_sm"
