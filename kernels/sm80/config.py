@@ -34,6 +34,7 @@ class Sm80Config:
     rows_per_warp: int = 32  # query rows; K and V are read from shared memory once for all of them
     num_stages: int = 1  # of K and of V
     ctas_per_sm: int = 2
+    q_in_registers: int = 0  # columns of Q that are operands in registers all the time, at most
 
     @property
     def tile_m(self) -> int:
@@ -71,6 +72,8 @@ class Sm80Config:
         yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
         yield "num_stages", self.num_stages in (1, 2), "1 or 2"
         threads = self.num_threads * self.ctas_per_sm
+        widths = range(0, 257, 16)
+        yield "q_in_registers", self.q_in_registers in widths, "a multiple of 16 from 0 to 256"
         yield "ctas_per_sm", 1 <= self.ctas_per_sm and threads <= 1024, "1 to 1024 / threads"
 
     def _rows_per_copy(self, signature: Signature) -> int:
