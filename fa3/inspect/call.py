@@ -42,7 +42,6 @@ def add_arguments_of_call(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", type=float, default=0.0, help="of the call; 0 is none")
     parser.add_argument("--sinks", action="store_true", help="a call with a learnable_sink")
-    parser.add_argument("--ragged", action="store_true", help="sequences of different lengths")
     parser.add_argument("--backward", action="store_true", help="the kernels of gradients")
     parser.add_argument("--deterministic", action="store_true", help="gradients in one order")
 
@@ -85,7 +84,7 @@ class Call:
             args.sinks,
             args.backward,
             args.deterministic,
-            args.ragged,
+            getattr(args, "ragged", False),
         )
 
     @property

@@ -238,6 +238,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--head-dim", type=int, required=True, help="of q and k")
     p.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (%(default)s)")
     add_arguments_of_call(p)
+    p.add_argument("--ragged", action="store_true", help="sequences of different lengths")
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"

@@ -86,7 +86,7 @@ FORWARD_SM80 = {
         Sm80Config(64, 8, 16, ctas_per_sm=1, q_in_registers=192),
     ),
     (256, 256): (
-        Sm80Config(64, 8, 16, ctas_per_sm=1, q_in_registers=128),  # 18.7; 128 KiB
+        Sm80Config(64, 8, 16, ctas_per_sm=1, q_in_registers=96),  # 18.7; 128 KiB
         Sm80Config(32, 8, 16, ctas_per_sm=1),  # 20.3
         Sm80Config(32, rows_per_warp=16, ctas_per_sm=1),  # beside a head dim of 96
     ),
