@@ -124,6 +124,8 @@ def ampere_backward() -> list[Variant]:
         (large, "fp16", 128, 128, "local", True, True, "softcap"),
         (large, "bf16", 192, 128, "causal", False, True),
         (small, "bf16", 256, 256, "full", False, True),
+        (large, "bf16", 96, 96, "local", True, True, "softcap"),
+        (small, "bf16", 96, 96, "local", True, True, "softcap"),
         (large, "bf16", 64, 64, "causal", True),
         (large, "bf16", 192, 192, "local"),
         (small, "bf16", 96, 96, "causal"),

@@ -125,6 +125,10 @@ BACKWARD_SM80 = {
 # With softcap, where these spill.
 BACKWARD_SM80_SOFTCAP = {
     (64, 64): (Sm80BwdConfig(32, 128, k_in_registers=64, v_in_registers=64),),  # 58 KiB
+    (96, 96): (
+        Sm80BwdConfig(64, 128, score_slices=2),  # 113 KiB
+        Sm80BwdConfig(64, 128, num_stages=1, score_slices=2),  # 89 KiB
+    ),
     (128, 128): (
         Sm80BwdConfig(32, 128),  # 105 KiB
         BACKWARD_SM80[128, 128][1],
