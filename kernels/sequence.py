@@ -34,6 +34,10 @@ class Span:
 
     start = 0  # its first row in the tensor
 
+    def first_block(self, num_rows: int) -> int:
+        """In a workspace, of an entry: see RaggedSpan.first_block."""
+        return 0
+
     def tiled(self, tensor: cute.Tensor, head, row_mode: int) -> cute.Tensor:
         """TMA's (rows, columns, heads, b) -> (rows, columns) of a head; columns may come first."""
         return tensor[None, None, head, self.entry]

@@ -3,6 +3,7 @@
     python -m perf.static            compile all of them, rewrite tests/golden/static.json
     python -m perf.static e4m3       only those with these words in their names, the others stay
     python -m perf.static --check    compile all of them, name what became worse
+    python -m perf.static --spills   compile each config of Ampere with each mask, name what spills
 
 tests/test_static.py compares every kernel with its line there, so that a change that makes a main
 loop worse is seen, and what it costs stands in the change's diff.
@@ -12,10 +13,13 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fa3.inspect.cli import Inspection, inspect
+from fa3.inspect.flow import Flow
+from fa3.inspect.loops import loops_beside
 from fa3.kernels.signature import Signature
 
 from . import variants
@@ -40,14 +44,19 @@ class Line:
     @classmethod
     def of(cls, found: Inspection) -> "Line":
         steady, resources = found.report.steady, found.report.resources
-        everything = (steady.around or steady).all
+        everything, exponentials = (steady.around or steady).all, steady.straight.exponentials
+        ways = [steady.straight.slots, everything.slots]
+        if found.is_ampere and found.is_backward:  # warps of both sides share a step
+            for loop in loops_beside(Flow(found.report.program)):
+                ways[0] += loop.straight.slots
+                ways[1] += loop.all.slots
         return cls(
             config=variants.as_code(found.config),
             registers=resources.registers,
             local_bytes=resources.frame,
             smem_bytes=resources.static_smem + found.smem_bytes,
-            slots_per_exp=round(steady.straight.per_exponential, 3),
-            slots_with_all=round(everything.per_exponential, 3),
+            slots_per_exp=round(ways[0] / exponentials, 3),
+            slots_with_all=round(ways[1] / everything.exponentials, 3),
         )
 
 
@@ -74,7 +83,8 @@ def kernels() -> list[variants.Variant]:
     """All of the table."""
     back = variants.backward() + variants.backward_with_options()
     forward = compared() + variants.of_caches()
-    return [*map(variants.Variant, forward), *back, *variants.ampere()]
+    of_ampere = variants.ampere() + variants.ampere_backward()
+    return [*map(variants.Variant, forward), *back, *of_ampere]
 
 
 def read(path: Path = TABLE) -> dict[str, Line]:
@@ -86,6 +96,23 @@ def write(lines: dict[str, Line], path: Path = TABLE) -> None:
     path.write_text(f"{text}\n")
 
 
+def named(names: Iterable[str], words: Iterable[str]) -> list[str]:
+    """Those with all of the words."""
+    return [name for name in names if set(words) <= set(re.split(r"[ ,]+", name))]
+
+
+def spilling(words: Iterable[str]) -> list[str]:
+    """Names of kernels of Ampere that have local memory; all of it comes from spills there."""
+    by_name, found = {variant.name: variant for variant in variants.every_ampere()}, []
+    for name in track(named(by_name, words), "kernel"):
+        variant = by_name[name]
+        local = inspect(variant.signature, target=variant.target).report.resources.frame
+        if local:
+            found.append(name)
+            print(f"{name}: {local} bytes of local memory per thread")
+    return found
+
+
 def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
     parser = argparse.ArgumentParser(
         "python -m perf.static",
@@ -94,10 +121,15 @@ def main(argv: list[str] | None = None, path: Path = TABLE) -> int:
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="of the names: only these")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is worse")
+    parser.add_argument(
+        "--spills", action="store_true", help="of Ampere; write nothing, as --check"
+    )
     options = parser.parse_args(argv)
+    if options.spills:
+        return 1 if spilling(options.words) else 0
     committed = read(path) if path.is_file() else {}
     by_name = {variant.name: variant for variant in kernels()}
-    chosen = [name for name in by_name if set(options.words) <= set(re.split(r"[ ,]+", name))]
+    chosen = named(by_name, options.words)
     found, losses = {}, 0
     for name in track(chosen, "kernel"):
         variant = by_name[name]

@@ -123,6 +123,52 @@ def ampere() -> list[Variant]:
     return [Variant(Signature("bf16", *facts), arch) for arch, *facts in kinds]
 
 
+def ampere_backward() -> list[Variant]:
+    """As `ampere`: those that the tests of accuracy run, and what else the tables have."""
+    large, small = "sm_80", "sm_89"
+    kinds = (
+        (large, "fp16", 64, 64, "causal"),
+        (large, "bf16", 96, 96, "local"),
+        (large, "bf16", 128, 128, "causal"),
+        (small, "fp16", 128, 128, "full"),
+        (large, "fp16", 192, 128, "full"),
+        (small, "bf16", 192, 192, "local"),
+        (large, "bf16", 256, 256, "causal"),
+        (small, "fp16", 256, 256, "full"),
+        (large, "bf16", 64, 64, "causal", False, False, "softcap"),
+        (large, "fp16", 192, 192, "local", False, False, "softcap"),
+        (large, "bf16", 64, 64, "causal", False, True),
+        (large, "fp16", 128, 128, "local", True, True, "softcap"),
+        (large, "bf16", 192, 128, "causal", False, True),
+        (small, "bf16", 256, 256, "full", False, True),
+        (large, "bf16", 96, 96, "local", True, True, "softcap"),
+        (small, "bf16", 96, 96, "local", True, True, "softcap"),
+        (large, "bf16", 64, 64, "causal", True),
+        (large, "bf16", 192, 192, "local"),
+        (small, "bf16", 96, 96, "causal"),
+        (small, "bf16", 192, 128, "full"),
+    )
+    return [Variant(BwdSignature(*facts), arch) for arch, *facts in kinds]
+
+
+def every_ampere() -> list[Variant]:
+    """Each config of the tables of Ampere with each mask, and once with all that a call may ask."""
+    found = []
+    for arch, mask in product(("sm_80", "sm_89"), MASKS):
+        plain = [Signature("bf16", *dims, mask) for dims in sorted(tuning.FORWARD)]
+        plain += [BwdSignature("bf16", *dims, mask) for dims in sorted(tuning.BACKWARD)]
+        found += [Variant(signature, arch) for signature in plain]
+        if mask == "local":
+            more = [replace(s, is_ragged=True, score="softcap") for s in plain]
+            found += [
+                Variant(replace(s, deterministic=True), arch)
+                if isinstance(s, BwdSignature)
+                else Variant(replace(s, sinks=True), arch)
+                for s in more
+            ]
+    return found
+
+
 def shipped() -> list[Signature]:
     return sixteen_bit() + one_byte()
 
@@ -139,10 +185,7 @@ def name_of(signature: AnySignature) -> str:
     scales = []
     if signature.quantised:
         scales.append(KIND_OF[replace(signature.quantised, out="bf16")])
-    ragged = ["ragged"] * signature.is_ragged
-    return ", ".join(
-        [f"{dims} {signature.dtype} {signature.mask}", *scales, *ragged, *features(signature)]
-    )
+    return ", ".join([f"{dims} {signature.dtype} {signature.mask}", *scales, *features(signature)])
 
 
 def as_code(config) -> str:

@@ -1,5 +1,6 @@
 """Where the kernels run: on a Hopper GPU if there is one, else in the emulator with all checks."""
 
+import math
 import os
 
 import pytest
@@ -102,3 +103,15 @@ def ampere(device, run_on):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not HOPPER:
         pytest.skip("no GPU of compute capability 9.0")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory holds NaN, and counters that no tile would pass."""
+
+    def fill(x):
+        return x.fill_(math.nan if x.is_floating_point() else -(1 << 30))
+
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *x, **more: fill(empty_like(*x, **more)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *x, **more: fill(new_empty(*x, **more)))

@@ -172,7 +172,9 @@ FACTORIES = {
     "zeros",
 }
 FA3 = Path(fa3.__file__).parent
-COMMANDS = {FA3 / "emulator" / "__main__.py"}  # nothing surrounds them
+COMMANDS = {
+    FA3 / x for x in ("emulator/__main__.py", "doctor.py", "warm.py")
+}  # nothing surrounds them
 
 
 def _factory_calls(path):

@@ -18,6 +18,7 @@ from fa3.kernels.bwd_config import BwdConfig
 from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import HEAD_DIM_TILES, Quantised, Signature
+from fa3.kernels.sm80.config import SMEM_OF_SM
 from fa3.launch import dispatch, jit, tuning
 
 SIGNATURE = Signature("bf16", 128, 128, "causal")
@@ -35,14 +36,27 @@ def test_hopper_gets_a_kernel():
         assert where == f"fa3.kernels.sm90.forward.{operands}:forward"
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9)])
-def test_ampere_and_ada_get_the_fallback(capability):
-    where = dispatch.forward(SIGNATURE, gpu(*capability)).where
-    assert where == "fa3.kernels.sm80.forward.kernel:forward"
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), *dispatch.NEWER])
+def test_ampere_ada_and_newer_get_the_fallback(capability):
+    target = gpu(*capability)
+    assert dispatch.forward(SIGNATURE, target).where == "fa3.kernels.sm80.forward.kernel:forward"
+    signature = BwdSignature("bf16", 128, 128, "causal", is_ragged=True, score="softcap")
+    where = dispatch.backward(signature, target).where
+    assert where == "fa3.kernels.sm80.backward.kernel:BackwardSm80"
+    smem = SMEM_OF_SM[capability]
+    tuning.forward(SIGNATURE, capability).check(SIGNATURE, smem)
+    tuning.backward(signature, capability).check(signature, smem)
+
+
+@pytest.mark.parametrize("capability", dispatch.NEWER)
+def test_newer_gpus_have_what_ampere_lacks_refused_with_a_remedy(capability):
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.forward(FP8_SIGNATURE, gpu(*capability, name="NVIDIA Example"))
+    assert "NVIDIA Example has no kernel for FP8: give q, k and v in bf16 or" in str(caught.value)
 
 
 @pytest.mark.parametrize("signature", [SIGNATURE, FP8_SIGNATURE], ids=["bf16", "e4m3"])
-@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (10, 9), (13, 0)])
 def test_other_gpus_get_every_reason(capability, signature):
     with pytest.raises(NotImplementedError) as caught:
         dispatch.forward(signature, gpu(*capability, name="NVIDIA Example"))
@@ -50,7 +64,7 @@ def test_other_gpus_get_every_reason(capability, signature):
     for kernel in dispatch.FORWARD:
         assert kernel.name in message
     assert "NVIDIA Example has {}.{}".format(*capability) in message
-    assert "9.x" in message and "8.x" in message
+    assert "9.x" in message and "8.x or one of 10.0, 10.3, 11.0, 12.0, 12.1" in message
     assert str(signature) in message
 
 
@@ -123,6 +137,8 @@ def test_unknown_fa3_cpu():
         ("sm_80", (9, 0), (8, 0), "sm_90a"),  # the fallback, in the GPU's own code
         ("sm_89", (9, 0), (8, 9), "sm_90a"),
         (None, (8, 6), (8, 6), "sm_86"),
+        (None, (12, 0), (12, 0), "sm_120"),
+        ("sm_80", (12, 0), (12, 0), "sm_120"),
         ("sm_90a", (8, 0), (8, 0), "sm_80"),  # a GPU does not become another
     ],
 )
@@ -203,8 +219,8 @@ def test_backward_on_other_gpus():
     signature = BwdSignature("bf16", 64, 64, "full")
     kernel = dispatch.backward(signature, gpu(8, 6))
     assert kernel.where == "fa3.kernels.sm80.backward.kernel:BackwardSm80"
-    with pytest.raises(NotImplementedError, match="backward sm90: it needs .* 9.x, .* has 10.0"):
-        dispatch.backward(signature, gpu(10, 0))
+    with pytest.raises(NotImplementedError, match="backward sm90: it needs .* 9.x, .* has 7.5"):
+        dispatch.backward(signature, gpu(7, 5))
 
 
 @pytest.mark.parametrize(

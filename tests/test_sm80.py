@@ -7,9 +7,10 @@ import torch
 
 import fa3
 from fa3.inspect.cli import inspect
+from fa3.inspect.elf import Cubin
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
 from fa3.kernels.sm80.config import SMEM_OF_SM, Sm80Config
-from fa3.launch import dispatch, tuning
+from fa3.launch import dispatch, jit, tuning
 from perf import static, variants
 
 from . import test_forward, test_ragged
@@ -27,6 +28,7 @@ DENSE = [
     (LARGE, Case("bf16", 128, 128, s_q=140, s_k=100, causal=True, softmax_scale=0.3)),
     (SMALL, Case("fp16", 104, 120, s_q=33, s_k=150, h_q=3, h_k=1, layout="sbhd", softcap=5.0)),
     (LARGE, Case("fp16", 192, 128, s_q=129, s_k=140, layout="expanded", batch=2, h_q=1, h_k=1)),
+    (LARGE, Case("fp16", 184, 192, s_q=140, s_k=130, causal=True, h_q=1, h_k=1)),
     (SMALL, Case("bf16", 64, 184, s_q=20, s_k=80, window=(9, 0), sink="batch")),
     (LARGE, Case("bf16", 256, 256, s_q=40, s_k=150, causal=True, h_q=1, h_k=1)),
     (SMALL, Case("fp16", 248, 200, s_q=130, s_k=65, num_ctas=1, h_q=2, h_k=1)),
@@ -125,6 +127,7 @@ def test_a_config_that_no_kernel_can_have():
         ("rows_per_warp", 64),
         ("num_stages", 3),
         ("ctas_per_sm", 0),
+        ("q_in_registers", 40),
     ):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
             Sm80Config(**({"tile_n": 64} | {name: value})).check(signature)
@@ -134,6 +137,15 @@ def test_a_config_that_no_kernel_can_have():
 
 # Issue slots per exponential of FlashAttention-2's C++ kernels.
 FLASH_ATTENTION_2 = {64: 8.6, 96: 10.4, 128: 13.0, 192: 17.3, 256: 21.3}
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
+def test_newer_gpus_get_code_of_their_own(arch, device):
+    """Which has run nowhere."""
+    signature, capability = Signature("bf16", 64, 64, "full"), (int(arch[3:-1]), 0)
+    where = dispatch.forward(signature, dispatch.Target("gpu", "", capability, 1, arch)).where
+    config = tuning.forward(signature, capability)
+    assert Cubin.parse(jit.artifacts(where, signature, config, arch).cubin).sm == int(arch[3:])
 
 
 @pytest.mark.parametrize("variant", variants.ampere(), ids=lambda variant: variant.name)

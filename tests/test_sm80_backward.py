@@ -1,26 +1,30 @@
 """Gradients on Ampere and Ada, on the emulator or a Hopper GPU, and the SASS of their kernels."""
 
 import math
+import random
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-import fa3
 from fa3 import emulator
 from fa3.call.mask import MaskSpec
-from fa3.inspect.flow import Flow
-from fa3.inspect.loops import loops_beside
-from fa3.inspect.report import analyse
+from fa3.emulator.mutation import Judge
+from fa3.inspect.cli import inspect
 from fa3.kernels.bwd_signature import BwdSignature
 from fa3.kernels.signature import head_dim_tile
 from fa3.kernels.sm80.bwd_config import Sm80BwdConfig
 from fa3.kernels.sm80.config import SMEM_OF_SM
-from fa3.launch import dispatch, jit, tuning
+from fa3.launch import dispatch, tuning
+from perf import static, variants
 
-from .ampere import LARGE, SMALL, target_of
+from . import test_backward_ragged
+from .ampere import LARGE, SMALL
 from .backward_cases import BackwardCase, attention, check, gradients
 from .cases import make_inputs
 from .conftest import HOPPER
+from .test_backward_ragged import RaggedBackwardCase
 
 # Every row of the table and both sizes of shared memory, every kind of mask, odd lengths and dims.
 CASES = [
@@ -32,6 +36,44 @@ CASES = [
     (SMALL, BackwardCase("bf16", 64, 184, s_q=20, s_k=70, window=(9, 0), h_q=2, h_k=1)),
     (LARGE, BackwardCase("bf16", 256, 256, s_q=65, s_k=70, causal=True, h_q=1, h_k=1)),
     (SMALL, BackwardCase("fp16", 248, 200, s_q=40, s_k=70, h_q=1, h_k=1, with_lse=True)),
+    (LARGE, BackwardCase(s_q=70, s_k=140, h_k=1, causal=True, softcap=5.0, sink="head")),
+    (
+        LARGE,
+        BackwardCase(
+            *("fp16", 192, 192, 2, 1, 1, 70, 100), window=(30, 20), softcap=20.0, sink="batch"
+        ),
+    ),
+]
+# Packed and dense, rows of nobody, sequences without a query or a key; two and one warps a key.
+RAGGED = [
+    (
+        LARGE,
+        RaggedBackwardCase(
+            *((66, 0, 5, 80), (100, 40, 0, 33)), h_k=1, causal=True, num_ctas=1, with_lse=True
+        ),
+    ),
+    (
+        LARGE,
+        RaggedBackwardCase(
+            *((70, 0, 9), (200, 9, 30), "slack", "dense", "fp16", 128, 128, 1, 1),
+            window=(30, 20),
+            layout="packed",
+            deterministic=True,
+            softcap=5.0,
+        ),
+    ),
+    (
+        LARGE,
+        RaggedBackwardCase(
+            *((1, 40), (70, 30), "dense", "packed", "bf16", 192, 128, 2, 1), causal=True
+        ),
+    ),
+    (
+        SMALL,
+        RaggedBackwardCase(
+            *((1, 1, 64), (7, 70, 64), "dense", "slack", "bf16", 256, 248, 1, 1), num_ctas=1
+        ),
+    ),
 ]
 
 
@@ -39,6 +81,12 @@ CASES = [
 def test_accuracy(capability, case, device, ampere):
     ampere(capability)
     check(case, device)
+
+
+@pytest.mark.parametrize(("capability", "case"), RAGGED, ids=str)
+def test_sequences_of_different_lengths(capability, case, device, ampere, poisoned):
+    ampere(capability)
+    test_backward_ragged.check(case, device)
 
 
 def _inputs(case, device):
@@ -82,16 +130,6 @@ def test_gradients_of_some_inputs(device, ampere):
     assert torch.equal(given[0], wanted[1]) and torch.equal(given[1], wanted[2])
 
 
-def test_what_has_no_backward_pass(device, ampere):
-    ampere(LARGE)
-    q, k, v = _inputs(BackwardCase(s_q=8, s_k=8), device)
-    with pytest.raises(NotImplementedError, match="has no backward pass for softcap"):
-        fa3.flash_attn_func(q, k, v, softcap=5.0)
-    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-    with pytest.raises(NotImplementedError, match="has no backward pass for sequences of diff"):
-        fa3.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 5, 5)
-
-
 @pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
 def test_order_of_warps_and_copies_does_not_change_the_bits(device, ampere):
     """Several tiles of one CTA, several blocks and heads of a tile."""
@@ -108,15 +146,51 @@ def test_order_of_warps_and_copies_does_not_change_the_bits(device, ampere):
     emulator.compare_schedules(backward, range(2), checks=emulator.ALL_CHECKS)
 
 
+@pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")
+def test_a_fixed_order_of_sequences_is_kept(device, ampere):
+    """Also gradients of rows that belong to nobody."""
+    ampere(LARGE)
+    case = replace(RAGGED[1][1], num_ctas=1)
+    call = test_backward_ragged.Call.of(case, device)
+    emulator.compare_schedules(lambda: call.gradients(device), seeds=range(1))
+
+
+@pytest.mark.skipif(HOPPER, reason="mutants run on the emulator")
+def test_no_synchronisation_can_be_left_out(device, ampere):
+    """A sample; FA3_ARCH=sm_80 python -m fa3.emulator mutants judges all."""
+    ampere(LARGE)
+    case = BackwardCase(s_q=50, s_k=130, h_q=1, h_k=1, causal=True, softcap=5.0)
+    q, k, v = (x.values for x in make_inputs(case, device))
+    out, lse = attention(case, q, k, v, device)
+    given = torch.randn_like(out), q, k, v, out, lse
+    margin = dispatch.EMULATED_SMS - 1
+    judge = Judge(
+        lambda: torch.ops.fa3.backward(*given, causal=True, softcap=5.0, sm_margin=margin),
+        seeds=range(2),
+    )
+    reached = [m for m in judge.mutants if judge.reaches(m)]
+    assert len(reached) > 20
+    sample = random.Random(0).sample(reached, 8)
+    survivors = [m for m in sample if judge.verdict(m) is None]
+    # Ahead of the store a copy is in flight only where no query sees the tile.
+    assert [str(m) for m in survivors if m.kind != "wait"] == [] and len(survivors) <= 2
+
+
+def _configs() -> set:
+    """All of the tables."""
+    rows = *tuning.BACKWARD_SM80.values(), *tuning.BACKWARD_SM80_SOFTCAP.values()
+    return {config for row in rows for config in row}
+
+
 def test_every_signature_has_a_config_that_fits():
     used = set()
     for capability, smem in SMEM_OF_SM.items():
-        for row in tuning.BACKWARD:
-            signature = BwdSignature("bf16", *row, "full")
+        for row, score in product(tuning.BACKWARD, (None, "softcap")):
+            signature = BwdSignature("bf16", *row, "full", score=score)
             config = tuning.backward(signature, capability)
             config.check(signature, smem)
             used.add(config)
-    assert used == {config for row in tuning.BACKWARD_SM80.values() for config in row}
+    assert used == _configs()
 
 
 @pytest.mark.parametrize(
@@ -144,19 +218,15 @@ def test_a_config_that_needs_too_much_memory():
         Sm80BwdConfig(64, 128, score_slices=2).check(signature, SMEM_OF_SM[SMALL])
 
 
-def _signature_of(case: BackwardCase) -> BwdSignature:
+def _signature_of(case: BackwardCase | RaggedBackwardCase) -> BwdSignature:
     tiles = tuning.backward_tiles(head_dim_tile(case.head_dim), head_dim_tile(case.head_dim_v))
-    return BwdSignature(case.dtype, *tiles, MaskSpec.of(case.causal, *case.window).kind)
+    mask = MaskSpec.of(case.causal, *case.window).kind
+    is_ragged = isinstance(case, RaggedBackwardCase)
+    deterministic = is_ragged and case.deterministic
+    score = "softcap" if case.softcap else None
+    return BwdSignature(case.dtype, *tiles, mask, deterministic, is_ragged, score)
 
 
-# What runs above, and the rest of the table.
-VARIANTS = [
-    *((capability, _signature_of(case)) for capability, case in CASES),
-    (LARGE, BwdSignature("bf16", 64, 64, "causal", deterministic=True)),
-    (LARGE, BwdSignature("bf16", 192, 192, "local")),
-    (SMALL, BwdSignature("bf16", 96, 96, "causal")),
-    (SMALL, BwdSignature("bf16", 192, 128, "full")),
-]
 # head dims -> at most so many issue slots per exponential, of both sides together; copies included,
 # waiting for one's turn not
 # (FlashAttention-2's C++: 17.8, 23.3, 28.1, 45.2, 58.7 at head dims 64, 96, 128, 192, 256)
@@ -170,24 +240,23 @@ SLOTS = {
 }
 
 
-@pytest.mark.parametrize(("capability", "signature"), VARIANTS, ids=str)
-def test_lean(capability, signature, device):
+@pytest.mark.parametrize("variant", variants.ampere_backward(), ids=lambda variant: variant.name)
+def test_lean(variant, device):
     """Nothing spills; a step takes both sides one way round their loops."""
-    target = target_of(capability)
-    where = dispatch.backward(signature, target).where
-    config = tuning.backward(signature, capability)
-    report = analyse(jit.artifacts(where, signature, config, target.arch).cubin)
-    assert report.resources.sm == int(target.arch[3:])
+    found = inspect(variant.signature, target=variant.target)
+    report, signature = found.report, variant.signature
+    assert report.resources.sm == int(variant.arch[3:])
     assert (report.resources.frame, report.local.loads, report.local.stores) == (0, 0, 0)
-    assert report.resources.registers * config.num_threads <= 65_536
-    (beside,) = loops_beside(Flow(report.program))
-    sides = report.steady, beside
-    slots = sum((x.straight if signature.deterministic else x.all).slots for x in sides)
-    slots /= report.steady.all.exponentials
-    assert slots <= SLOTS[signature.head_dim, signature.head_dim_v]
+    assert report.resources.registers * found.config.num_threads <= 65_536
+    line = static.Line.of(found)
+    if signature.score is None:  # with softcap there are two exponentials per score
+        slots = line.slots_per_exp if signature.deterministic else line.slots_with_all
+        assert slots <= SLOTS[signature.head_dim, signature.head_dim_v]
+    assert static.worse(static.read()[variant.name], line) == []
 
 
-def test_every_config_is_here():
-    used = {tuning.backward(signature, capability) for capability, signature in VARIANTS}
-    assert used == {config for row in tuning.BACKWARD_SM80.values() for config in row}
+def test_every_config_and_every_case_is_among_them():
+    looked_at = [(x.signature, x.target.capability) for x in variants.ampere_backward()]
+    assert {tuning.backward(*x) for x in looked_at} == _configs()
+    assert {(_signature_of(case), size) for size, case in CASES + RAGGED} <= set(looked_at)
     assert set(SLOTS) == set(tuning.BACKWARD_SM80) == set(tuning.BACKWARD)

@@ -240,7 +240,7 @@ def run_mutants(names: Sequence[str], sample: int | None, seed: int, report=prin
     """Judge mutants of these cases; returns the number of survivors without a known reason."""
     from . import install
 
-    install()
+    install(os.environ.get("FA3_ARCH", "sm_90a"))
     judges = {name: Judge(CASES[name](), checks=checks_of(name)) for name in names}
     todo = [(name, mutant) for name, judge in judges.items() for mutant in judge.mutants]
     if sample is not None and sample < len(todo):

@@ -1,7 +1,7 @@
 """The call that the command line describes: its tensors, as shapes or with numbers in them."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,6 +72,7 @@ class Call:
     splits: int = 1  # of the keys
     page_size: int = 0  # keys per page of a cache; 0: there are no pages
     cache_dtype: torch.dtype | None = None  # of k and v; None: that of q
+    is_ragged: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Call":
@@ -88,6 +89,7 @@ class Call:
             args.sinks,
             args.backward,
             args.deterministic,
+            is_ragged=getattr(args, "ragged", False),
         )
 
     @property
@@ -98,9 +100,11 @@ class Call:
     def signature(self) -> Signature | BwdSignature:
         """What the public function would compile for; its errors are that function's."""
         problem = self.problem(Lengths())
-        if not self.is_backward:
-            return problem.signature.split() if self.splits > 1 else problem.signature
-        return autograd.signature_of(problem, self.is_deterministic)
+        if self.is_backward:
+            found = autograd.signature_of(problem, self.is_deterministic)
+        else:
+            found = problem.signature.split() if self.splits > 1 else problem.signature
+        return replace(found, is_ragged=found.is_ragged or self.is_ragged)
 
     @property
     def v_dtype(self) -> torch.dtype:

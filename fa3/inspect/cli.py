@@ -23,6 +23,7 @@ from ..launch.jit import Artifacts
 from . import run
 from .call import DTYPES, Call, add_arguments_of_call
 from .model import cli as model_cli
+from .model.ampere import Bound
 from .model.machine import BANDWIDTH, BYTES_PER_CYCLE
 from .model.predict import Prediction, Settings, predict_report
 from .model.report import as_dict, summary
@@ -76,6 +77,13 @@ class Inspection:
         settings = Settings(consumers=self.config.num_mma_warpgroups)
         return predict_report(self.report, settings)
 
+    @cached_property
+    def bound(self) -> Bound | None:
+        """The same of Ampere and Ada, but no more than a bound."""
+        if not self.is_ampere:
+            return None
+        return Bound.of(self.report, self.target.capability, self.is_backward)
+
     @property
     def stem(self) -> str:
         """File name without a suffix."""
@@ -96,7 +104,7 @@ class Inspection:
             "smem_bytes": self.smem_bytes,
             "report": self.report.as_dict(),
             "rest": [report.as_dict() for report in self.rest],
-            "prediction": self.prediction and as_dict(self.prediction),
+            "prediction": self.bound.as_dict() if self.bound else as_dict(self.prediction),
         }
 
     def __str__(self) -> str:
@@ -113,7 +121,7 @@ class Inspection:
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
             f"the limit is {self._smem_limit()}",
             str(self.report),
-            *(summary(self.prediction) if self.prediction else ()),
+            *(self.bound.lines() if self.bound else summary(self.prediction)),
             *self._generation(),
             *map(_beside, self.rest),
         ]
@@ -157,7 +165,8 @@ class Inspection:
 
 def features(signature: AnySignature) -> list[str]:
     """Words for what few kernels do."""
-    found = [signature.score] if getattr(signature, "score", None) else []
+    found = ["ragged"] * signature.is_ragged
+    found += [signature.score] if getattr(signature, "score", None) else []
     found += ["sinks"] * getattr(signature, "sinks", False)
     found += ["split"] * getattr(signature, "is_split", False)
     rows = getattr(signature, "page_rows", 0)
@@ -260,6 +269,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--splits", type=int, default=1, metavar="N", help="of the keys (%(default)s)")
     p.add_argument("--page-size", type=int, default=0, metavar="TOKENS", help="of a cache's pages")
     p.add_argument("--cache-dtype", choices=["e4m3"], help="of k and v beside 16-bit q")
+    p.add_argument("--ragged", action="store_true", help="sequences of different lengths")
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
         "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
@@ -295,7 +305,9 @@ def _check_cache(args: argparse.Namespace) -> None:
         raise ValueError(f"{what} goes with none of --splits, --page-size and --cache-dtype")
 
 
-def _check_backward(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
+    if args.ragged and (args.run or args.timeline):
+        raise ValueError("--run is of sequences of one length: expected no --ragged")
     if args.deterministic and not args.backward:
         raise ValueError("--deterministic is of a backward pass: expected --backward, too")
     if args.backward and args.config and (args.run or args.timeline):
@@ -317,7 +329,7 @@ def main(argv: list[str]) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     try:
         lengths = run.lengths_of(args)
-        _check_backward(args)
+        _check_options(args)
         _check_cache(args)
         if args.run or args.timeline:
             _emulate(args.arch)  # before anything is compiled

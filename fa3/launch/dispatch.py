@@ -15,6 +15,8 @@ from ..kernels.signature import Signature
 EMULATED_SMS = 132
 # FA3_ARCH -> compute capability
 ARCHITECTURES = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)}
+# Those beyond 9.x that the DSL compiles for: they run the kernels for 8.x, which need nothing else.
+NEWER = (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)
 
 
 class Target(NamedTuple):
@@ -56,8 +58,9 @@ def _why_not_backward_sm90(signature: BwdSignature, target: Target) -> str | Non
 
 
 def _why_not_sm80(signature: Signature, target: Target) -> str | None:
-    if target.capability[0] != 8:
-        return _needs("8.x", target)
+    reason = _why_not_fallback(target)
+    if reason:
+        return reason
     if signature.quantised or signature.widens:
         return (
             f"{target.name} has no kernel for FP8: give q, k and v in bf16 or fp16, multiplied by "
@@ -69,16 +72,14 @@ def _why_not_sm80(signature: Signature, target: Target) -> str | None:
 
 
 def _why_not_backward_sm80(signature: BwdSignature, target: Target) -> str | None:
-    if target.capability[0] != 8:
-        return _needs("8.x", target)
-    if signature.is_ragged:
-        return (
-            f"{target.name} has no backward pass for sequences of different lengths: pad them to "
-            "one length, or call once per sequence"
-        )
-    if signature.score is not None:
-        return f"{target.name} has no backward pass for {signature.score}"
-    return None
+    return _why_not_fallback(target)
+
+
+def _why_not_fallback(target: Target) -> str | None:
+    if target.capability[0] == 8 or target.capability in NEWER:
+        return None
+    newer = ", ".join(f"{major}.{minor}" for major, minor in NEWER)
+    return _needs(f"8.x or one of {newer}", target)
 
 
 def _why_not_hopper(target: Target) -> str | None:

@@ -78,26 +78,30 @@ BACKWARD = {
 BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True)}
 
 
-# Of Ampere and Ada, by the larger head dim: the first one that fits.  In the comment issue slots
+# Of Ampere and Ada, as BACKWARD: the first config of a row that fits.  In the comment issue slots
 # per exponential of the steady loop, by SASS; FlashAttention-2's C++ has 8.6, 10.4, 13.0, 17.3 and
-# 21.3.  32 rows per warp halve what is read of K and V; from 192 on O would take all registers.
+# 21.3.  32 rows per warp halve what is read of K and V; of 192 and 256 O would take all registers.
 FORWARD_SM80 = {
-    64: (Sm80Config(tile_n=64, num_stages=2),),  # 7.7
-    96: (
+    (64, 64): (Sm80Config(tile_n=64, num_stages=2),),  # 7.7
+    (96, 96): (
         Sm80Config(tile_n=64, num_stages=2),  # 9.0; 72 KiB
         Sm80Config(tile_n=64),  # 8.9
     ),
-    128: (  # 48 keys spill
+    (128, 128): (  # 48 keys spill
         Sm80Config(tile_n=32, num_stages=2),  # 11.4; 64 KiB
         Sm80Config(tile_n=32),  # 11.0
     ),
-    192: (
-        Sm80Config(64, num_warps=8, rows_per_warp=16, num_stages=2, ctas_per_sm=1),  # 15.3; 144 KiB
-        Sm80Config(64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 14.9
+    (192, 128): (
+        Sm80Config(tile_n=32),  # 13.3; 68 KiB
+        Sm80Config(64, 8, rows_per_warp=16, ctas_per_sm=1, q_in_registers=192),
     ),
-    256: (
-        Sm80Config(64, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 18.7; 128 KiB
-        Sm80Config(32, num_warps=8, rows_per_warp=16, ctas_per_sm=1),  # 20.3
+    (192, 192): (
+        Sm80Config(64, 8, 16, num_stages=2, ctas_per_sm=1, q_in_registers=192),  # 15.2; 144 KiB
+        Sm80Config(64, 8, 16, ctas_per_sm=1, q_in_registers=192),
+    ),
+    (256, 256): (
+        Sm80Config(64, 8, 16, ctas_per_sm=1, q_in_registers=96),  # 18.7; 128 KiB
+        Sm80Config(32, 8, 16, ctas_per_sm=1),  # 20.3
         Sm80Config(32, rows_per_warp=16, ctas_per_sm=1),  # beside a head dim of 96
     ),
 }
@@ -132,6 +136,22 @@ BACKWARD_SM80 = {
         Sm80BwdConfig(32, 64, num_stages=1, v_in_registers=192, v_is_kept=False),  # 76 KiB
     ),
 }
+# With softcap, where these spill.
+BACKWARD_SM80_SOFTCAP = {
+    (64, 64): (Sm80BwdConfig(32, 128, k_in_registers=64, v_in_registers=64),),  # 58 KiB
+    (96, 96): (
+        Sm80BwdConfig(64, 128, score_slices=2),  # 113 KiB
+        Sm80BwdConfig(64, 128, num_stages=1, score_slices=2),  # 89 KiB
+    ),
+    (128, 128): (
+        Sm80BwdConfig(32, 128),  # 105 KiB
+        BACKWARD_SM80[128, 128][1],
+    ),
+    (192, 192): (
+        Sm80BwdConfig(64, 96, key_warps=2, num_stages=1, score_slices=2),  # 144 KiB
+        BACKWARD_SM80[192, 192][1],
+    ),
+}
 
 
 # A tile of so many rows holds all that a sequence of a cache has in a step of generation.
@@ -146,7 +166,7 @@ def forward(
 
     rows: at most so many of q has any sequence; None: not known.
     """
-    if capability[0] == 8:
+    if capability[0] != 9:
         return _forward_sm80(signature, capability)
     config = _forward_sm90(signature)
     is_few = signature.is_ragged and rows is not None and rows <= FEW_ROWS
@@ -187,14 +207,15 @@ def backward_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
 def backward(signature: BwdSignature, capability: tuple[int, int] = (9, 0)) -> AnyBwdConfig:
     """The config of the row for both head dims."""
     tiles = signature.head_dim, signature.head_dim_v
-    if capability[0] == 8:
-        return _first_that_fits(BACKWARD_SM80[tiles], signature, capability)
-    own = BACKWARD_SOFTCAP.get(tiles) if signature.score == "softcap" else None
-    return own or BACKWARD[tiles]
+    has_softcap = signature.score == "softcap"
+    if capability[0] != 9:
+        row = BACKWARD_SM80_SOFTCAP.get(tiles) if has_softcap else None
+        return _first_that_fits(row or BACKWARD_SM80[tiles], signature, capability)
+    return (BACKWARD_SOFTCAP.get(tiles) if has_softcap else None) or BACKWARD[tiles]
 
 
 def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:
-    row = FORWARD_SM80[max(signature.head_dim, signature.head_dim_v)]
+    row = FORWARD_SM80[backward_tiles(signature.head_dim, signature.head_dim_v)]
     return _first_that_fits(row, signature, capability)
 
 

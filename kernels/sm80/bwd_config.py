@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..bwd_signature import BwdSignature
 from ..config import check_fields, check_memory
-from .config import RESERVED, ROWS, SMEM_OF_SM, block_columns
+from .config import A100, RESERVED, ROWS, block_columns
 
 SIDE_WARPS = 4
 MAX_SUMS = 208  # registers of a thread for accumulators and operands that it keeps
@@ -78,7 +78,7 @@ class Sm80BwdConfig:
                 return rows, columns
         raise ValueError(f"tile_m is {self.tile_m}, which 8 warps cannot split with {head_dim}")
 
-    def check(self, signature: BwdSignature, smem_of_sm: int = max(SMEM_OF_SM.values())) -> None:
+    def check(self, signature: BwdSignature, smem_of_sm: int = A100) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
         check_fields(self, self._rules(signature))
         limit = smem_of_sm - RESERVED

@@ -9,7 +9,12 @@ from ..signature import Signature
 # Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
 # 1 KiB of each CTA's.
 RESERVED = 1024
-SMEM_OF_SM = {(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10}
+SMEM_OF_SM = {
+    **{(8, 0): 164 << 10, (8, 6): 100 << 10, (8, 7): 164 << 10, (8, 9): 100 << 10},
+    **{(10, 0): 228 << 10, (10, 3): 228 << 10, (11, 0): 228 << 10},
+    **{(12, 0): 100 << 10, (12, 1): 100 << 10},
+}
+A100 = SMEM_OF_SM[8, 0]
 REGISTERS_OF_SM = 65_536
 MAX_REGISTERS = 255  # of a thread
 ROWS = 16  # of a fragment
@@ -29,6 +34,7 @@ class Sm80Config:
     rows_per_warp: int = 32  # query rows; K and V are read from shared memory once for all of them
     num_stages: int = 1  # of K and of V
     ctas_per_sm: int = 2
+    q_in_registers: int = 0  # columns of Q that are operands in registers all the time, at most
 
     @property
     def tile_m(self) -> int:
@@ -39,7 +45,7 @@ class Sm80Config:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
-    def check(self, signature: Signature, smem_of_sm: int = max(SMEM_OF_SM.values())) -> None:
+    def check(self, signature: Signature, smem_of_sm: int = A100) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
         check_fields(self, self._rules(signature))
         smaller = "tile_n, num_stages, num_warps or ctas_per_sm"
@@ -66,6 +72,8 @@ class Sm80Config:
         yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
         yield "num_stages", self.num_stages in (1, 2), "1 or 2"
         threads = self.num_threads * self.ctas_per_sm
+        widths = range(0, 257, 16)
+        yield "q_in_registers", self.q_in_registers in widths, "a multiple of 16 from 0 to 256"
         yield "ctas_per_sm", 1 <= self.ctas_per_sm and threads <= 1024, "1 to 1024 / threads"
 
     def _rows_per_copy(self, signature: Signature) -> int:

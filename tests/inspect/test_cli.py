@@ -120,6 +120,7 @@ def test_a_backward_pass(call, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--ragged", "--run"), "--run is of sequences of one length: expected no --ragged"),
         (("--deterministic",), "--deterministic is of a backward pass: expected --backward, too"),
         (
             ("--backward", "--run", "--config", "tile_m=64"),
@@ -133,6 +134,38 @@ def test_what_has_no_backward_pass_is_refused(call, arguments, message):
     status, out, err = call("--head-dim", "64", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("fa3 inspect: ") and message in err
+
+
+def _floors(out) -> dict[str, int]:
+    (line,) = re.findall(r"^  floors .* per step: (.*)$", out, re.MULTILINE)
+    return {name: int(count) for name, count in re.findall(r"([a-z ]+) (\d+)", line)}
+
+
+def test_what_bounds_a_kernel_on_ampere(call):
+    """Cycles of a sub-partition, by hand: 64 queries of two CTAs' warps see 64 keys."""
+    case = "--head-dim", "64", "--dtype", "fp16", "--causal", "--arch"
+    status, out, _ = call(*case, "sm_80")
+    assert status == 0
+    floors = {name.strip(): cycles for name, cycles in _floors(out).items()}
+    products = 2 * 32 * 64 * 64 // (16 * 8 * 16)  # of 32 rows of a warp
+    assert floors["tensor cores"] == 8 * products
+    assert floors["exponentials"] == 8 * 32 * 64 // 32
+    read, copied = 2 * (32 + 2 * 64) * 64, 2 * 2 * 64 * 64 // 4
+    assert 0 <= floors["shared memory"] - (read + copied) / 32 <= 16  # and a few words
+    rate = int(re.search(r"^predicted +at most (\d+) TFLOPs/s of an A100", out, re.MULTILINE)[1])
+    assert rate == round(4 * 108 * 2 * 16 * 8 * 16 / 8 * 1.41 / 1000)
+    status, out, _ = call(*case, "sm_80", "--backward")
+    assert status == 0
+    of_both_sides = 5 * 64 * 128 * 64 // (16 * 8 * 16) // 4  # of a sub-partition's two warps
+    assert _floors(out)["tensor cores"] == 8 * of_both_sides
+
+
+def test_kernels_of_ragged_sequences(call, tmp_path):
+    options = "--causal", "--ragged", "--backward", "--arch", "sm_80", "--dump", str(tmp_path)
+    status, out, _ = call("--head-dim", "64", *options)
+    assert status == 0
+    assert "mask causal, ragged" in out and "Clear" in out
+    assert {x.stem for x in tmp_path.iterdir()} == {"backward_sm80_bf16_d64_dv64_causal_ragged"}
 
 
 def test_an_fp8_kernel_is_read_and_predicted(call):

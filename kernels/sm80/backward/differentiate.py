@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
 
 from ...query_blocks import QueryPhase, QueryRange
+from ...scores import KeyScores
 from ..copies import kept
 from ..mma import ROWS
 from .dq import DqSums
@@ -20,14 +20,13 @@ def differentiate(
     loads: Loads,
     stats: cute.Pointer,
     blocks: QueryRange,
-    masks: tuple,
+    scores: KeyScores,
     dq_sums: DqSums | None,
     keys: cutlass.Int32,
-    scale_log2: Float32,
 ):
     """dV or dK of one query head to registers, and a part of dQ to memory.
 
-    stats: (tile_m, num_stages) fp32, lse or delta.  masks: of the warp's groups of keys.
+    stats: (tile_m, num_stages) fp32, lse or delta.  scores: of the warp's first group of keys.
     keys: which of the key_warps parts of the tile.
     """
     plan = side.plan
@@ -37,13 +36,13 @@ def differentiate(
             stage = loads.stage(m_block)
             loads.before_scores(m_block)
             if cutlass.const_expr(side.makes_p):
-                _make_p(side, stats, stage, masks, phase.is_masked, m_block, scale_log2)
+                _make_p(side, stats, stage, scores, phase.is_masked, m_block)
                 if cutlass.const_expr(plan.config.column_warps == 1):
                     plan.barriers.let_p_be_read(keys)
                 else:
                     plan.barriers.p_written(keys)
             else:
-                _make_ds(side, stats, stage, masks, keys)
+                _make_ds(side, stats, stage, scores, keys)
                 if cutlass.const_expr(plan.config.column_warps > 1):
                     plan.barriers.ds_written(keys)
             side.add(stage)
@@ -60,31 +59,31 @@ def _phases(blocks: QueryRange, makes_p: bool) -> tuple[QueryPhase, ...]:
     return blocks.phases() if makes_p else (QueryPhase(blocks.m_min, blocks.m_max, False),)
 
 
-def _make_p(side: Side, stats, stage, masks: tuple, is_masked: bool, m_block, scale_log2):
+def _make_p(side: Side, stats, stage, scores: KeyScores, is_masked: bool, m_block):
     """S = Q K^T -> P, of this warp's place."""
     for part in range(side.plan.config.score_slices):
         side.score(stage, part)
-        first, lse = _numbers(side.plan, stats, stage, masks, part)
-        if is_masked:
-            row = kept(masks[0].row)  # all bounds would be computed ahead of the loop, and spill
-            for m, group in enumerate(side.groups):
-                mask = replace(masks[m], row=row + ROWS * m, column=first)
-                mask.apply(group.scores, m_block)
-        side.exponentiate(part, scale_log2, lse)
+        first, lse = _numbers(side.plan, stats, stage, scores, part)
+        # All bounds would be computed ahead of the loop, and spill.
+        row = kept(scores.mask.row) if is_masked else scores.mask.row
+        for m, group in enumerate(side.groups):
+            mask = replace(scores.mask, row=row + ROWS * m, column=first)
+            replace(scores, mask=mask).apply(group.scores, m_block, is_masked)
+        side.exponentiate(part, scores, lse)
 
 
-def _make_ds(side: Side, stats, stage, masks: tuple, keys):
+def _make_ds(side: Side, stats, stage, scores: KeyScores, keys):
     """dP = dO V^T -> dS, of this warp's place."""
     for part in range(side.plan.config.score_slices):
         side.score(stage, part)
         if part == 0:
             side.plan.barriers.p_written(keys)
-        _, delta = _numbers(side.plan, stats, stage, masks, part)
+        _, delta = _numbers(side.plan, stats, stage, scores, part)
         side.differentiate(part, delta)
 
 
-def _numbers(plan, stats: cute.Pointer, stage, masks: tuple, part: int) -> tuple:
+def _numbers(plan, stats: cute.Pointer, stage, scores: KeyScores, part: int) -> tuple:
     """The thread's first column of a slice, and lse or delta of its columns."""
     count = plan.config.slice_columns
-    first = masks[0].column + part * count
+    first = scores.mask.column + part * count
     return first, numbers_of_thread(stats, stage, plan.config.tile_m, first, count)

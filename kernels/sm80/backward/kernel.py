@@ -24,6 +24,7 @@ Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -33,14 +34,16 @@ from cutlass.memory import SmemAllocator
 from ...bwd_arguments import BwdArguments
 from ...bwd_example import backward_example
 from ...bwd_signature import BwdSignature
+from ...bwd_work import BwdScalars, BwdWork, KeyTile
 from ...key_mask import KeyMask
-from ...scheduler import Schedule, TileOrder
+from ...scheduler import Schedule, TileList, TileOrder
+from ...scores import KeyScores
+from ...simple.bwd_clear import Clear, Gradients
 from ...simple.bwd_prepare import Prepare, PrepareTensors
-from ...sm90.backward.work import BwdScalars, BwdWork, KeyTile
 from ...tensors import permute
 from ..bwd_config import SIDE_WARPS, Sm80BwdConfig
 from ..copies import RowCopy, commit, kept, wait_for_all
-from ..mma import ROWS, Lanes, SharedResult, first_chunk_of
+from ..mma import Lanes, SharedResult, first_chunk_of
 from .differentiate import differentiate
 from .dq import DqSums
 from .finish import Finish
@@ -65,11 +68,12 @@ class BwdTensors:
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32, if dQ is wanted
     dq_counters: cute.Tensor | None  # (1, m_blocks, h_q, b) Int32
+    lengths: Any  # lengths.GivenLengths, of ragged sequences
 
-    def first_block(self, tile: KeyTile, head):
-        """Of a query head, in the last three."""
+    def first_block(self, queries: Any, head, tile_m: int):
+        """Of a query head of a sequence, in the workspace."""
         _, m_blocks, heads, _ = self.row_stats.shape
-        return (tile.batch * heads + head) * m_blocks
+        return (queries.entry * heads + head) * m_blocks + queries.first_block(tile_m)
 
 
 @dataclass(frozen=True)
@@ -123,25 +127,14 @@ class BackwardSm80:
     @cute.jit
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
-        q, k, v, out, dout, dk, dv = (
-            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dk, x.dv)
-        )
-        row_stats, dq_sums = permute(x.row_stats, [3, 2, 1, 0]), None
-        if cutlass.const_expr(plan.signature.with_dq):
-            dq_sums = permute(x.dq_sums, [3, 2, 1, 0])
-        lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
-        dq_counters = None
-        if cutlass.const_expr(plan.signature.deterministic):
-            dq_counters = permute(x.dq_counters, [3, 2, 1, 0])
-        sequences = plan.lengths.sequences(q.shape[0], k.shape[0], None)
-        prepare = PrepareTensors(out, dout, lse, dlse, row_stats, dq_sums, dq_counters)
-        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, sequences, stream)
-        tensors = BwdTensors(q, k, v, dout, dk, dv, row_stats, dq_sums, dq_counters)
-        scalars = BwdScalars(
-            x.softmax_scale, x.scale_log2, x.softcap_log2, x.window_left, x.window_right
-        )
+        q, k, v, dk, dv = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.dk, x.dv))
+        given, lengths = PrepareTensors.of(x), plan.lengths.given(x)
+        sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
+        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(given, sequences, stream)
+        workspace = given.row_stats, given.dq_sums, given.dq_counters
+        tensors = BwdTensors(q, k, v, given.dout, dk, dv, *workspace, lengths)
         order = plan.lengths.order(x, stream)
-        self.kernel(tensors, scalars, order).launch(
+        self.kernel(tensors, BwdScalars.of(x), order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
@@ -149,10 +142,13 @@ class BackwardSm80:
             preferred_smem_carveout=100,  # percent; else the DSL asks the driver for the sizes
         )
         if cutlass.const_expr(plan.signature.with_dq):
-            Finish(plan)(dq_sums, permute(x.dq, [1, 3, 2, 0]), x.softmax_scale, stream)
+            dq = permute(x.dq, [1, 3, 2, 0])
+            Finish(plan)(given.dq_sums, dq, sequences, x.softmax_scale, stream)
+            if cutlass.const_expr(plan.signature.is_ragged):
+                Clear()(Gradients(dq, dk, dv), sequences, stream)
 
     @cute.kernel
-    def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder):
+    def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder | TileList):
         space = Space.of(self.plan)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) < SIDE_WARPS:
             self._side(tensors, scalars, order, space, True)
@@ -164,7 +160,7 @@ class BackwardSm80:
         self,
         tensors: BwdTensors,
         scalars: BwdScalars,
-        order: TileOrder,
+        order: TileOrder | TileList,
         space: Space,
         makes_p: cutlass.Constexpr[bool],
     ):
@@ -187,7 +183,7 @@ class BackwardSm80:
         self,
         tensors: BwdTensors,
         scalars: BwdScalars,
-        order: TileOrder,
+        order: TileOrder | TileList,
         turn: Int32,
         space: Space,
         side: Side,
@@ -216,7 +212,7 @@ class BackwardSm80:
         self,
         tensors: BwdTensors,
         scalars: BwdScalars,
-        order: TileOrder,
+        order: TileOrder | TileList,
         turn: Int32,
         index: Int32,
         space: Space,
@@ -231,38 +227,23 @@ class BackwardSm80:
         loads = self._loads(tensors, work, tile, head, blocks, space, side.makes_p)
         if blocks.count > 0:
             loads.start(blocks.m_max - 1)
-        masks = self._masks(work, tile, warp, lane)
+        scores = KeyScores.of(plan, scalars, self._mask(work, tile, warp, lane))
         sums = self._dq_sums(tensors, work, tile, head)
         stats, (at, _) = space.stats[0 if side.makes_p else 1], plan.config.split(warp)
-        differentiate(side, loads, stats, blocks, masks, sums, at, scalars.scale_log2)
+        differentiate(side, loads, stats, blocks, scores, sums, at)
 
-    def _work(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder) -> BwdWork:
+    def _work(self, tensors: BwdTensors, scalars: BwdScalars, order) -> BwdWork:
         cta, num_ctas = kept(cute.arch.block_idx()[0]), kept(cute.arch.grid_dim()[0])
-        s_q, _, heads, _ = tensors.q.shape
-        s_k, _, heads_kv, _ = tensors.k.shape
-        return BwdWork(
-            self.plan,
-            Schedule.of(order, cta, num_ctas),
-            self.plan.lengths.sequences(s_q, s_k, None),
-            scalars,
-            heads // heads_kv,
-            order.num_m_blocks,
-            tensors.row_stats,
-            tensors.dq_sums,
-            tensors.dq_counters,
-        )
+        schedule = Schedule.of(order, cta, num_ctas)
+        return BwdWork.of(self.plan, tensors, tensors.q, tensors.k, scalars, schedule)
 
-    def _masks(self, work: BwdWork, tile: KeyTile, warp, lane) -> tuple:
-        """Where the thread's scores lie in a tile, of each of the warp's groups of keys."""
+    def _mask(self, work: BwdWork, tile: KeyTile, warp, lane) -> KeyMask:
+        """Where the thread's scores lie in a tile, of the warp's first group of keys."""
         config = self.plan.config
         at_keys, part = config.split(warp)
         row = tile.n_block * config.tile_n + at_keys * config.keys_per_warp + lane // 4
         column = part * config.score_columns + 2 * (lane % 4)
-        window = work.window_of(tile)
-        return tuple(
-            KeyMask(window, config.tile_m, row + ROWS * m, column)
-            for m in range(self.plan.key_groups)
-        )
+        return KeyMask(work.window_of(tile), config.tile_m, row, column)
 
     def _loads(
         self, tensors: BwdTensors, work: BwdWork, tile: KeyTile, head, blocks, space, makes_p: bool
@@ -274,7 +255,7 @@ class BackwardSm80:
         )
         numbers = 0 if makes_p else 1
         stats = tensors.row_stats.iterator + numbers * plan.config.tile_m
-        first_block = tensors.first_block(tile, head)
+        first_block = tensors.first_block(queries, head, plan.config.tile_m)
         matrix = queries.matrix(tensor, head)
         offset = 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
         return Loads(
@@ -287,12 +268,12 @@ class BackwardSm80:
     def _dq_sums(self, tensors: BwdTensors, work: BwdWork, tile: KeyTile, head) -> DqSums | None:
         if tensors.dq_sums is None:
             return None
-        counters = tensors.dq_counters
+        counters, queries = tensors.dq_counters, work.sequence_of(tile).queries
         return DqSums(
             self.plan,
             tensors.dq_sums.iterator,
             None if counters is None else counters.iterator,
-            tensors.first_block(tile, head),
+            tensors.first_block(queries, head, self.plan.config.tile_m),
             work.window_of(tile),
             tile.n_block,
             cute.arch.thread_idx()[0],
@@ -303,7 +284,7 @@ class BackwardSm80:
         self,
         tensors: BwdTensors,
         scalars: BwdScalars,
-        order: TileOrder,
+        order: TileOrder | TileList,
         turn: Int32,
         space: Space,
         side: Side,

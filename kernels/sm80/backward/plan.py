@@ -6,7 +6,7 @@ import cutlass.cute as cute
 
 from ...bwd_signature import BwdSignature
 from ...elements import ELEMENT
-from ...lengths import EqualLengths
+from ...lengths import EqualLengths, RaggedLengths
 from ...tiling import KeyTiles
 from ..bwd_config import SIDE_WARPS, Sm80BwdConfig
 from ..copies import TileLayout
@@ -55,8 +55,8 @@ class BwdPlan:
         return KeyTiles(signature.mask, config.tile_m, config.tile_n, signature.deterministic)
 
     @property
-    def lengths(self) -> EqualLengths:
-        return EqualLengths(self)
+    def lengths(self) -> EqualLengths | RaggedLengths:
+        return (RaggedLengths if self.signature.is_ragged else EqualLengths)(self)
 
     @property
     def barriers(self) -> BwdBarriers:

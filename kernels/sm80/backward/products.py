@@ -4,7 +4,8 @@
     P       S^T = K Q^T        P^T = exp2(S^T scale - lse)    dV += P^T dO
     dS      dP^T = V dO^T      dS^T = P^T (dP^T - delta)      dK += dS^T Q
 
-and of both a part of dQ = dS K.  Scores are made transposed, keys by queries: where a warp has keys
+and of both a part of dQ = dS K.  With softcap the second side gets P times its slope, where dS goes
+then.  Scores are made transposed, keys by queries: where a warp has keys
 of its own, P^T and dS^T are the operands of its sums as they are in its registers.
 """
 
@@ -15,6 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from ...scores import KeyScores
 from ...views import convert, rows_and_columns
 from ..bwd_config import SIDE_WARPS
 from ..mma import (
@@ -65,8 +67,9 @@ class Side:
     rows: SharedOperand  # Q or dO, of which scores are made
     others: SharedOperand  # the other one, for the sums
     values: SharedOperand  # P^T or dS^T of the warp's keys: where their queries are of others, too
-    own_p: SharedOperand  # P^T of this warp's place
+    own_p: SharedOperand  # P^T of this warp's place, times the slope of what scores go through
     result: SharedResult  # P^T or dS^T of this warp's place
+    with_slope: SharedResult | None  # own_p, where that is not P^T
     ds: SharedOperand  # of a part of dQ
     k: SharedOperand  # of a part of dQ
     groups: tuple[KeyGroup, ...]
@@ -82,6 +85,7 @@ class Side:
             (space.k, space.q, space.do) if makes_p else (space.v, space.do, space.q)
         )
         p_or_ds = space.p if makes_p else space.ds
+        has_slope = plan.signature.score is not None
         row_warps, column_warps = config.dq_warps(plan.signature.head_dim)
         of_all = warp if makes_p else warp + SIDE_WARPS
         dq_row = of_all % row_warps * (config.tile_m // row_warps)
@@ -102,8 +106,11 @@ class Side:
             make(rows, space_of_rows, same[rows.columns].b, part * config.score_columns),
             make(others, space_of_others, same[others.columns].a ^ at_others),
             make(plan.p, p_or_ds, lanes.a, first_key),
-            make(plan.p, space.p, lanes.a ^ at_scores, first_key),
+            make(plan.p, space.ds if has_slope else space.p, lanes.a ^ at_scores, first_key),
             SharedResult.beside(plan.p, p_or_ds, lanes.result ^ at_scores, first_key),
+            SharedResult.beside(plan.p, space.ds, lanes.result ^ at_scores, first_key)
+            if has_slope
+            else None,
             make(plan.p, space.ds, lanes.b ^ 2 * dq_row),
             make(plan.k, space.k, same[plan.k.columns].a ^ at_dq),
             tuple(
@@ -159,20 +166,22 @@ class Side:
             return self.groups[m].keys[None, None, k // 16]
         return fragment_a(self.keys.load(ROWS * m, k), self.plan.element)
 
-    def exponentiate(self, part: int, scale_log2: Float32, lse: cute.Tensor):
+    def exponentiate(self, part: int, scores: KeyScores, lse: cute.Tensor):
         """A slice of S -> P, in 16 bits and in shared memory; lse (slice_columns / 4,)."""
+        config = self.plan.config
         for m, group in enumerate(self.groups):
-            scores = rows_and_columns(group.scores)  # (2, slice_columns / 4)
-            for i in range(cute.size(scores, mode=[1])):
-                for r in range(2):
-                    y = scores[r, i] * scale_log2 - lse[i]
-                    scores[r, i] = cute.math.exp2(y, fastmath=True)
-            for j in range(self.plan.config.slice_columns // 16):
-                self._write(m, part, j)
+            p = scores.exponentiate(group.scores, lse)
+            for j in range(config.slice_columns // 16):
+                words = self._converted(m, part, j, p)
+                if self.with_slope is None or config.column_warps > 1:
+                    self._write(self.result, m, part, j, words)
+                if self.with_slope is not None:
+                    self._write(self.with_slope, m, part, j, self._words(_eighth(group.scores, j)))
 
     def differentiate(self, part: int, delta: cute.Tensor):
         """A slice of dP -> dS, in 16 bits and in shared memory; delta (slice_columns / 4,)."""
-        count = self.plan.config.slice_columns
+        config = self.plan.config
+        count = config.slice_columns
         for m, group in enumerate(self.groups):
             dp = rows_and_columns(group.scores)
             for j in range(count // 16):
@@ -184,17 +193,30 @@ class Side:
                             i = 4 * j + 2 * e + c
                             value = Float32(p[((c, r, e), 0)])
                             dp[r, i] = value * (dp[r, i] - delta[i])
-                self._write(m, part, j)
+                words = self._converted(m, part, j, group.scores)
+                if self.plan.signature.with_dq or config.column_warps > 1:
+                    self._write(self.result, m, part, j, words)
 
-    def _write(self, m: int, part: int, j: int):
-        """The j-th 16 columns of a slice, which are P or dS by now."""
-        group, first = self.groups[m], part * self.plan.config.slice_columns + 16 * j
-        values = _eighth(group.values, first // 16)
-        convert(_eighth(group.scores, j), values)
-        words = cute.recast_tensor(values, Int32)
+    def _converted(self, m: int, part: int, j: int, acc: cute.Tensor) -> cute.Tensor:
+        """The j-th 16 columns of a slice, which are P or dS by now, to 16 bits: (4,) words."""
+        values = _eighth(self.groups[m].values, self._column(part, j) // 16)
+        convert(_eighth(acc, j), values)
+        return cute.recast_tensor(values, Int32)
+
+    def _words(self, numbers: cute.Tensor) -> cute.Tensor:
+        """(8,) fp32 -> (4,) words of 16-bit elements."""
+        values = cute.make_rmem_tensor_like(numbers, self.plan.element)
+        convert(numbers, values)
+        return cute.recast_tensor(values, Int32)
+
+    def _write(self, target: SharedResult, m: int, part: int, j: int, words: cute.Tensor):
         for e in range(2):
             for r in range(2):
-                self.result.store(ROWS * m + 8 * r, first + 8 * e, words[2 * e + r])
+                column = self._column(part, j) + 8 * e
+                target.store(ROWS * m + 8 * r, column, words[2 * e + r])
+
+    def _column(self, part: int, j: int) -> int:
+        return part * self.plan.config.slice_columns + 16 * j
 
     def add(self, stage):
         """dV += P^T dO, or dK += dS^T Q"""

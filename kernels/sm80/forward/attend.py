@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from ...blocks import BlockRange, Phase
 from ...scores import Scores
 from ...softmax import OnlineSoftmax
+from ..copies import wait_for_all
 from .load import Loads
 from .products import Products
 
@@ -26,6 +27,9 @@ def attend(products: Products, rows: tuple, loads: Loads, blocks: BlockRange):
     for group in rows:
         group.softmax.start()
     products.start()
+    if cutlass.const_expr(products.plan.q_in_registers > 0):
+        wait_for_all()
+        products.keep()
     for phase, is_first in _phases(blocks):
         n_block = phase.n_end - 1
         while n_block >= phase.n_begin:

@@ -10,7 +10,8 @@ and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), p
                             exponentials to whoever is ready; a second CTA fills the barriers
 
 Registers of a thread, rows_per_warp = 32: O dv, S tile_n, P tile_n / 2 (its S is free by then),
-a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows.
+a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows, and half as many as the
+columns of Q that stay.
 
 Shared memory over tensor cycles on sm_80 is 16 / rows_per_warp, plus Q where it does not stay in
 registers, plus the copies.
@@ -73,6 +74,11 @@ class FwdPlan:
     @property
     def head_dim_v(self) -> int:
         return self.signature.head_dim_v
+
+    @property
+    def q_in_registers(self) -> int:
+        """Columns."""
+        return min(self.config.q_in_registers, self.head_dim)
 
     @property
     def row_groups(self) -> int:

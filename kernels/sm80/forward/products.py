@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
+from cutlass import Int32
 
 from ...views import convert
 from ..mma import (
@@ -24,11 +25,13 @@ class RowGroup:
     acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
     acc_O: cute.Tensor  # ((2, 2, dv / 8), 1, 1) fp32 registers
     p: cute.Tensor  # ((2, 2, 2), 1, tile_n / 16) 16-bit registers
+    q: cute.Tensor | None  # ((2, 2, 2), 1, n / 16) 16-bit registers: the first columns of Q
 
     @staticmethod
     def of(plan) -> "RowGroup":
         acc_S, acc_O = accumulator(plan.tile_n), accumulator(plan.head_dim_v)
-        return RowGroup(acc_S, acc_O, operand(plan.tile_n, plan.element))
+        q = operand(plan.q_in_registers, plan.element) if plan.q_in_registers else None
+        return RowGroup(acc_S, acc_O, operand(plan.tile_n, plan.element), q)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Products:
         for group in self.groups:
             group.acc_O.fill(0.0)
 
+    def keep(self):
+        """The first columns of Q, which is in shared memory -> registers."""
+        for group, row in zip(self.groups, self.plan.first_rows(0), strict=True):
+            for k in range(0, self.plan.q_in_registers, 16):
+                words = cute.recast_tensor(group.q, Int32)
+                for i, word in enumerate(self.q.load(row, k)):
+                    words[k // 4 + i] = word
+
     def scores(self, stage):
         """S = Q K^T"""
         element, keys = self.plan.element, self.k.at(stage)
@@ -67,7 +78,13 @@ class Products:
             words = [w for n in range(0, self.plan.tile_n, 16) for w in keys.load(n, k)]
             b = fragment_b(words, element)
             for group, row in zip(self.groups, self.plan.first_rows(0), strict=True):
-                multiply(self.mma, group.acc_S, fragment_a(self.q.load(row, k), element), b)
+                multiply(self.mma, group.acc_S, self._q(group, row, k), b)
+
+    def _q(self, group: RowGroup, row: int, k: int) -> cute.Tensor:
+        """16 rows, from column k on."""
+        if k < self.plan.q_in_registers:
+            return group.q[None, None, k // 16]
+        return fragment_a(self.q.load(row, k), self.plan.element)
 
     def output(self, stage):
         """O += P V"""
