@@ -12,7 +12,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from ..bwd_arguments import BwdArguments
 from ..sequence import RaggedSequences, Sequences
+from ..tensors import permute
 
 WARP = 32
 CHUNK = 8  # 16-bit elements that a thread loads at once
@@ -30,6 +32,16 @@ class PrepareTensors:
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (n, m_blocks, h_q, b) Int32
+
+    @staticmethod
+    def of(x: BwdArguments) -> "PrepareTensors":
+        def reversed_modes(workspace):
+            return None if workspace is None else permute(workspace, [3, 2, 1, 0])
+
+        out, dout = (permute(t, [1, 3, 2, 0]) for t in (x.out, x.dout))
+        lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
+        workspace = (reversed_modes(t) for t in (x.row_stats, x.dq_sums, x.dq_counters))
+        return PrepareTensors(out, dout, lse, dlse, *workspace)
 
 
 class Prepare:

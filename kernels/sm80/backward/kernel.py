@@ -24,6 +24,7 @@ Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -33,10 +34,10 @@ from cutlass.memory import SmemAllocator
 from ...bwd_arguments import BwdArguments
 from ...bwd_example import backward_example
 from ...bwd_signature import BwdSignature
+from ...bwd_work import BwdScalars, BwdWork, KeyTile
 from ...key_mask import KeyMask
 from ...scheduler import Schedule, TileOrder
 from ...simple.bwd_prepare import Prepare, PrepareTensors
-from ...sm90.backward.work import BwdScalars, BwdWork, KeyTile
 from ...tensors import permute
 from ..bwd_config import SIDE_WARPS, Sm80BwdConfig
 from ..copies import RowCopy, commit, kept, wait_for_all
@@ -65,6 +66,7 @@ class BwdTensors:
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32, if dQ is wanted
     dq_counters: cute.Tensor | None  # (1, m_blocks, h_q, b) Int32
+    lengths: Any  # lengths.GivenLengths, of ragged sequences
 
     def first_block(self, tile: KeyTile, head):
         """Of a query head, in the last three."""
@@ -123,25 +125,14 @@ class BackwardSm80:
     @cute.jit
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
-        q, k, v, out, dout, dk, dv = (
-            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dk, x.dv)
-        )
-        row_stats, dq_sums = permute(x.row_stats, [3, 2, 1, 0]), None
-        if cutlass.const_expr(plan.signature.with_dq):
-            dq_sums = permute(x.dq_sums, [3, 2, 1, 0])
-        lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
-        dq_counters = None
-        if cutlass.const_expr(plan.signature.deterministic):
-            dq_counters = permute(x.dq_counters, [3, 2, 1, 0])
-        sequences = plan.lengths.sequences(q.shape[0], k.shape[0], None)
-        prepare = PrepareTensors(out, dout, lse, dlse, row_stats, dq_sums, dq_counters)
-        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, sequences, stream)
-        tensors = BwdTensors(q, k, v, dout, dk, dv, row_stats, dq_sums, dq_counters)
-        scalars = BwdScalars(
-            x.softmax_scale, x.scale_log2, x.softcap_log2, x.window_left, x.window_right
-        )
+        q, k, v, dk, dv = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.dk, x.dv))
+        given, lengths = PrepareTensors.of(x), plan.lengths.given(x)
+        sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
+        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(given, sequences, stream)
+        workspace = given.row_stats, given.dq_sums, given.dq_counters
+        tensors = BwdTensors(q, k, v, given.dout, dk, dv, *workspace, lengths)
         order = plan.lengths.order(x, stream)
-        self.kernel(tensors, scalars, order).launch(
+        self.kernel(tensors, BwdScalars.of(x), order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
@@ -149,7 +140,7 @@ class BackwardSm80:
             preferred_smem_carveout=100,  # percent; else the DSL asks the driver for the sizes
         )
         if cutlass.const_expr(plan.signature.with_dq):
-            Finish(plan)(dq_sums, permute(x.dq, [1, 3, 2, 0]), x.softmax_scale, stream)
+            Finish(plan)(given.dq_sums, permute(x.dq, [1, 3, 2, 0]), x.softmax_scale, stream)
 
     @cute.kernel
     def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder):
@@ -238,19 +229,8 @@ class BackwardSm80:
 
     def _work(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder) -> BwdWork:
         cta, num_ctas = kept(cute.arch.block_idx()[0]), kept(cute.arch.grid_dim()[0])
-        s_q, _, heads, _ = tensors.q.shape
-        s_k, _, heads_kv, _ = tensors.k.shape
-        return BwdWork(
-            self.plan,
-            Schedule.of(order, cta, num_ctas),
-            self.plan.lengths.sequences(s_q, s_k, None),
-            scalars,
-            heads // heads_kv,
-            order.num_m_blocks,
-            tensors.row_stats,
-            tensors.dq_sums,
-            tensors.dq_counters,
-        )
+        schedule = Schedule.of(order, cta, num_ctas)
+        return BwdWork.of(self.plan, tensors, tensors.q, tensors.k, scalars, schedule)
 
     def _masks(self, work: BwdWork, tile: KeyTile, warp, lane) -> tuple:
         """Where the thread's scores lie in a tile, of each of the warp's groups of keys."""

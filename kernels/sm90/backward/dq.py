@@ -71,6 +71,15 @@ class DqSums:
     thread: Any  # of the consumers
     buffer: cute.Tensor | None  # (tile_m * tile_d,) fp32 of shared memory, if added in bulk
 
+    @staticmethod
+    def of(work: Any, tile: Any, head, thread, buffer: cute.Tensor | None) -> "DqSums | None":
+        """Those of a query head, if dQ is wanted."""
+        sums, counters = work.dq_sums(tile, head)
+        if sums is None:
+            return None
+        window = work.window_of(tile)
+        return DqSums(work.plan, sums, counters, window, tile.n_block, thread, buffer)
+
     @cute.jit
     def add(self, acc_dQ: cute.Tensor, m_block: Int32):
         """This thread's part of a block's dQ."""

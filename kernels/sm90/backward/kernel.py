@@ -40,6 +40,7 @@ from ...bwd_arguments import BwdArguments
 from ...bwd_config import BwdConfig
 from ...bwd_example import backward_example
 from ...bwd_signature import BwdSignature
+from ...bwd_work import BwdScalars, BwdWork, KeyTile
 from ...key_mask import KeyMask
 from ...scheduler import Schedule, TileList, TileOrder
 from ...scores import KeyScores
@@ -48,14 +49,14 @@ from ...simple.bwd_prepare import Prepare, PrepareTensors
 from ...tensors import permute
 from ..tma import tma_load, tma_store
 from .differentiate import differentiate
-from .dq import wait_for_dq
+from .dq import DqSums, wait_for_dq
 from .finish import Finish
 from .load import load
 from .plan import BwdPlan
 from .products import BwdFragments, BwdSmem
 from .rings import BwdRings
 from .store import store_gradients
-from .work import BwdScalars, BwdTensors, BwdWork, KeyTile
+from .tensors import BwdTensors
 
 
 class BackwardSm90:
@@ -73,37 +74,25 @@ class BackwardSm90:
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
         smem = BwdSmem.of(plan.signature, plan.config)
-        q, k, v, out, dout, dk, dv = (
-            permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.out, x.dout, x.dk, x.dv)
-        )
-        row_stats, dq_sums = permute(x.row_stats, [3, 2, 1, 0]), None
-        if cutlass.const_expr(plan.signature.with_dq):
-            dq_sums = permute(x.dq_sums, [3, 2, 1, 0])
-        lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
-        dq_counters = None
-        if cutlass.const_expr(plan.signature.deterministic):
-            dq_counters = permute(x.dq_counters, [3, 2, 1, 0])
+        q, k, v, dk, dv = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.dk, x.dv))
+        given = PrepareTensors.of(x)
         lengths, view = plan.lengths.given(x), plan.lengths.view
         sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
-        prepare = PrepareTensors(out, dout, lse, dlse, row_stats, dq_sums, dq_counters)
-        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(prepare, sequences, stream)
+        Prepare(plan.config.tile_m, plan.signature.head_dim_v)(given, sequences, stream)
         tensors = BwdTensors(
             q=tma_load(view(q, 0), smem.q, plan.q_tile),
             k=tma_load(view(k, 0), smem.k, plan.k_tile),
             v=tma_load(view(v, 0), smem.v, plan.v_tile),
-            do=tma_load(view(dout, 0), smem.do, plan.do_tile),
+            do=tma_load(view(given.dout, 0), smem.do, plan.do_tile),
             dk=tma_store(view(dk, 0), smem.k, plan.k_tile),
             dv=tma_store(view(dv, 0), smem.v, plan.v_tile),
-            row_stats=row_stats,
-            dq_sums=dq_sums,
-            dq_counters=dq_counters,
+            row_stats=given.row_stats,
+            dq_sums=given.dq_sums,
+            dq_counters=given.dq_counters,
             lengths=lengths,
         )
-        scalars = BwdScalars(
-            x.softmax_scale, x.scale_log2, x.softcap_log2, x.window_left, x.window_right
-        )
         order = plan.lengths.order(x, stream)
-        self.kernel(tensors, scalars, order).launch(
+        self.kernel(tensors, BwdScalars.of(x), order).launch(
             grid=(cutlass.min(x.num_ctas, order.count), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
@@ -111,7 +100,7 @@ class BackwardSm90:
         )
         if cutlass.const_expr(plan.signature.with_dq):
             dq = permute(x.dq, [1, 3, 2, 0])
-            Finish(plan)(dq_sums, dq, sequences, x.softmax_scale, stream)
+            Finish(plan)(given.dq_sums, dq, sequences, x.softmax_scale, stream)
             if cutlass.const_expr(plan.signature.is_ragged):
                 Clear()(Gradients(dq, dk, dv), sequences, stream)
 
@@ -136,20 +125,9 @@ class BackwardSm90:
             self._consume(tensors, scalars, rings, work)
 
     def _work(self, tensors: BwdTensors, scalars: BwdScalars, order) -> BwdWork:
-        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        q_rows, _, heads, *_ = tensors.q.tensor.shape
-        k_rows, _, heads_kv, *_ = tensors.k.tensor.shape
-        return BwdWork(
-            self.plan,
-            Schedule.of(order, cta, num_ctas),
-            self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths),
-            scalars,
-            heads // heads_kv,
-            order.num_m_blocks if isinstance(order, TileOrder) else None,
-            tensors.row_stats,
-            tensors.dq_sums,
-            tensors.dq_counters,
-        )
+        schedule = Schedule.of(order, cute.arch.block_idx()[0], cute.arch.grid_dim()[0])
+        q, k = tensors.q.tensor, tensors.k.tensor
+        return BwdWork.of(self.plan, tensors, q, k, scalars, schedule)
 
     def _mask(self, work: BwdWork, tile: KeyTile, warp, lane) -> KeyMask:
         """Where this thread's scores lie in a tile."""
@@ -181,7 +159,7 @@ class BackwardSm90:
             v.wait_and_advance()
             for i in cutlass.range(work.heads_per_group, unroll=1):
                 head = tile.head_kv * work.heads_per_group + i
-                sums = work.dq_sums(tile, head, thread, rings.dq)
+                sums = DqSums.of(work, tile, head, thread, rings.dq)
                 q, do = differentiate(frag, rings, q, do, blocks, scores, sums, thread)
             keys = work.sequence_of(tile).keys
             is_storing = warp == 0
