@@ -39,15 +39,14 @@ class Line:
 
     @classmethod
     def of(cls, found: Inspection) -> "Line":
-        steady, resources = found.report.steady, found.report.resources
-        everything = (steady.around or steady).all
+        report, resources = found.report, found.report.resources
         return cls(
             config=variants.as_code(found.config),
             registers=resources.registers,
             local_bytes=resources.frame,
             smem_bytes=resources.static_smem + found.smem_bytes,
-            slots_per_exp=round(steady.straight.per_exponential, 3),
-            slots_with_all=round(everything.per_exponential, 3),
+            slots_per_exp=round(report.slots_per_exponential, 3),
+            slots_with_all=round(report.slots_with_all, 3),
         )
 
 
