@@ -72,7 +72,7 @@ BACKWARD = {
     (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
     (192, 128): BwdConfig(64, 96, splits_products=True, dq_in_bulk=True),  # 597
     (192, 192): BwdConfig(64, 96, splits_products=True, do_stages=1, dq_in_bulk=True),  # 642
-    (256, 256): BwdConfig(  # 549; space for 3 of 8 parts of dQ
+    (256, 256): BwdConfig(  # 558; space for 3 of 8 parts of dQ
         *(64, 80),
         splits_products=True,
         do_stages=1,

@@ -97,7 +97,10 @@ class DqSums:
             self._add_from_registers(acc_dQ, m_block, part)
         else:
             block = self.sums[None, m_block].iterator
-            own = _kept(block + self._warp * (WARP * cute.size(acc_dQ) * config.dq_slices))
+            first = self._warp * (WARP * cute.size(acc_dQ) * config.dq_slices)
+            own = (block + first).toint()
+            if cutlass.const_expr(config.dq_copies > 1):
+                own = _kept(own)
             copies = config.dq_copies // config.dq_slices
             count = cute.size(acc_dQ) // copies
             for i in cutlass.range_constexpr(copies):
@@ -204,10 +207,10 @@ class DqSums:
         self.plan.barriers.dq_in_order(self.thread // WARPGROUP)
 
 
-def _kept(pointer: cute.Pointer) -> Int64:
+def _kept(address: Int64) -> Int64:
     """The address, which ptxas would compute again for every copy, on the way of the one lane."""
     return cute.arch.inline_ptx(
-        "mov.b64 {$w0}, {$r0};", write_only_types=[Int64], read_only_args=[pointer.toint()]
+        "mov.b64 {$w0}, {$r0};", write_only_types=[Int64], read_only_args=[address]
     )
 
 
