@@ -14,8 +14,9 @@ class BwdConfig:
     """Tiles and pipeline depth of the backward kernel.
 
     A CTA holds one producer warpgroup and `num_mma_warpgroups` consumers.  Either each of them has
-    64 keys, all channels of their dK and dV, and P and dS in registers; or all have the same 64
-    keys and an equal part of the channels, where dK and dV need more registers than a thread has.
+    64 keys, all channels of their dK and dV, and P and dS in registers.  Or, where dK and dV need
+    more registers than a thread has, all have the same keys: an equal part of their channels of
+    both (64 keys), or one of them P and dV, the other one dS and dK (splits_products).
     """
 
     tile_m: int  # queries per step
@@ -24,24 +25,41 @@ class BwdConfig:
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
     num_stages: int = 2  # of the rings of Q and dO; buffers of dS, and of P where it has some
     dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
+    splits_products: bool = False  # a warpgroup makes P and dV, the other one dS and dK
+    do_stages: int = 0  # of the ring of dO; 0: num_stages
+    dq_slices: int = 1  # dQ is made in so many parts of its columns, one after another
+    dq_copies: int = 1  # in which a warp's dQ of a step leaves in bulk, as many of each slice
+    dq_room: int = 1  # for how many of them there is shared memory
 
     @property
     def splits_keys(self) -> bool:
-        """Each warpgroup has keys of its own, else channels of its own."""
-        return self.tile_n == 64 * self.num_mma_warpgroups
+        """Each warpgroup has keys of its own."""
+        return not self.splits_products and self.tile_n == 64 * self.num_mma_warpgroups
+
+    @property
+    def stages_of_do(self) -> int:
+        return self.do_stages or self.num_stages
+
+    @property
+    def ds_buffers(self) -> int:
+        """Of dS, and of P where it has some."""
+        return 1 if self.splits_products else self.num_stages
 
     def channels(self, head_dim: int) -> int:
         """Columns of dK or dV that a warpgroup has."""
-        return head_dim if self.splits_keys else head_dim // self.num_mma_warpgroups
+        whole = self.splits_keys or self.splits_products
+        return head_dim if whole else head_dim // self.num_mma_warpgroups
 
     def dq_channels(self, head_dim: int) -> int:
-        """Columns of dQ that a warpgroup makes."""
-        return head_dim if self.dq_is_split_by_rows else head_dim // self.num_mma_warpgroups
+        """Columns of dQ that a warpgroup makes at once."""
+        part = head_dim if self.dq_is_split_by_rows else head_dim // self.num_mma_warpgroups
+        return part // self.dq_slices
 
     @property
     def score_columns(self) -> int:
-        """Queries of a block whose scores a warpgroup makes."""
-        return self.tile_m if self.splits_keys else self.tile_m // self.num_mma_warpgroups
+        """Queries of a block whose scores a warpgroup makes: S and dP, or one of them."""
+        whole = self.splits_keys or self.splits_products
+        return self.tile_m if whole else self.tile_m // self.num_mma_warpgroups
 
     @property
     def num_threads(self) -> int:
@@ -76,20 +94,47 @@ class BwdConfig:
         warpgroups, d, dv = self.num_mma_warpgroups, signature.head_dim, signature.head_dim_v
         yield "num_mma_warpgroups", warpgroups in (1, 2), "1 or 2"
         yield "tile_m", self.tile_m in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
-        yield "tile_n", self.tile_n in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
-        sums = (self.channels(d) + self.channels(dv)) // 2
-        for step in (self.score_columns, self.tile_m * d // (128 * warpgroups)):  # S, dP; dQ
-            count = sums + step
+        if self.splits_products:
+            yield "tile_m", self.tile_m == 64, "64 with splits_products"
+            yield (
+                "tile_n",
+                self.tile_n in (64, 80, 96, 128),
+                "64, 80, 96 or 128 with splits_products",
+            )
+            can = warpgroups == 2 and d % 64 == dv % 64 == 0 and signature.score is None
+            expected = "True for 2 warpgroups, head dims of 64s and no softcap alone"
+            yield "splits_products", can, expected
+        else:
+            yield "tile_n", self.tile_n in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
+            enough = "at least 2, as one barrier guards a step"
+            yield "num_stages", self.num_stages >= 2, enough
+            yield "do_stages", self.stages_of_do >= 2, enough
+        for count in self._accumulators(d, dv):
             expected = f"less: accumulators are {count} registers, of {ACCUMULATORS}"
             yield "tile_m", count <= ACCUMULATORS, expected
-        yield "dv_early", self.splits_keys or not self.dv_early, "False where tile_n is 64"
-        yield "num_stages", self.num_stages >= 2, "at least 2, as one barrier guards a step"
+        yield "dv_early", self.splits_keys or not self.dv_early, "False where P has no registers"
+        whole = self.dq_channels(d) % 16 == 0 and self.dq_slices > 0
+        yield "dq_slices", whole, "parts of 16 columns of dQ"
+        yield "dq_copies", self.dq_copies % self.dq_slices == 0, "a multiple of dq_slices"
+        yield "dq_room", 1 <= self.dq_room <= self.dq_copies, "from 1 to dq_copies"
+
+    def _accumulators(self, d: int, dv: int) -> Iterator[int]:
+        """Registers of a consumer thread while it makes scores, and while it makes dQ."""
+        dq = self.tile_m * d // (128 * self.num_mma_warpgroups * self.dq_slices)
+        if self.splits_products:
+            sums, scores = self.tile_n * max(d, dv) // 128, self.tile_m * self.tile_n // 128
+        else:
+            sums, scores = (self.channels(d) + self.channels(dv)) // 2, self.score_columns
+        yield sums + scores
+        yield sums + dq
 
     def smem_bytes(self, signature: BwdSignature) -> int:
         """Shared memory of a CTA."""
         d_and_dv = signature.head_dim + signature.head_dim_v
         keys = self.tile_n * d_and_dv
-        stage = self.tile_m * (d_and_dv + 4)  # with lse and delta in fp32
+        q = self.num_stages * self.tile_m * (signature.head_dim + 2)  # with lse in fp32
+        do = self.stages_of_do * self.tile_m * (signature.head_dim_v + 2)  # with delta
         ds = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)  # and P
-        dq = 2 * self.tile_m * signature.head_dim if self.dq_in_bulk and signature.with_dq else 0
-        return 2 * (keys + self.num_stages * (stage + ds) + dq) + BARRIER_BYTES
+        dq = 2 * self.tile_m * signature.head_dim * self.dq_room // self.dq_copies
+        dq *= self.dq_in_bulk and signature.with_dq
+        return 2 * (keys + q + do + self.ds_buffers * ds + dq) + BARRIER_BYTES

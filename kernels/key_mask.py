@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from .blocks import Window
-from .mask import keep
+from .mask import Mask, keep
 from .query_blocks import end_query, first_query
 from .views import rows_and_columns
 
@@ -40,3 +40,20 @@ class KeyMask:
         if window.kind == "local":
             end = end_query(window, key) - first
         return cutlass.select_(key < window.s_k, begin, Int32(NEVER)), end
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """The same for scores that are not transposed: rows are queries, columns keys."""
+
+    window: Window
+    tile_m: int
+    tile_n: int
+    n_block: Any
+    row: Any  # this thread's first row in a tile; the second one is 8 below
+    column: Any  # this thread's first column in a tile, 2 (lane % 4)
+
+    def apply(self, acc_S: cute.Tensor, m_block: Int32):
+        """Set the scores of keys that the row's query does not see to -inf."""
+        row = m_block * self.tile_m + self.row
+        Mask(self.window, self.tile_n, row, self.column).apply(acc_S, self.n_block)

@@ -125,14 +125,15 @@ class KeyScores:
     def exponentiate(self, acc_S: cute.Tensor, lse: cute.Tensor) -> cute.Tensor:
         """P; what stays in acc_S is P times the function's slope: dS is dP - delta times that.
 
-        lse: of this thread's columns, in log2.
+        lse: of this thread's columns, in log2; or (2, 1), of its rows.
         """
         acc_P = acc_S if self.function is None else cute.make_rmem_tensor_like(acc_S)
         values, p = rows_and_columns(acc_S), rows_and_columns(acc_P)  # (2, columns)
         for i in range(cute.size(p, mode=[1])):
             for r in range(2):
                 score, slope = self._of(values[r, i])
-                p[r, i] = cute.math.exp2(score - lse[i], fastmath=True)
+                of_query = lse[r, 0] if cute.rank(lse) == 2 else lse[i]
+                p[r, i] = cute.math.exp2(score - of_query, fastmath=True)
                 if slope is not None:
                     values[r, i] = p[r, i] * slope
         return acc_P

@@ -67,7 +67,7 @@ def compiled(variant: Variant) -> tuple[str, str, str, str]:
     config, report = found.config, found.report
     if report.serialised:
         raise RuntimeError(f"{variant.name}: ptxas runs its warpgroup MMAs one by one")
-    slots = f"{report.steady.straight.per_exponential:.2f}" if report.steady else "-"
+    slots = f"{report.slots_per_exponential:.2f}" if report.steady else "-"
     tile = f"{config.tile_m} x {config.tile_n}"
     return tile, str(config.num_stages), str(report.resources.frame), slots
 

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fa3.inspect.cli import Inspection, inspect
-from fa3.inspect.flow import Flow
-from fa3.inspect.loops import loops_beside
 from fa3.kernels.signature import Signature
 
 from . import variants
@@ -43,20 +41,14 @@ class Line:
 
     @classmethod
     def of(cls, found: Inspection) -> "Line":
-        steady, resources = found.report.steady, found.report.resources
-        everything, exponentials = (steady.around or steady).all, steady.straight.exponentials
-        ways = [steady.straight.slots, everything.slots]
-        if found.is_ampere and found.is_backward:  # warps of both sides share a step
-            for loop in loops_beside(Flow(found.report.program)):
-                ways[0] += loop.straight.slots
-                ways[1] += loop.all.slots
+        report, resources = found.report, found.report.resources
         return cls(
             config=variants.as_code(found.config),
             registers=resources.registers,
             local_bytes=resources.frame,
             smem_bytes=resources.static_smem + found.smem_bytes,
-            slots_per_exp=round(ways[0] / exponentials, 3),
-            slots_with_all=round(ways[1] / everything.exponentials, 3),
+            slots_per_exp=round(report.slots_per_exponential, 3),
+            slots_with_all=round(report.slots_with_all, 3),
         )
 
 

@@ -344,7 +344,7 @@ def test_counted_work_of_a_backward_pass_is_that_of_the_tiles(work, device):
 
 
 # Cycles of shared memory per cycle of the tensor cores in a step, as docs/algorithm.md has them.
-SHARED = {64: 1.303, 96: 1.335, 128: 1.252, 192: 1.835, 256: 1.352}
+SHARED = {64: 1.303, 96: 1.335, 128: 1.252, 192: 1.340, 256: 1.481}
 
 
 @pytest.mark.parametrize("head_dim", SHARED)

@@ -233,6 +233,11 @@ def test_backward_on_other_gpus():
         ({"num_stages": 1}, "num_stages is 1, expected at least 2"),
         ({"num_stages": 4}, "needs 265216 bytes of shared memory per CTA"),
         ({"num_mma_warpgroups": 3}, "num_mma_warpgroups is 3, expected 1 or 2"),
+        ({"splits_products": True, "tile_n": 112}, "tile_n is 112, expected 64, 80, 96 or 128"),
+        ({"do_stages": 1}, "do_stages is 1, expected at least 2"),
+        ({"dq_slices": 3}, "dq_slices is 3, expected parts of 16 columns of dQ"),
+        ({"dq_slices": 2}, "dq_copies is 1, expected a multiple of dq_slices"),
+        ({"dq_copies": 2, "dq_room": 3}, "dq_room is 3, expected from 1 to dq_copies"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )
@@ -240,3 +245,17 @@ def test_backward_configs_that_cannot_be(changes, message):
     config = BwdConfig(**{"tile_m": 64, **changes})
     with pytest.raises(ValueError, match=re.escape(message)):
         config.check(BwdSignature("bf16", 128, 128, "full"))
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        BwdSignature("bf16", 96, 96, "full"),
+        BwdSignature("bf16", 128, 128, "full", score="softcap"),
+    ],
+    ids=["96 columns", "softcap"],
+)
+def test_products_that_warpgroups_cannot_split(signature):
+    config = BwdConfig(64, 96, splits_products=True)
+    with pytest.raises(ValueError, match="splits_products is True, expected True for 2 warp"):
+        config.check(signature)

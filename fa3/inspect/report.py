@@ -6,7 +6,8 @@ from . import hazards, resources, sass
 from .elf import Cubin
 from .flow import Flow
 from .hazards import Local, RegisterChange
-from .loops import MainLoop, main_loops
+from .loops import MainLoop, loops_beside, main_loops
+from .mix import Mix
 from .resources import Resources
 from .sass import Program
 
@@ -23,6 +24,7 @@ class Report:
     register_changes: tuple[RegisterChange, ...]
     serialised: tuple[int, ...]  # addresses of warpgroup MMAs that run one by one
     loops: tuple[MainLoop, ...]  # the steady one first
+    beside: tuple[MainLoop, ...]  # of warps that share its steps without exponentials
     warnings: tuple[str, ...]
     program: Program
 
@@ -31,11 +33,25 @@ class Report:
         """The main loop where a long sequence spends its time; None without one."""
         return self.loops[0] if self.loops else None
 
+    @property
+    def slots_per_exponential(self) -> float:
+        """Issue slots of a steady step on its straight way, of all warps that share it."""
+        return self._slots([x.straight for x in (self.steady, *self.beside)])
+
+    @property
+    def slots_with_all(self) -> float:
+        """The same with what that way may leave out, or leaves the loop for."""
+        return self._slots([(x.around or x).all for x in (self.steady, *self.beside)])
+
+    @staticmethod
+    def _slots(mixes: list[Mix]) -> float:
+        return sum(mix.slots for mix in mixes) / mixes[0].exponentials
+
     def as_dict(self) -> dict:
         """For JSON: all but the code itself."""
         fields = asdict(self)
         del fields["program"]
-        for loop in fields["loops"]:
+        for loop in (*fields["loops"], *fields["beside"]):
             _finish(loop)
         return fields
 
@@ -47,7 +63,8 @@ def _finish(loop: dict) -> None:
     """A loop for JSON: without its path, with what is derived."""
     del loop["path"]
     for name in ("straight", "all"):
-        loop[name]["per_exponential"] = loop[name]["slots"] / loop[name]["exponentials"]
+        count = loop[name]["exponentials"]
+        loop[name]["per_exponential"] = loop[name]["slots"] / count if count else None
     if loop["around"]:
         _finish(loop["around"])
 
@@ -91,6 +108,7 @@ def _report(image: Cubin, program: Program) -> Report:
         register_changes=changes,
         serialised=hazards.serialised(program.code),
         loops=loops,
+        beside=loops_beside(flow) if loops else (),
         warnings=hazards.warnings(flow, loops[0] if loops else None, changes),
         program=program,
     )
@@ -120,8 +138,9 @@ def _loop_lines(report: Report) -> list[str]:
         return ["main loop         none: no loop holds both matrix products and exponentials"]
     lines = []
     code = report.program.code
-    for n, loop in enumerate(report.loops):
-        name = "steady loop" if n == 0 else "other loop"
+    names = ["steady loop", *["other loop"] * (len(report.loops) - 1)]
+    names += ["loop beside"] * len(report.beside)
+    for name, loop in zip(names, (*report.loops, *report.beside), strict=True):
         shapes = ", ".join(f"{count} of {shape}" for shape, count in loop.all.mma_shapes.items())
         lines += [
             f"{name:17} {code[loop.head].address:#06x} to {code[loop.latch].address:#06x}",
@@ -133,6 +152,11 @@ def _loop_lines(report: Report) -> list[str]:
         if loop.around:
             lines.append(f"  with rare code  {_mix(loop.around.all)}")
             lines.append(f"{'':18}(the loop around it: runs when a branch leaves the inner one)")
+    if report.beside:
+        lines.append(
+            f"of both           {report.slots_per_exponential:.2f} issue slots per exponential: "
+            "a step of the steady loop and what other warps do beside it"
+        )
     return lines
 
 
@@ -153,7 +177,9 @@ def _skipped_lines(loop: MainLoop) -> list[str]:
     return lines
 
 
-def _mix(mix) -> str:
+def _mix(mix: Mix) -> str:
+    if not mix.exponentials:
+        return f"{mix.slots} slots, no exponentials ({mix})"
     return (
         f"{mix.per_exponential:.2f} issue slots per exponential: {mix.slots} slots, "
         f"{mix.exponentials} exponentials ({mix})"

@@ -70,12 +70,25 @@ BACKWARD = {
     (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546; dv_early spills
     (96, 96): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 575
     (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
-    (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 468
-    (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),  # 491
-    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # 400; no space for dQ
+    (192, 128): BwdConfig(64, 96, splits_products=True, dq_in_bulk=True),  # 597
+    (192, 192): BwdConfig(64, 96, splits_products=True, do_stages=1, dq_in_bulk=True),  # 642
+    (256, 256): BwdConfig(  # 558; space for 3 of 8 parts of dQ
+        *(64, 80),
+        splits_products=True,
+        do_stages=1,
+        dq_in_bulk=True,
+        dq_slices=2,
+        dq_copies=8,
+        dq_room=3,
+    ),
 }
-# With softcap, where these do not do: 128 queries spill.
-BACKWARD_SOFTCAP = {(64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True)}
+# With softcap, where these do not do: 128 queries spill, and dS takes more of P than its 16 bits.
+BACKWARD_SOFTCAP = {
+    (64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),
+    (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),
+    (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),
+    (256, 256): BwdConfig(tile_m=64, tile_n=64),  # no space for dQ
+}
 
 
 # Of Ampere and Ada, as BACKWARD: the first config of a row that fits.  In the comment issue slots

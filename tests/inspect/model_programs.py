@@ -100,6 +100,19 @@ BACKWARD = f"""
     EXIT
 """
 REDS = repeat(8, "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR40][R4.64], R120")
+# Two copies of one lane, each into room that all but the last KEEP before it have left.
+COPIES = "".join(
+    f"""
+    ELECT P0, URZ, PT
+    DEPBAR.LE SB0, 0xKEEP
+    @!P0 BRA ->copied{n}
+    UMOV UR28, 0x100
+    UBLKRED.G.S.ADD.F32.RN [UR26], [UR30], UR28
+    UTMACMDFLUSH
+    copied{n}:
+"""
+    for n in range(2)
+)
 LOADS = """
     more:
     SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R2

@@ -7,7 +7,7 @@ import pytest
 
 from fa3.inspect import cli
 from fa3.inspect.flow import Flow
-from fa3.inspect.loops import main_loops
+from fa3.inspect.loops import loops_beside, main_loops
 from fa3.inspect.model import whatif
 from fa3.inspect.model.calibrate import Case, evaluate
 from fa3.inspect.model.cli import machine
@@ -22,7 +22,17 @@ from fa3.inspect.sass import Control, Instruction
 from fa3.kernels.signature import Signature
 
 from .listings import program, repeat
-from .model_programs import BACKWARD, FP8, LOADS, PINGPONG, REDS, SCORES, TRANSPOSE, WIDEN
+from .model_programs import (
+    BACKWARD,
+    COPIES,
+    FP8,
+    LOADS,
+    PINGPONG,
+    REDS,
+    SCORES,
+    TRANSPOSE,
+    WIDEN,
+)
 
 CALM = Machine(steal=0.0, slow=0.0)
 
@@ -277,6 +287,30 @@ def test_sums_in_l2_hold_a_warp_up_when_too_many_wait():
     assert full.cycles == pytest.approx(64 * 64 * 4 / 4.0, rel=0.01)
     patient = simulate(traces, Machine(l2_sums=30.0, sums_queue=8), 24)
     assert patient.cycles < fast.cycles + 10
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_copy_that_adds_holds_the_warp_up_that_needs_its_room(keep):
+    """L2 takes 16 KiB at a time, of all four sub-partitions."""
+    traces = backward(COPIES.replace("KEEP", str(keep)))
+    assert [x.base for x in traces[0]].count("UBLKRED") == 2  # one lane does it, the warp goes too
+    fast, slow = (simulate(traces, Machine(l2_sums=x), 24) for x in (1e6, 60.0))
+    copy = 4 * 4096 / 60.0
+    assert slow.busy["sums"] == pytest.approx(2 * copy / slow.cycles, rel=0.05)
+    if keep:
+        assert slow.cycles < fast.cycles + 10
+    else:
+        assert slow.cycles > fast.cycles + copy / 2 and slow.stalls["sums in L2"] > 0.1
+
+
+def test_warpgroups_that_split_the_products_have_a_loop_each():
+    """One makes the exponentials, the other none: both are predicted, and count as slots."""
+    beside = BACKWARD.replace("loop", "beside").replace("MUFU.EX2", "FADD").replace("EXIT", "")
+    code = program(beside.replace("ADD_DQ", "NOP") + BACKWARD.replace("ADD_DQ", "NOP"))
+    flow = Flow(code)
+    (loop,), (other,) = main_loops(flow), loops_beside(flow)
+    assert loop.straight.slots == other.straight.slots
+    assert (loop.straight.exponentials, other.straight.exponentials) == (32, 0)
 
 
 def test_a_transpose_that_is_no_bottleneck_only_contends():

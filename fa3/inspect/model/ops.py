@@ -16,22 +16,26 @@ KIND_OF = {
         "xu": "MUFU F2I I2F F2F POPC FRND",
         "lsu": "LDS STS LDSM STSM SHFL LDL STL LDG STG ATOMS LDC MOVM SYNCS",
         "sums": "RED REDG",
+        "copy": "UBLKRED",
+        "copied": "DEPBAR",
         "uniform": "R2UR S2UR VOTEU",
         "control": "BRA NOP BSSY BSYNC WARPSYNC NANOSLEEP YIELD EXIT WARPGROUP CALL RET FENCE "
-        "DEPBAR ERRBAR MEMBAR CCTL BMOV ELECT S2R CS2R BAR",
+        "ERRBAR MEMBAR CCTL BMOV ELECT S2R CS2R BAR",
     }.items()
     for base in bases.split()
 }
 SMEM = ("LDS", "STS", "LDSM", "STSM", "LDL", "STL", "ATOMS")
 SUB_PARTITIONS = 4
 LANES = 32
+COPY_UNIT = 16  # bytes
+CONSTANT = re.compile(r"(UR\d+), (0x[0-9a-f]+)")  # ptxas puts a copy's size there close ahead of it
 REGISTER = re.compile(r"(?<![UA-Z])R(\d+)(\.reuse)?")
 
 
 @dataclass
 class Op:
-    kind: str  # fma heavy alu xu uniform lsu sums mma depbar branch control, or a named barrier:
-    # turn and pass of a ping-pong, meet of all consumers
+    kind: str  # fma heavy alu xu uniform lsu sums copy copied mma depbar branch control, or a named
+    # barrier: turn and pass of a ping-pong, meet of all consumers
     stall: int
     write_barrier: int
     read_barrier: int
@@ -40,7 +44,7 @@ class Op:
     busy: float = 0  # pipe cycles
     flops: int = 0  # of the whole warpgroup, of attention
     last: bool = False  # ends a group of MMAs
-    keep: int = 0  # groups that WARPGROUP.DEPBAR may leave pending
+    keep: int = 0  # groups of MMAs, or copies, that a DEPBAR may leave pending
     reads: int = 0  # registers read, beyond those that the reuse cache holds
     smem: float = 0  # shared-memory cycles; of an MMA: the fraction of its time
 
@@ -50,7 +54,7 @@ def decode(x: Instruction, machine: Machine, consumers: int = 2) -> Op:
     op = Op(_kind(x), c.stall, c.write_barrier, c.read_barrier, c.wait, machine.lat_other)
     if op.kind == "mma":
         _decode_mma(op, x, machine)
-    elif op.kind == "depbar":
+    elif op.kind in ("depbar", "copied"):
         op.keep = int(x.operands.split(",")[-1], 16)
     elif x.base == "BAR":
         op.kind = _barrier_kind(x, consumers)
@@ -72,9 +76,14 @@ def decode_all(trace: Trace, machine: Machine, consumers: int) -> list[Op]:
 
     An operand is free when the instruction before kept the same register in the same slot.
     """
-    ops, kept = [], {}
+    ops, kept, sizes = [], {}, {}
     for x in trace:
         op = decode(x, machine, consumers)
+        if match := CONSTANT.fullmatch(x.operands):
+            sizes[match[1]] = COPY_UNIT * int(match[2], 16)
+        if op.kind == "copy":
+            size = sizes.get(x.operands.rsplit(", ", 1)[-1], 0)
+            op.busy = SUB_PARTITIONS * size / machine.l2_sums
         now = {}
         if op.kind in VECTOR:
             first = 0 if x.opcode.startswith(("ST", "SYNCS", "RED")) else 1

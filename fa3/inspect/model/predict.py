@@ -158,6 +158,8 @@ def traces_of(report: Report, settings: Settings) -> list[Trace]:
     loops = [loop] * count
     if len(parts := _parts(report)) == count:
         loops = parts
+    elif len(report.beside) == count - 1:
+        loops = [loop, *report.beside]
     traces = []
     for warp, loop in enumerate(loops):
         steps = trace(report.program, loop, warp, settings.rescale_always)

@@ -20,6 +20,7 @@ UNITS = ("tensor", "stolen", "issue", "fma", "alu", "xu", "lsu", "uniform", "sum
 WAITS = {
     "mma": "tensor queue",
     "sums": "sums in L2",
+    "copied": "sums in L2",
     "depbar": "wait for MMA",
     "turn": "barrier",
     "meet": "barrier",
@@ -53,6 +54,7 @@ class Warp:
         self.scoreboards = [0.0] * 6  # when each is released
         self.groups: list[Mma] = []  # the last MMA of every committed group
         self.turns = self.meets = 0  # barriers passed
+        self.copies: list[float] = []  # when the last of its copies have left shared memory
         self.reasons: Counter = Counter()
 
     @property
@@ -120,7 +122,7 @@ class Simulation:
         names = ("fma0", "fma1", "alu", "xu", "uniform", "lsu", "registers")
         self.free = dict.fromkeys(names, 0.0)
         self.pending: deque[Mma] = deque(maxlen=16)  # issued, in order of execution
-        self.sums: deque[float] = deque([0.0], maxlen=64)  # when L2 has taken each RED
+        self.sums: deque[float] = deque([0.0], maxlen=64)  # when L2 has taken each RED or copy
         self.passes: list[list[float]] = [[] for _ in ops]  # times of BAR.ARV
         self.arrivals: list[list[float]] = [[] for _ in ops]  # at barriers of all consumers
         bytes_ = kv_bytes(self.traces[0])
@@ -130,6 +132,7 @@ class Simulation:
             "heavy": lambda w: self.free["fma0"],
             "mma": self._queue_free,
             "sums": self._sums_queue_free,
+            "copied": self._copies_left,
             "depbar": self._groups_done,
             "turn": self._turn_comes,
             "meet": self._all_arrive,
@@ -201,6 +204,11 @@ class Simulation:
     def _sums_queue_free(self, w: int) -> float:
         depth = self.machine.sums_queue
         return self.sums[-depth] if len(self.sums) >= depth else 0
+
+    def _copies_left(self, w: int) -> float:
+        warp = self.warps[w]
+        keep = warp.op.keep
+        return warp.copies[-1 - keep] if len(warp.copies) > keep else 0
 
     def _groups_done(self, w: int) -> float:
         warp = self.warps[w]
@@ -291,6 +299,10 @@ class Simulation:
         elif kind == "sums":
             self.sums.append(max(t, self.sums[-1]) + op.busy)
             self.used[kind] += op.busy
+        elif kind == "copy":
+            self.sums.append(max(t, self.sums[-1]) + op.busy)
+            warp.copies = [*warp.copies[-7:], self.sums[-1]]
+            self.used["sums"] += op.busy
         elif kind == "mma":
             self._start_mma(w, op, t)
         elif kind == "pass":

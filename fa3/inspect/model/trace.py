@@ -1,8 +1,9 @@
 """Which instructions a warp issues in one steady iteration: which branches it takes.
 
 Every wait is met at the first try, so spin loops fall through, and branches on the result of a
-try_wait are known. The others jump forward over a block, and a static listing does not say how
-often. In the steady state
+try_wait are known; so are those around what one elected lane does, as its warp goes the way with
+it. The others jump forward over a block, and a static listing does not say how often. In the steady
+state
 
 - a block that the straight way round leaves out (see fa3.inspect.loops: no matrix product, next to
   no exponentials), such as the rescaling of O that only a new maximum needs, is jumped over, unless
@@ -33,7 +34,7 @@ def trace(program: Program, loop: MainLoop, warp: int, rescale_always: bool = Fa
         raise ValueError(f"the loop at {program.code[loop.head].address:#x} goes on out of line")
     code, steps, i = program.code, [], loop.head
     straight = set(loop.path)
-    met: set[str] = set()  # predicates that hold a successful try_wait
+    met: set[str] = set()  # predicates that hold a successful try_wait, or of the elected lane
     while i < loop.latch:
         x, target = code[i], program.target(i)
         _follow_predicates(x, met)
@@ -53,7 +54,7 @@ def trace(program: Program, loop: MainLoop, warp: int, rescale_always: bool = Fa
 
 
 def _follow_predicates(x: Instruction, met: set[str]) -> None:
-    if "TRYWAIT" in x.opcode:
+    if "TRYWAIT" in x.opcode or x.base == "ELECT":
         met.add(x.operands.split(",")[0].strip())
     elif not x.opcode.startswith("SYNCS"):
         written = re.match(r"((?:U?P\w+, )*)", x.operands).group()
@@ -61,7 +62,7 @@ def _follow_predicates(x: Instruction, met: set[str]) -> None:
 
 
 def _known(x: Instruction, met: set[str]) -> bool | None:
-    """Whether the branch is taken, if it is unconditional or depends on a try_wait alone."""
+    """Whether the branch is taken, if it is unconditional or depends on such a predicate alone."""
     name = x.predicate.lstrip("@") or x.operands.split("`")[0].strip(", ")
     if name.lstrip("!") in met or not name:
         return not name.startswith("!")

@@ -17,7 +17,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from ...barriers import WARPGROUP
 from ...query_blocks import first_tile
@@ -26,15 +26,17 @@ WARP = 32  # threads
 
 
 def dq_registers(signature, config) -> int:
-    """fp32 of a tile of dQ that each consumer thread holds."""
+    """fp32 of a tile of dQ that each consumer thread makes."""
     return config.tile_m * signature.head_dim // (WARPGROUP * config.num_mma_warpgroups)
 
 
 def dq_buffer(plan, allocator) -> cute.Tensor | None:
-    """Shared memory for a tile of dQ on its way out, if it leaves in bulk."""
+    """Shared memory for dQ on its way out, if it leaves in bulk: of `dq_room` copies."""
     if not (plan.signature.with_dq and plan.config.dq_in_bulk):
         return None
-    layout = cute.make_layout(plan.config.tile_m * plan.signature.head_dim)
+    config = plan.config
+    tile = config.tile_m * plan.signature.head_dim
+    layout = cute.make_layout((tile // config.dq_copies, config.dq_room))
     pointer = allocator.allocate_array(Float32, cute.size(layout), byte_alignment=128)
     return cute.make_tensor(pointer, layout)
 
@@ -68,8 +70,9 @@ class DqSums:
     counters: cute.Tensor | None  # (num_mma_warpgroups, m_blocks) Int32, if deterministic
     window: Any
     n_block: Any
+    m_max: Any  # the tile's first block of queries is the one before it
     thread: Any  # of the consumers
-    buffer: cute.Tensor | None  # (tile_m * tile_d,) fp32 of shared memory, if added in bulk
+    buffer: cute.Tensor | None  # dq_buffer
 
     @staticmethod
     def of(work: Any, tile: Any, head, thread, buffer: cute.Tensor | None) -> "DqSums | None":
@@ -77,38 +80,70 @@ class DqSums:
         sums, counters = work.dq_sums(tile, head)
         if sums is None:
             return None
-        window = work.window_of(tile)
-        return DqSums(work.plan, sums, counters, window, tile.n_block, thread, buffer)
+        window, m_max = work.window_of(tile), work.blocks_of(tile).m_max
+        return DqSums(work.plan, sums, counters, window, tile.n_block, m_max, thread, buffer)
 
     @cute.jit
-    def add(self, acc_dQ: cute.Tensor, m_block: Int32):
-        """This thread's part of a block's dQ."""
-        if cutlass.const_expr(self.buffer is not None):
-            self._to_buffer(acc_dQ)
-        if cutlass.const_expr(self.counters is not None):
-            self._wait(m_block)
-        if cutlass.const_expr(self.buffer is not None):
-            self._add_in_bulk(cute.size(acc_dQ), m_block)
+    def add(self, acc_dQ: cute.Tensor, m_block: Int32, part: cutlass.Constexpr[int] = 0):
+        """This thread's part of a slice of a block's dQ; slices follow each other."""
+        config = self.plan.config
+        begins_in_order = self.counters is not None and part == 0
+        if cutlass.const_expr(begins_in_order):
+            if m_block + 1 < self.m_max:
+                self._let_next(m_block + 1)
+        if cutlass.const_expr(self.buffer is None):
+            if cutlass.const_expr(begins_in_order):
+                self._wait(m_block)
+            self._add_from_registers(acc_dQ, m_block, part)
         else:
-            self._add_from_registers(acc_dQ, m_block)
-        if cutlass.const_expr(self.counters is not None):
-            self._let_next(m_block)
+            block = self.sums[None, m_block].iterator
+            first = self._warp * (WARP * cute.size(acc_dQ) * config.dq_slices)
+            own = (block + first).toint()
+            if cutlass.const_expr(config.dq_copies > 1):
+                own = _kept(own)
+            copies = config.dq_copies // config.dq_slices
+            count = cute.size(acc_dQ) // copies
+            for i in cutlass.range_constexpr(copies):
+                number = part * copies + i
+                self._to_buffer(acc_dQ.iterator + i * count, count, number)
+                if cutlass.const_expr(begins_in_order and i == 0):
+                    self._wait(m_block)
+                self._add_in_bulk(own + 4 * number * (WARP * count), count, number)
 
     @cute.jit
-    def _to_buffer(self, acc_dQ: cute.Tensor):
-        count = cute.size(acc_dQ)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+    def finish(self, m_min: Int32):
+        """Behind the last block of a query head: the tile's last one."""
+        if cutlass.const_expr(self.counters is not None):
+            if m_min < self.m_max:
+                self._let_next(m_min)
+
+    @cute.jit
+    def _to_buffer(
+        self,
+        acc: cute.Pointer,
+        count: cutlass.Constexpr[int],
+        number: cutlass.Constexpr[int],
+    ):
+        """Registers of the step's copy `number`."""
+        cute.arch.cp_async_bulk_wait_group(_sent_since(number, self.plan.config), read=True)
         cute.arch.sync_warp()  # one lane knows of the copies before
-        source = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, count // 4)))
-        cute.autovec_copy(source, self._own(self.buffer, count))
+        source = cute.make_tensor(acc, cute.make_layout((4, count // 4)))
+        cute.autovec_copy(source, self._own(self._room(number), count))
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
 
+    def _room(self, number: int) -> cute.Tensor:
+        return self.buffer[None, number % self.plan.config.dq_room]
+
     @cute.jit
-    def _add_in_bulk(self, count: int, m_block: Int32):
+    def _add_in_bulk(
+        self,
+        target: Int64,
+        count: cutlass.Constexpr[int],
+        number: cutlass.Constexpr[int],
+    ):
         """The warp's part of the buffer."""
-        first = self._warp * (WARP * count)
-        source, target = self.buffer.iterator + first, self.sums[None, m_block].iterator + first
+        source = self._room(number).iterator + self._warp * (WARP * count)
         with cute.arch.elect_one():
             cute.arch.inline_ptx(
                 "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], "
@@ -118,14 +153,15 @@ class DqSums:
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def _add_from_registers(self, acc_dQ: cute.Tensor, m_block: Int32):
+    def _add_from_registers(self, acc_dQ: cute.Tensor, m_block: Int32, part: int):
         """Four fp32 per instruction."""
-        count = cute.size(acc_dQ)
-        own = self._own(self.sums[None, m_block], count)
-        for i in cutlass.range_constexpr(count // 4):
+        quads = cute.size(acc_dQ) // 4
+        own = self._own(self.sums[None, m_block], 4 * quads * self.plan.config.dq_slices)
+        for i in cutlass.range_constexpr(quads):
+            four = (acc_dQ[4 * i + j] for j in range(4))
             cute.arch.inline_ptx(
                 "red.relaxed.gpu.global.add.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-                read_only_args=[own[None, i].iterator, *(acc_dQ[4 * i + j] for j in range(4))],
+                read_only_args=[own[None, part * quads + i].iterator, *four],
             )
 
     @property
@@ -150,6 +186,7 @@ class DqSums:
 
     @cute.jit
     def _let_next(self, m_block: Int32):
+        """A step after the block was added, when that has arrived without waiting for it."""
         if cutlass.const_expr(self.buffer is not None):
             cute.arch.cp_async_bulk_wait_group(0)
         cute.arch.fence_acq_rel_gpu()
@@ -168,6 +205,22 @@ class DqSums:
 
     def _sync(self):
         self.plan.barriers.dq_in_order(self.thread // WARPGROUP)
+
+
+def _kept(address: Int64) -> Int64:
+    """The address, which ptxas would compute again for every copy, on the way of the one lane."""
+    return cute.arch.inline_ptx(
+        "mov.b64 {$w0}, {$r0};", write_only_types=[Int64], read_only_args=[address]
+    )
+
+
+def _sent_since(number: int, config) -> int:
+    """Copies that a warp has sent since the one whose room a step's copy `number` takes."""
+    copies, room = config.dq_copies, config.dq_room
+    if number >= room:
+        return room - 1
+    before = max(i for i in range(copies) if i % room == number % room)
+    return copies - 1 - before + number
 
 
 def _acquired(counter: cute.Pointer) -> Int32:

@@ -14,7 +14,7 @@ from ...views import convert
 from ..rings import swizzled
 from ..tma import tma_store
 from .dq import dq_of_thread, dq_registers
-from .products import BwdMma, dq_layout, store
+from .products import dq_layout, dq_mma, store
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Finish:
             plan.element, cute.cosize(layout), byte_alignment=1024
         )
         sdQ = swizzled(pointer, layout)[None, None, 0]  # (tile_m, d)
-        mma = BwdMma.of(plan.signature, plan.config).dq
+        mma = dq_mma(plan.signature, plan.config)
         acc = cute.make_rmem_tensor(mma.get_slice(thread).partition_shape_C(plan.q_tile), Float32)
         count = dq_registers(plan.signature, plan.config)
         sums = tensors.sums[None, block, head, entry]

@@ -19,12 +19,12 @@ all blocks of tile_m queries that see them, of every query head that reads the k
     a consumer   | wait | P^T = exp2 ..    | dS^T, to shared | all    | wait            | dQ to L2 |
 
 dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, and as many buffers
-of dS as Q has stages.  dQ leaves in the order of the accumulators: up to head dim 192 each warp
-writes its part to shared memory and has it added in bulk; at 256, where there is no space, threads
-add it from registers (dq.py).
+of dS as Q has stages.  dQ leaves in the order of the accumulators: each warp writes its part to
+shared memory and has it added in bulk (dq.py).
 
 Registers of a consumer thread at head dim 128: dK and dV 128, S and dP 64 or P and dS in 16 bits
-and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on see BwdConfig.splits_keys.
+and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on the two
+warpgroups have products of their own, not keys (sides.py).
 
 Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1; FlashAttention-3 (arXiv 2407.08608),
 section 3.1.
@@ -41,7 +41,7 @@ from ...bwd_config import BwdConfig
 from ...bwd_example import backward_example
 from ...bwd_signature import BwdSignature
 from ...bwd_work import BwdScalars, BwdWork, KeyTile
-from ...key_mask import KeyMask
+from ...key_mask import KeyMask, QueryRows
 from ...scheduler import Schedule, TileList, TileOrder
 from ...scores import KeyScores
 from ...simple.bwd_clear import Clear, Gradients
@@ -55,7 +55,8 @@ from .load import load
 from .plan import BwdPlan
 from .products import BwdFragments, BwdSmem
 from .rings import BwdRings
-from .store import store_gradients
+from .sides import Side, make_ds_and_dk, make_p_and_dv
+from .store import store_gradients, store_side
 from .tensors import BwdTensors
 
 
@@ -122,7 +123,13 @@ class BackwardSm90:
                 load(plan, tensors, rings, work)
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
-            self._consume(tensors, scalars, rings, work)
+            if cutlass.const_expr(plan.config.splits_products):
+                if warp < 8:
+                    self._share(tensors, scalars, rings, work, is_first=True)
+                else:
+                    self._share(tensors, scalars, rings, work, is_first=False)
+            else:
+                self._consume(tensors, scalars, rings, work)
 
     def _work(self, tensors: BwdTensors, scalars: BwdScalars, order) -> BwdWork:
         schedule = Schedule.of(order, cute.arch.block_idx()[0], cute.arch.grid_dim()[0])
@@ -161,10 +168,56 @@ class BackwardSm90:
                 head = tile.head_kv * work.heads_per_group + i
                 sums = DqSums.of(work, tile, head, thread, rings.dq)
                 q, do = differentiate(frag, rings, q, do, blocks, scores, sums, thread)
+                if cutlass.const_expr(sums is not None):
+                    sums.finish(blocks.m_min)
             keys = work.sequence_of(tile).keys
             is_storing = warp == 0
             store_gradients(
                 frag, rings, tensors, tile, keys, thread, is_storing, scalars.softmax_scale
             )
+            tile = work.next(tile)
+        wait_for_dq(rings.dq)
+
+    @cute.jit
+    def _share(
+        self,
+        tensors: BwdTensors,
+        scalars: BwdScalars,
+        rings: BwdRings,
+        work: BwdWork,
+        is_first: cutlass.Constexpr[bool],
+    ):
+        """A consumer warpgroup that has some of the products: all tiles of this CTA."""
+        plan = self.plan
+        consumer = cute.arch.thread_idx()[0] - WARPGROUP
+        thread = consumer % WARPGROUP
+        lane = thread % 32
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        row, column = 16 * warp + lane // 4, 2 * (lane % 4)
+        side = Side.of(plan, rings, is_first)
+        k, v, q, do = (ring.consumer() for ring in (rings.k, rings.v, rings.q, rings.do))
+        tile = work.first()
+        while tile.is_valid:
+            blocks = work.blocks_of(tile)
+            side.start()
+            k.wait_and_advance()
+            v.wait_and_advance()
+            for i in cutlass.range(work.heads_per_group, unroll=1):
+                head = tile.head_kv * work.heads_per_group + i
+                sums = DqSums.of(work, tile, head, consumer, rings.dq)
+                if cutlass.const_expr(is_first):
+                    tile_m, tile_n = plan.config.tile_m, plan.config.tile_n
+                    window = work.window_of(tile)
+                    mask = QueryRows(window, tile_m, tile_n, tile.n_block, row, column)
+                    scores = KeyScores.of(plan, scalars, mask)
+                    q, do = make_p_and_dv(side, rings, q, do, blocks, scores, sums, thread)
+                else:
+                    q, do = make_ds_and_dk(side, rings, q, do, blocks, row, sums, thread)
+                if cutlass.const_expr(sums is not None):
+                    sums.finish(blocks.m_min)
+            keys = work.sequence_of(tile).keys
+            is_storing = warp == 0
+            factor = None if is_first else scalars.softmax_scale
+            store_side(side, rings, tensors, tile, keys, thread, is_storing, is_first, factor)
             tile = work.next(tile)
         wait_for_dq(rings.dq)

@@ -30,6 +30,10 @@ class BwdBarriers:
         """Their parts of dK and dV are in shared memory."""
         self._wait(3)
 
+    def p_written(self):
+        """P is in shared memory, where warpgroups split the products."""
+        self._wait(6)
+
     def dq_in_order(self, warpgroup):
         """A warpgroup is about to add its dQ, or has."""
         cute.arch.barrier(barrier_id=4 + warpgroup, number_of_threads=WARPGROUP)

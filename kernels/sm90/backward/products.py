@@ -32,27 +32,40 @@ class BwdMma:
 
     @staticmethod
     def of(signature, config) -> "BwdMma":
-        element = ELEMENT[signature.dtype]
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        by_rows = (config.num_mma_warpgroups, 1, 1)
-        by_columns = (1, config.num_mma_warpgroups, 1)
+        by_rows, by_columns = _splits(config)
         own = by_rows if config.splits_keys else by_columns
-
-        def product(a_major, b_major, layout, columns, source=warpgroup.OperandSource.SMEM):
-            return hopper.make_trivial_tiled_mma(
-                element, element, a_major, b_major, Float32, layout, (64, columns), source
-            )
-
         sources = warpgroup.OperandSource
         by_keys = sources.RMEM if config.splits_keys else sources.SMEM
-        of_dq = by_rows if config.dq_is_split_by_rows else by_columns
-        d, dv = signature.head_dim, signature.head_dim_v
+        d, dv, dtype = signature.head_dim, signature.head_dim_v, signature.dtype
         return BwdMma(
-            scores=product(k_major, k_major, own, config.score_columns),
-            dv=product(k_major, mn_major, own, config.channels(dv), by_keys),
-            dk=product(k_major, mn_major, own, config.channels(d), by_keys),
-            dq=product(mn_major, mn_major, of_dq, config.dq_channels(d)),
+            scores=product(dtype, k_major, k_major, own, config.score_columns),
+            dv=product(dtype, k_major, mn_major, own, config.channels(dv), by_keys),
+            dk=product(dtype, k_major, mn_major, own, config.channels(d), by_keys),
+            dq=dq_mma(signature, config),
         )
+
+
+def product(
+    dtype, a_major, b_major, warpgroups, columns: int, source=warpgroup.OperandSource.SMEM
+) -> cute.TiledMma:
+    """64 rows and so many columns for each of the warpgroups, which lie as (rows, columns, 1)."""
+    element = ELEMENT[dtype]
+    return hopper.make_trivial_tiled_mma(
+        element, element, a_major, b_major, Float32, warpgroups, (64, columns), source
+    )
+
+
+def dq_mma(signature, config) -> cute.TiledMma:
+    """dQ = dS K, of all consumers."""
+    by_rows, by_columns = _splits(config)
+    of_dq = by_rows if config.dq_is_split_by_rows else by_columns
+    mn_major, columns = OperandMajorMode.MN, config.dq_channels(signature.head_dim)
+    return product(signature.dtype, mn_major, mn_major, of_dq, columns)
+
+
+def _splits(config) -> tuple:
+    return (config.num_mma_warpgroups, 1, 1), (1, config.num_mma_warpgroups, 1)
 
 
 @dataclass(frozen=True)
@@ -62,21 +75,21 @@ class BwdSmem:
     k: cute.ComposedLayout  # (tile_n, d, 1)
     v: cute.ComposedLayout  # (tile_n, dv, 1)
     q: cute.ComposedLayout  # (tile_m, d, num_stages)
-    do: cute.ComposedLayout  # (tile_m, dv, num_stages)
-    ds: cute.ComposedLayout  # (tile_m, tile_n, num_stages), queries contiguous; P is like it
+    do: cute.ComposedLayout  # (tile_m, dv, stages_of_do)
+    ds: cute.ComposedLayout  # (tile_m, tile_n, ds_buffers), queries contiguous; P is like it
 
     @staticmethod
     def of(signature, config) -> "BwdSmem":
         element = ELEMENT[signature.dtype]
-        tile_m, tile_n, stages = config.tile_m, config.tile_n, config.num_stages
+        tile_m, tile_n = config.tile_m, config.tile_n
         d, dv = signature.head_dim, signature.head_dim_v
         ds = (tile_m, d, tile_n)
         return BwdSmem(
             k=_rows(element, (tile_n, d, 1), config.dq_channels(d)),
             v=_rows(element, (tile_n, dv, 1), config.channels(dv)),  # for dV, in its place
-            q=_rows(element, (tile_m, d, stages), config.channels(d)),
-            do=_rows(element, (tile_m, dv, stages), config.channels(dv)),
-            ds=hopper.make_smem_layout_a(LayoutEnum.COL_MAJOR, ds, element, config.num_stages),
+            q=_rows(element, (tile_m, d, config.num_stages), config.channels(d)),
+            do=_rows(element, (tile_m, dv, config.stages_of_do), config.channels(dv)),
+            ds=hopper.make_smem_layout_a(LayoutEnum.COL_MAJOR, ds, element, config.ds_buffers),
         )
 
 
@@ -231,9 +244,19 @@ class BwdFragments:
         return cute.make_rmem_tensor(self.mma.dq.partition_shape_C(shape), Float32)
 
 
-def store(mma: cute.TiledMma, values: cute.Tensor, acc: cute.Tensor, target: cute.Tensor, thread):
-    """16-bit values in the order of the accumulator acc -> the consumers' tile (rows, columns)."""
-    atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, values.element_type, Float32)
+def store(
+    mma: cute.TiledMma,
+    values: cute.Tensor,
+    acc: cute.Tensor,
+    target: cute.Tensor,
+    thread,
+    order: LayoutEnum = LayoutEnum.ROW_MAJOR,
+):
+    """16-bit values in the order of the accumulator acc -> the tile (rows, columns) of its threads.
+
+    order: of the target's memory.
+    """
+    atom = hopper.get_smem_store_op(order, values.element_type, Float32)
     copy = cute.make_tiled_copy_C(atom, mma).get_slice(thread)
     source = cute.make_tensor(values.iterator, acc.layout)
     cute.copy(copy, copy.retile(source), copy.partition_D(target))

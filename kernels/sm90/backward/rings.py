@@ -79,6 +79,13 @@ class RowsRing:
         cute.autovec_copy(source, numbers)
         return cute.make_tensor(numbers.iterator, cute.make_layout(count // 4))
 
+    def of_rows(self, stage, first) -> cute.Tensor:
+        """(2, 1) numbers of the rows first and first + 8, a thread's of an accumulator."""
+        numbers = cute.make_rmem_tensor((2, 1), Float32)
+        for r in range(2):
+            numbers[r, 0] = self.numbers[first + 8 * r, stage]
+        return numbers
+
 
 @dataclass(frozen=True)
 class BwdRings:
@@ -86,7 +93,7 @@ class BwdRings:
     v: Ring  # 1 stage
     q: RowsRing
     do: RowsRing
-    ds: cute.Tensor  # (tile_m, tile_n, num_stages)
+    ds: cute.Tensor  # (tile_m, tile_n, ds_buffers)
     p: cute.Tensor | None  # the same, where the warpgroups share the keys
     dq: cute.Tensor | None  # dq.DqSums.buffer
 
@@ -104,10 +111,11 @@ class BwdRings:
             return allocator.allocate_array(cutlass.Int64, 2 * num_stages)
 
         def rows(buffer):
-            numbers = cute.make_layout((config.tile_m, config.num_stages))
+            num_stages = cute.size(buffer, mode=[2])
+            numbers = cute.make_layout((config.tile_m, num_stages))
             pointer = allocator.allocate_array(Float32, cute.size(numbers), byte_alignment=128)
             made = cute.make_tensor(pointer, numbers)
-            return RowsRing.of(buffer, made, barriers(config.num_stages), num_warps)
+            return RowsRing.of(buffer, made, barriers(num_stages), num_warps)
 
         # What is aligned to 1024 bytes comes first, or gaps would be left.
         k, v, q, do, ds = (

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
+from cutlass.tensor_utils import LayoutEnum
 
 from ...views import convert
 from .products import BwdFragments, store
 from .rings import BwdRings
+from .sides import Side
 
 
 @cute.jit
@@ -46,6 +49,41 @@ def store_gradients(
         cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
         rings.k.release(0)
         rings.v.release(0)
+
+
+@cute.jit
+def store_side(
+    side: Side,
+    rings: BwdRings,
+    tensors: Any,
+    tile: Any,
+    keys: Any,
+    thread: Any,
+    is_storing_warp: Any,
+    is_first: cutlass.Constexpr[bool],
+    factor: Float32 | None,
+):
+    """The same of a warpgroup that has one of dK and dV, transposed; each stores its own."""
+    plan = side.plan
+    ring, operand, shape = (
+        (rings.v, tensors.dv, plan.v_tile) if is_first else (rings.k, tensors.dk, plan.k_tile)
+    )
+    space = ring.buffer[None, None, 0]
+    if cutlass.const_expr(factor is not None):
+        side.acc_sums.store(side.acc_sums.load() * factor)
+    values = cute.make_rmem_tensor_like(side.acc_sums, plan.element)
+    convert(side.acc_sums, values)
+    plan.barriers.products_done()
+    by_channels = cute.make_tensor(space.iterator, cute.select(space.layout, mode=[1, 0]))
+    store(side.mma.sums, values, side.acc_sums, by_channels, thread, LayoutEnum.COL_MAJOR)
+    cute.arch.fence_view_async_shared()
+    plan.barriers.gradients_written()
+    if is_storing_warp:
+        _to_memory(operand, space, keys, tile, shape)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
+        ring.release(0)
 
 
 def _to_memory(operand: Any, smem: cute.Tensor, keys: Any, tile: Any, shape):
