@@ -51,12 +51,15 @@ class TileOrder:
     num_batches: Any
     heads_per_group: Any  # (batch, head) pairs that run side by side
     count: Any  # of all tiles: computed once, on the host
+    counter: cute.Pointer | None = None  # of a dynamic schedule (sm90/tile_queue.py)
 
     @staticmethod
-    def of(longest_first, num_m_blocks, num_heads, num_heads_kv, num_batches, heads_per_group):
+    def of(
+        longest_first, num_m_blocks, num_heads, num_heads_kv, num_batches, heads_per_group, **more
+    ):
         sizes = num_m_blocks, num_heads, num_heads_kv, num_batches
         count = num_m_blocks * num_heads * num_batches
-        return TileOrder(longest_first, *sizes, heads_per_group, count)
+        return TileOrder(longest_first, *sizes, heads_per_group, count, **more)
 
     @staticmethod
     def group_of(key_bytes, s_k, num_m_blocks, num_heads, num_heads_kv, num_batches, num_ctas):
@@ -71,6 +74,10 @@ class TileOrder:
 
     def deal(self, cta, num_ctas) -> "Deal":
         return Deal(cta, num_ctas, self.count, self.tiles_per_round)
+
+    @property
+    def num_tiles(self):
+        return self.count
 
     @property
     def tiles_per_round(self):
@@ -179,7 +186,10 @@ class Schedule:
     def first(self) -> WorkTile:
         return self.at(0)
 
-    def next(self, tile: WorkTile) -> WorkTile:
+    def fetch(self) -> None:
+        """Nothing: which tile is next is known."""
+
+    def next(self, tile: WorkTile, fetched: None = None) -> WorkTile:
         return self.at(tile.turn + 1)
 
     def at(self, turn) -> WorkTile:
