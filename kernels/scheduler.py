@@ -101,9 +101,14 @@ class TileOrder:
 
 @dataclass(frozen=True)
 class TileList:
-    """The tiles of a ragged batch, those of a CTA together: position -> WorkTile."""
+    """The tiles of a ragged batch: position -> WorkTile.
 
-    begins: cute.Tensor  # (MAX_CTAS + 1,) int32: a CTA's first position; the next CTA's ends it
+    Those of a CTA are together; of a dynamic schedule they are in the order in which CTAs get them.
+    """
+
+    # (MAX_CTAS + 1,) int32: a CTA's first position; the next CTA's ends it, and the last number is
+    # that of all tiles.  Of a dynamic schedule the first one is its counter.
+    begins: cute.Tensor
     entries: cute.Tensor  # (tiles + 1, ENTRY) int32: batch, m_block, head, head_kv
 
     @staticmethod
@@ -119,6 +124,14 @@ class TileList:
     def count(self):
         """More CTAs than this have nothing to do, or no place in the list."""
         return minimum(self.entries.shape[0] - 1, MAX_CTAS)
+
+    @property
+    def num_tiles(self):
+        return self.begins[MAX_CTAS]
+
+    @property
+    def counter(self) -> cute.Pointer:
+        return self.begins.iterator
 
     def deal(self, cta, num_ctas) -> "Share":
         return Share(self.begins[cta], self.begins[cta + 1])

@@ -11,7 +11,7 @@ with a tile misses once, so num_tiles times in all.  `atom.inc` wraps after as m
 leaves it at 0 for the next launch.  Which CTA computes a tile changes no bit of its results.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -57,8 +57,9 @@ class TileBoard:
 
     @cute.jit
     def write(self, tile: WorkTile):
-        """By one warp."""
+        """By one warp, whose lanes have all come so far."""
         slot = tile.turn % SLOTS
+        cute.arch.sync_warp()
         with cute.arch.elect_one():
             entry = cute.make_rmem_tensor(ENTRY, Int32)
             block = cutlass.select_(tile.is_valid, tile.m_block, Int32(NO_TILE))
@@ -82,9 +83,14 @@ class FetchedTiles:
     """The Schedule of the producer warp."""
 
     order: TileOrder | TileList
+    num_tiles: Any
     cta: Any
     num_ctas: Any
     board: TileBoard
+
+    @staticmethod
+    def of(order: TileOrder | TileList, cta, num_ctas, board: TileBoard) -> "FetchedTiles":
+        return FetchedTiles(order, order.num_tiles, cta, num_ctas, board)
 
     def first(self) -> WorkTile:
         return self._at(self.cta, Int32(0))
@@ -97,7 +103,7 @@ class FetchedTiles:
             found = cute.arch.inline_ptx(
                 "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
                 write_only_types=[Int32],
-                read_only_args=[self.order.counter, self.order.num_tiles - 1],
+                read_only_args=[self.order.counter, self.num_tiles - 1],
             )
         return found
 
@@ -107,9 +113,8 @@ class FetchedTiles:
         return self._at(position, tile.turn + 1)
 
     def _at(self, position, turn) -> WorkTile:
-        found = self.order[minimum(position, self.order.num_tiles)]
-        is_valid = Boolean(position < self.order.num_tiles)
-        tile = WorkTile(found.m_block, found.head, found.head_kv, found.batch, turn, is_valid)
+        found = self.order[minimum(position, self.num_tiles)]
+        tile = replace(found, turn=turn, is_valid=Boolean(position < self.num_tiles))
         self.board.write(tile)
         return tile
 

@@ -13,7 +13,7 @@ from fa3.call.problem import Options, Problem
 from fa3.call.scales import NO_DESCALES, Descales
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
-from fa3.launch import dispatch, jit, tuning
+from fa3.launch import counters, dispatch, jit, tuning
 from fa3.ops import NO_LENGTHS, WHOLE
 
 from .. import check, variants
@@ -150,10 +150,11 @@ class Forward:
         scales = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
         out = q.new_empty(*problem.out_shape, dtype=problem.out_dtype)
         lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
+        take = counters.of(q.device) if config.is_dynamic(problem.signature) else lambda: None
 
         def call() -> Tensor:
             scalars = *problem.scalars, target.num_sms, *WHOLE
-            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, *scalars))
+            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, take(), *scalars))
             return out
 
         return call

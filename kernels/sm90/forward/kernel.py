@@ -252,7 +252,7 @@ class ForwardSm90:
         sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
         if self.plan.tiling.is_dynamic:
             board = TileBoard.of(allocator)
-            schedules = FetchedTiles(order, cta, num_ctas, board), PostedTiles(board)
+            schedules = FetchedTiles.of(order, cta, num_ctas, board), PostedTiles(board)
         else:
             schedules = (Schedule.of(order, cta, num_ctas),) * 2
         return tuple(Work(self.plan, schedule, sequences, scalars) for schedule in schedules)
