@@ -57,9 +57,9 @@ class TileBoard:
 
     @cute.jit
     def write(self, tile: WorkTile):
-        """By one warp, whose lanes have all come so far."""
+        """By one warp."""
         slot = tile.turn % SLOTS
-        cute.arch.sync_warp()
+        cute.arch.sync_warp()  # one lane arrives for all
         with cute.arch.elect_one():
             entry = cute.make_rmem_tensor(ENTRY, Int32)
             block = cutlass.select_(tile.is_valid, tile.m_block, Int32(NO_TILE))
@@ -74,6 +74,7 @@ class TileBoard:
         cute.arch.mbarrier_wait(self.full + slot, turn // SLOTS % 2)
         entry = cute.make_rmem_tensor(ENTRY, Int32)
         cute.autovec_copy(self.tiles[slot, None], entry)
+        cute.arch.sync_warp()  # one lane gives back Q for all
         batch, m_block, head, head_kv = (entry[i] for i in range(ENTRY))
         return WorkTile(m_block, head, head_kv, batch, turn, m_block != NO_TILE)
 
