@@ -19,7 +19,7 @@ OSpace = Literal["own", "k", "kv", "q", "registers"]
 
 # Who computes which tile.
 # static:  dealt ahead, longest first (scheduler.py): nothing is asked for while a kernel runs.
-# dynamic: the longest first, each to the CTA that asks first (sm90/tile_queue.py): one that was held
+# dynamic: longest first, each to the CTA that asks first (sm90/tile_queue.py): one that was held
 #          up gets fewer.
 ScheduleKind = Literal["static", "dynamic"]
 

@@ -65,7 +65,9 @@ class Pool:
         with self._lock:
             if self._chunk is None:
                 # Copied from the host, which waits: graphs that use it may run on any stream.
-                self._chunk = torch.zeros(IN_GRAPHS, dtype=torch.int32, device="cpu").to(self._device)
+                self._chunk = torch.zeros(IN_GRAPHS, dtype=torch.int32, device="cpu").to(
+                    self._device
+                )
             return self._of_stream.setdefault(self._cuda.stream(self._index), self._zeroed())
 
     def _of_graph(self) -> Tensor:

@@ -218,9 +218,7 @@ class ListTiles:
         hands.fill_begins(begins)
 
     @cute.jit
-    def _write_in_order(
-        self, call: ListArguments, rounds: Rounds, in_class: cute.Tensor, thread
-    ):
+    def _write_in_order(self, call: ListArguments, rounds: Rounds, in_class: cute.Tensor, thread):
         """Round after round, a pair's heads together: no CTA has a tile yet."""
         tiles = call.tiles()
         group = call.num_heads // call.num_heads_kv

@@ -245,7 +245,9 @@ class ForwardSm90:
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
 
-    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order, allocator) -> tuple[Work, Work]:
+    def _work(
+        self, tensors: FwdTensors, scalars: FwdScalars, order, allocator
+    ) -> tuple[Work, Work]:
         """As the producer warp goes through it, and as the others do."""
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         q_rows, k_rows = tensors.q.tensor.shape[0], tensors.k.tensor.shape[0]
