@@ -141,8 +141,8 @@ def test_ctas_with_the_same_tile_are_found(device):
         assert ptx.count("atom.relaxed.gpu.global.inc.u32") == 1
         return ptx.replace("%ctaid.x", "0")
 
-    with emulator.options(edit=without_counting, checks=("global",)):
-        with pytest.raises(emulator.Race, match="no atomic leads from one to the other"):
+    with emulator.options(edit=without_counting, checks=("race", "global")):
+        with pytest.raises(emulator.Race, match="global memory"):
             call()
 
 
