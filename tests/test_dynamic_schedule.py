@@ -97,6 +97,10 @@ def test_which_schedule_a_signature_gets():
     assert [config.is_dynamic(s) for s in signatures] == [False, True, True, True]
     assert all(replace(config, schedule="dynamic").is_dynamic(s) for s in signatures)
     assert not any(replace(config, schedule="static").is_dynamic(s) for s in signatures)
+    gathered = Signature("bf16", 64, 64, "causal", is_ragged=True, page_rows=1)
+    assert gathered.gathers and not config.is_dynamic(gathered)
+    with pytest.raises(ValueError, match="schedule is 'dynamic', .* where rows are gathered"):
+        replace(config, schedule="dynamic").check(gathered)
     with pytest.raises(ValueError, match="schedule is 'both', expected static, dynamic or None"):
         replace(config, schedule="both").check(signatures[0])
 
