@@ -35,8 +35,8 @@ def scheduled(monkeypatch):
         return taking
 
     def choose(schedule):
-        def chosen(signature, capability=(9, 0)):
-            return replace(forward(signature, capability), schedule=schedule)
+        def chosen(*given):
+            return replace(forward(*given), schedule=schedule)
 
         monkeypatch.setattr(tuning, "forward", chosen)
         ops.plan_of.cache_clear()
