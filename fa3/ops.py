@@ -255,7 +255,9 @@ def run(  # noqa: PLR0913
     if plan.split is not None:
         _run_split(plan, q, k, v, target, lse, views, lengths, metadata)
     elif lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, _counter(plan), *plan.scalars, *NEITHER))
+        plan.run(
+            (q, k, v, target, lse, *views, *NO_LENGTHS, _counter(plan), *plan.scalars, *NEITHER)
+        )
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths, metadata))
     return out, lse

@@ -236,9 +236,10 @@ class ListTiles:
                     entry = (index, block, head, head // group)
                     store_row(tiles.entries, position + tile, entry)
                 position += num_pairs * heads
+        # A static schedule that reads this list finds all tiles with CTA 0.
+        for i in cutlass.range(thread, MAX_CTAS + 1, THREADS, unroll=1):
+            tiles.begins[i] = cutlass.select_(i == 0, Int32(0), position)
         if thread == 0:
-            tiles.begins[0] = 0
-            tiles.begins[MAX_CTAS] = position
             store_row(tiles.entries, position, (0, 0, 0, 0))  # is read, but no tile
 
     @cute.jit
