@@ -207,7 +207,8 @@ def _plan_of(  # noqa: PLR0913
     from .kernels.scheduler import L2_BUDGET
     from .kernels.simple.metadata import ListSignature  # imports the DSL, as the kernel does
 
-    signature = ListSignature(problem.mask.kind, config.tile_m, config.tile_n)
+    is_dynamic = config.is_dynamic(problem.signature)
+    signature = ListSignature(problem.mask.kind, config.tile_m, config.tile_n, is_dynamic)
     tiles = Tiles.of(problem, config, number, num_ctas)
     scalars = (
         *(problem.s_q, problem.s_k, batch, problem.h_q * number, h_k),

@@ -29,7 +29,7 @@ from .call.listed import Tiles, listed
 from .call.problem import Options, Problem, check_out
 from .call.scales import NO_DESCALES, Descales, Scales
 from .kernels.config import FwdConfig
-from .launch import dispatch, jit, splits, tuning
+from .launch import counters, dispatch, jit, splits, tuning
 from .reference import attention as reference
 from .reference import ragged as reference_ragged
 
@@ -40,7 +40,9 @@ class Plan(NamedTuple):
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
-    tiles: Tiles | None  # of a ragged call, which has a list of them
+    # of a ragged call, which has a list of them; of a dense one with a dynamic schedule what gives
+    # its counter
+    tiles: Tiles | Callable[[], Tensor] | None
     scalars: tuple  # the last fields of FwdArguments, but for is_listed
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
@@ -132,7 +134,7 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
 
 def _kernel_of(
     problem: Problem, num_splits: int, longest: tuple
-) -> tuple[Callable, int, Tiles | None, Split | None]:
+) -> tuple[Callable, int, Tiles | Callable | None, Split | None]:
     """The function to call, compiled, the most CTAs it may launch, Plan.tiles and Plan.split."""
     if problem.is_empty or problem.device.type == "meta":
         return _do_nothing, 0, None, None
@@ -150,7 +152,10 @@ def _kernel_of(
         signature, is_ragged = signature.split(), problem.sequences.is_ragged
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
-    return run, num_ctas, Tiles.of(problem, config, number, num_ctas), split
+    tiles = Tiles.of(problem, config, number, num_ctas)
+    if tiles is None and config.is_dynamic(signature):
+        tiles = counters.of(problem.device)
+    return run, num_ctas, tiles, split
 
 
 def rows_of(problem: Problem, longest: tuple | None) -> int | None:
@@ -250,7 +255,9 @@ def run(  # noqa: PLR0913
     if plan.split is not None:
         _run_split(plan, q, k, v, target, lse, views, lengths, metadata)
     elif lengths is EQUAL:
-        plan.run((q, k, v, target, lse, *views, *NO_LENGTHS, *plan.scalars, *NEITHER))
+        plan.run(
+            (q, k, v, target, lse, *views, *NO_LENGTHS, _counter(plan), *plan.scalars, *NEITHER)
+        )
     else:
         plan.run(_ragged(plan, q, k, v, target, lse, views, lengths, metadata))
     return out, lse
@@ -275,9 +282,13 @@ def _plan_for(  # noqa: PLR0913
     )
 
 
-NO_LENGTHS = (None,) * 6  # FwdArguments.cu_seqlens_q to tiles
+NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to page_table
 WHOLE = (None,) * 4  # the last fields of FwdArguments, for what signatures seldom ask for
 NEITHER = WHOLE[2:]  # is_listed and cache_leftpad
+
+
+def _counter(plan: Plan) -> Tensor | None:
+    return None if plan.tiles is None else plan.tiles()
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> tuple:  # noqa: PLR0913
@@ -299,7 +310,8 @@ def _run_split(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> None:
     parts, part_lse = plan.split.partial(out, lse)
     results = parts.flatten(-3, -2), part_lse.flatten(-3, -2)
     if lengths is EQUAL:
-        plan.run((q, k, v, *results, *views, *NO_LENGTHS, *plan.scalars, *NEITHER))
+        counter = _counter(plan)
+        plan.run((q, k, v, *results, *views, *NO_LENGTHS, counter, *plan.scalars, *NEITHER))
         plan.split.finish((parts, part_lse), out, lse, (None, None))
         return
     plan.run(_ragged(plan, q, k, v, *results, views, lengths, metadata))

@@ -28,7 +28,9 @@ class FwdArguments:
     seqused_q: Any  # (b,) int32: how many rows of a sequence count; (0,): all
     seqused_k: Any
     page_table: Any  # (b, pages) int32: which entries of k and v a sequence's keys are in; or None
-    tiles: Any  # int32: room for the list of a ragged call's tiles (scheduler.TileList)
+    # int32: room for the list of a ragged call's tiles (scheduler.TileList); of a dense call the
+    # counter of a dynamic schedule, 0, or None
+    tiles: Any
     num_sequences: Any  # Int32
     scale_log2: Any  # Float32: softmax_scale * log2(e), with softcap times 2 / softcap
     softcap_log2: Any  # Float32: softcap * log2(e)

@@ -17,6 +17,12 @@ BARRIER_BYTES = 1024  # mbarriers and alignment
 # registers: nowhere. O of FP8 inputs, and partial O, is stored from registers, without TMA.
 OSpace = Literal["own", "k", "kv", "q", "registers"]
 
+# Who computes which tile.
+# static:  dealt ahead, longest first (scheduler.py): nothing is asked for while a kernel runs.
+# dynamic: longest first, each to the CTA that asks first (sm90/tile_queue.py): one that was held
+#          up gets fewer.
+ScheduleKind = Literal["static", "dynamic"]
+
 
 def check_fields(config, rules: Iterable[tuple[str, bool, str]]) -> None:
     """rules: name of a field, whether it is right, and what is."""
@@ -48,6 +54,7 @@ class FwdConfig:
     polynomial_exp2: int = 0  # one of this many exponentials on the FMA pipe (exp2.py); 0: none
     o_space: OSpace | None = None  # None: the first one that is large enough
     spared_registers: int = 0  # that a consumer's thread leaves to those of the producer
+    schedule: ScheduleKind | None = None  # None: dynamic where tiles differ in length
 
     @property
     def tile_m(self) -> int:
@@ -83,6 +90,10 @@ class FwdConfig:
         yield "num_stages", self.num_stages >= 1, "at least 1"
         if signature.gathers:  # a stage is full when the next one has been asked for
             yield "num_stages", self.num_stages >= 2, "at least 2 where rows are gathered"
+            right = self.schedule != "dynamic"
+            yield "schedule", right, "static or None where rows are gathered, by several warps"
+        right = self.schedule in (None, "static", "dynamic")
+        yield "schedule", right, "static, dynamic or None"
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
         yield "spared_registers", self.spared_registers in range(0, 65, 8), "0, 8, .. 64"
         if quantised is None:
@@ -99,6 +110,13 @@ class FwdConfig:
         yield "o_space", self.o_space in (None, "registers"), "registers or None for FP8 inputs"
         divides = quantised.v_block % self.tile_n == 0  # a product P V has one scale of V
         yield "tile_n", divides, f"a divisor of {quantised.v_block}, the keys per scale of v"
+
+    def is_dynamic(self, signature: Signature) -> bool:
+        """`schedule`, or that of the mask and the lengths."""
+        if self.schedule is None:
+            is_uneven = signature.mask != "full" or signature.is_ragged
+            return is_uneven and not signature.gathers  # by several warps, which nobody tells
+        return self.schedule == "dynamic"
 
     def space_of_o(self, signature: Signature) -> OSpace:
         """`o_space`, or the first of the spaces that is large enough."""

@@ -26,7 +26,9 @@ class EqualLengths:
 
     def example(self) -> tuple:
         """Of cu_seqlens_q to num_sequences of FwdArguments and BwdArguments."""
-        return (None,) * 7
+        is_dynamic = self.plan.tiling.is_dynamic
+        counter = make_fake_tensor(Int32, (1,), (1,), assumed_align=4) if is_dynamic else None
+        return *(None,) * 5, counter, None
 
     def view(self, tensor: cute.Tensor, row_mode: int) -> cute.Tensor:
         """A tensor as TMA is to see it, which Span.tiled cuts."""
@@ -48,7 +50,9 @@ class EqualLengths:
         if longest_first:
             sizes = num_blocks, *heads, batches, x.num_ctas
             heads_per_group = TileOrder.group_of(tiling.shared_bytes(x), shared.shape[1], *sizes)
-        return TileOrder.of(longest_first, num_blocks, *heads, batches, heads_per_group)
+        counter = x.tiles.iterator if tiling.is_dynamic else None
+        sizes = num_blocks, *heads, batches, heads_per_group
+        return TileOrder.of(longest_first, *sizes, counter=counter)
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,15 @@ class TileOrder:
     num_batches: Any
     heads_per_group: Any  # (batch, head) pairs that run side by side
     count: Any  # of all tiles: computed once, on the host
+    counter: cute.Pointer | None = None  # of a dynamic schedule (sm90/tile_queue.py)
 
     @staticmethod
-    def of(longest_first, num_m_blocks, num_heads, num_heads_kv, num_batches, heads_per_group):
+    def of(
+        longest_first, num_m_blocks, num_heads, num_heads_kv, num_batches, heads_per_group, **more
+    ):
         sizes = num_m_blocks, num_heads, num_heads_kv, num_batches
         count = num_m_blocks * num_heads * num_batches
-        return TileOrder(longest_first, *sizes, heads_per_group, count)
+        return TileOrder(longest_first, *sizes, heads_per_group, count, **more)
 
     @staticmethod
     def group_of(key_bytes, s_k, num_m_blocks, num_heads, num_heads_kv, num_batches, num_ctas):
@@ -71,6 +74,10 @@ class TileOrder:
 
     def deal(self, cta, num_ctas) -> "Deal":
         return Deal(cta, num_ctas, self.count, self.tiles_per_round)
+
+    @property
+    def num_tiles(self):
+        return self.count
 
     @property
     def tiles_per_round(self):
@@ -94,9 +101,14 @@ class TileOrder:
 
 @dataclass(frozen=True)
 class TileList:
-    """The tiles of a ragged batch, those of a CTA together: position -> WorkTile."""
+    """The tiles of a ragged batch: position -> WorkTile.
 
-    begins: cute.Tensor  # (MAX_CTAS + 1,) int32: a CTA's first position; the next CTA's ends it
+    Those of a CTA are together; of a dynamic schedule they are in the order in which CTAs get them.
+    """
+
+    # (MAX_CTAS + 1,) int32: a CTA's first position; the next CTA's ends it, and the last number is
+    # that of all tiles.  Of a dynamic schedule the first one is its counter.
+    begins: cute.Tensor
     entries: cute.Tensor  # (tiles + 1, ENTRY) int32: batch, m_block, head, head_kv
 
     @staticmethod
@@ -112,6 +124,14 @@ class TileList:
     def count(self):
         """More CTAs than this have nothing to do, or no place in the list."""
         return minimum(self.entries.shape[0] - 1, MAX_CTAS)
+
+    @property
+    def num_tiles(self):
+        return self.begins[MAX_CTAS]
+
+    @property
+    def counter(self) -> cute.Pointer:
+        return self.begins.iterator
 
     def deal(self, cta, num_ctas) -> "Share":
         return Share(self.begins[cta], self.begins[cta + 1])
@@ -179,7 +199,10 @@ class Schedule:
     def first(self) -> WorkTile:
         return self.at(0)
 
-    def next(self, tile: WorkTile) -> WorkTile:
+    def fetch(self) -> None:
+        """Nothing: which tile is next is known."""
+
+    def next(self, tile: WorkTile, fetched: None = None) -> WorkTile:
         return self.at(tile.turn + 1)
 
     def at(self, turn) -> WorkTile:

@@ -24,6 +24,7 @@ class QueryTiles:
     mask: MaskKind
     tile_m: int
     tile_n: int
+    is_dynamic: bool = False  # a tile goes to the CTA that asks first (sm90/tile_queue.py)
 
     in_order = False
     has_rank = False
@@ -68,6 +69,8 @@ class KeyTiles:
     tile_m: int
     tile_n: int
     in_order: bool = False  # tiles of a sequence and a head are to be dealt by ascending keys
+
+    is_dynamic = False
 
     @property
     def size(self) -> int:

@@ -22,8 +22,12 @@ class Work:
     def first(self) -> WorkTile:
         return self.schedule.first()
 
-    def next(self, tile: WorkTile) -> WorkTile:
-        return self.schedule.next(tile)
+    def fetch(self) -> Any:
+        """By the producer, once a tile, for next()."""
+        return self.schedule.fetch()
+
+    def next(self, tile: WorkTile, *fetched) -> WorkTile:
+        return self.schedule.next(tile, *fetched)
 
     def again(self, tile: WorkTile) -> WorkTile:
         """The same, looked up anew: that of a ragged batch has needed no registers meanwhile."""

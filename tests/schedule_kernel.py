@@ -28,12 +28,13 @@ class ListSignature:
 class ListConfig:
     tile_m: int = 128
     tile_n: int = 128
+    is_dynamic: bool = False  # then there is a list, and nobody walks
 
 
 def tiling_of(signature: ListSignature, config: ListConfig) -> QueryTiles | KeyTiles:
     sizes = signature.mask, config.tile_m, config.tile_n
     if signature.tiles == "queries":
-        return QueryTiles(*sizes)
+        return QueryTiles(*sizes, config.is_dynamic)
     return KeyTiles(*sizes, in_order=signature.tiles == "keys in order")
 
 
@@ -87,10 +88,11 @@ class ListAndWalk:
             memory,
         )
         ListTiles(tiling)(arguments, stream)
-        tiles = arguments.tiles()
-        self.walk(tiles, found).launch(
-            grid=(cutlass.min(max_ctas, tiles.count), 1, 1), block=(32, 1, 1), stream=stream
-        )
+        if cutlass.const_expr(not tiling.is_dynamic):
+            tiles = arguments.tiles()
+            self.walk(tiles, found).launch(
+                grid=(cutlass.min(max_ctas, tiles.count), 1, 1), block=(32, 1, 1), stream=stream
+            )
 
     @cute.kernel
     def walk(self, tiles: TileList, found: cute.Tensor):

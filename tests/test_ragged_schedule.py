@@ -20,6 +20,7 @@ from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capac
 from fa3.kernels.tiling import KeyTiles, QueryTiles
 from fa3.launch import dispatch, jit
 
+from . import makespan
 from .conftest import HOPPER
 from .schedule_kernel import COLUMNS, ListConfig, ListSignature, tiling_of
 
@@ -143,6 +144,17 @@ def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
     return tiles
 
 
+def in_order(batch: Ragged) -> list[tuple[int, int, int]]:
+    """Tiles in the order in which CTAs get them of a dynamic schedule."""
+    tiles, rounds = [], batch.rounds
+    for chunk, group in itertools.product(batch.chunks(), range(rounds.num_groups)):
+        first = group * rounds.heads_per_group
+        heads = range(first, min(first + rounds.heads_per_group, batch.num_heads))
+        pairs = sorted(chunk, key=batch.class_of)
+        tiles += [(*pair, head) for pair in pairs for head in heads]
+    return tiles
+
+
 def next_ctas(loads: list[int], cost: int) -> list[int]:
     """All that have less than the one with least would then have, about in the order of what."""
     least = min(loads)
@@ -216,6 +228,25 @@ def test_work_is_spread_evenly(name, mask, heads, tiles):
         assert len(all_costs) < 3 * SMS and best > 0.95 * bound
         bound = 1.06 * best
     assert busiest <= bound
+
+
+UNEVEN = [x for x in SPREAD if x[1] != "full" and x[3] == "queries" and "one" not in x[0]]
+
+
+@pytest.mark.parametrize(("name", "mask", "heads", "tiles"), UNEVEN)
+def test_a_dynamic_schedule_makes_up_for_what_no_list_knows(name, mask, heads, tiles):
+    """SMs that differ by 5 % and tiles that differ by 5 % from what they cost."""
+    batch = Ragged(tuple(LENGTHS[name]), tuple(LENGTHS[name]), *heads, mask)
+    costs = batch.costs
+    by_cta = [[costs[i, m] for i, m, _ in tiles] for tiles in deal(batch)]
+    jitter = functools.partial(makespan.Jitter, 0.05, 0.05, 7, SMS)
+    of_list = makespan.static(by_cta, jitter().time)
+    costs_in_order = [costs[i, m] for i, m, _ in in_order(batch)]
+    # costs are in halves of a block
+    found = makespan.dynamic(costs_in_order, SMS, jitter().time, 2 * makespan.AHEAD)
+    if len(costs_in_order) > 3 * SMS:
+        assert found < 0.97 * of_list
+    assert found < 1.03 * of_list
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -316,7 +347,9 @@ class Lengths:
         return Lengths(cu_q=cu_q, used_k=batch.lengths_k)
 
 
-def run_kernel(batch: Ragged, device, lengths: Lengths | None = None) -> tuple[torch.Tensor, ...]:
+def run_kernel(
+    batch: Ragged, device, lengths: Lengths | None = None, is_dynamic: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Memory, and the tiles (CTA, batch, block, head, head_kv) by position, -1 where none is."""
     lengths = lengths or Lengths.of(batch)
     count, heads = len(batch.lengths_q), batch.num_heads
@@ -324,7 +357,7 @@ def run_kernel(batch: Ragged, device, lengths: Lengths | None = None) -> tuple[t
     memory = torch.full((size + GUARD,), -1, dtype=torch.int32, device=device)
     found = torch.full((batch.slots.count * heads, COLUMNS), -1, dtype=torch.int32, device=device)
     kind = dispatch.target_of(device).kind
-    run = jit.compile(KERNEL, batch.signature, ListConfig(TILE, TILE), kind)
+    run = jit.compile(KERNEL, batch.signature, ListConfig(TILE, TILE, is_dynamic), kind)
     rows = [sum(batch.lengths_q), sum(batch.lengths_k)]
     rows[batch.tiles != "queries"] = batch.rows
     run(
@@ -380,6 +413,18 @@ def test_the_kernel_deals_so(name, device):
     assert memory[MAX_CTAS] == len(expected)
     past_the_end = FIRST_ENTRY + len(expected) * ENTRY
     assert memory[past_the_end : past_the_end + ENTRY] == [0] * ENTRY
+
+
+@pytest.mark.parametrize("name", ["mixed", "rounds of heads and of sequences", "decode", "no key"])
+def test_the_kernel_orders_so(name, device):
+    """Of a dynamic schedule: a counter that is 0, all tiles, and one more entry."""
+    batch = KERNEL_CASES[name]
+    group = batch.num_heads // batch.num_heads_kv
+    expected = [[*pair, head, head // group] for *pair, head in in_order(batch)]
+    memory, _ = run_kernel(batch, device, is_dynamic=True)
+    assert memory[: MAX_CTAS + 1].tolist() == [0] + [len(expected)] * MAX_CTAS
+    entries = memory[FIRST_ENTRY:][: (len(expected) + 1) * ENTRY].view(-1, ENTRY).tolist()
+    assert entries == [*expected, [0] * ENTRY]
 
 
 LARGEST = 2**31 - 1

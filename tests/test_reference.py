@@ -73,7 +73,7 @@ def _cpu_forward(q, k, v, causal, window, scale):
     problem = Problem.of(Layout.of(q), Layout.of(k), Layout.of(v), options)
     run = cpu.bind(problem.signature)
     out, lse = q.new_empty(problem.out_shape), torch.empty(problem.lse_shape)
-    run((q, k, v, out, lse, *NO_DESCALES, None, *NO_LENGTHS, *problem.scalars, 0, *WHOLE))
+    run((q, k, v, out, lse, *NO_DESCALES, None, *NO_LENGTHS, None, *problem.scalars, 0, *WHOLE))
     return out, lse
 
 

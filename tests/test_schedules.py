@@ -99,6 +99,7 @@ def function(run: Run, q, k, v, name=KERNEL):
                 window_left=left,
                 window_right=right,
                 num_ctas=run.num_ctas,
+                tiles=torch.zeros(1, dtype=torch.int32) if run.mask != "full" else None,
             )
         )
         return out, lse
@@ -187,6 +188,7 @@ def test_one_byte_inputs_are_the_same_under_every_schedule(run, device):
                 window_left=UNBOUNDED,
                 window_right=UNBOUNDED,
                 num_ctas=run.num_ctas,
+                tiles=torch.zeros(1, dtype=torch.int32) if run.mask != "full" else None,
             )
         )
         return out, lse

@@ -118,6 +118,7 @@ class Inspection:
             f"tiles             {c.tile_m} query rows x {c.tile_n} key rows",
             f"stages            {c.num_stages} of {self._streamed}",
             self._roles(),
+            *self._schedule(),
             f"shared memory     {self.smem_bytes} bytes per CTA at launch, at most; "
             f"the limit is {self._smem_limit()}",
             str(self.report),
@@ -155,6 +156,17 @@ class Inspection:
         if self.is_ampere:
             return f"warps             {c.num_threads // 32}"
         return f"warpgroups        1 producer, {c.num_mma_warpgroups} consumers"
+
+    def _schedule(self) -> list[str]:
+        """Who gets which tile, where there is a choice."""
+        if not isinstance(self.config, FwdConfig):
+            return []
+        is_dynamic = self.config.is_dynamic(self.signature)
+        return [
+            "schedule          dynamic: longest first, each tile to the CTA that asks first"
+            if is_dynamic
+            else "schedule          static: tiles are dealt ahead"
+        ]
 
     def _smem_limit(self) -> int:
         if not self.is_ampere:
@@ -213,12 +225,18 @@ def shipped_config(signature: AnySignature, target: dispatch.Target = HOPPER) ->
 def config_of(
     signature: AnySignature, changes: list[str], target: dispatch.Target = HOPPER
 ) -> AnyConfig:
-    """The tuning table's, with NAME=NUMBER changes; ValueError for what a config does not have."""
+    """The tuning table's, with changes: NAME=NUMBER, or schedule=KIND.
+
+    Raises ValueError for what a config does not have.
+    """
     shipped = shipped_config(signature, target)
     known = {name for name, value in asdict(shipped).items() if isinstance(value, int)}
     values = {}
     for change in changes:
         name, _, value = change.partition("=")
+        if name == "schedule" and hasattr(shipped, name):
+            values[name] = value
+            continue
         if name not in known or not value.isdigit():
             raise ValueError(f"--config {change}: expected NAME=NUMBER, NAME of {sorted(known)}")
         values[name] = int(value)
@@ -272,7 +290,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--ragged", action="store_true", help="sequences of different lengths")
     p.add_argument("--arch", choices=TARGETS, default="sm_90a", help="of the GPU (%(default)s)")
     p.add_argument(
-        "--config", nargs="+", default=[], metavar="NAME=NUMBER", help="instead of the table's"
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="instead of the table's; also schedule=static or dynamic",
     )
     p.add_argument("--dump", type=Path, metavar="DIR", help="write .ptx, .cubin and .sass there")
     p.add_argument("--json", action="store_true", help="print JSON")

@@ -11,7 +11,7 @@ from ..call.scales import NO_DESCALES
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
 from ..kernels.bwd_signature import BwdSignature
-from ..launch import jit
+from ..launch import counters, jit
 from ..ops import NO_LENGTHS, WHOLE
 from .call import Call, Lengths
 
@@ -56,8 +56,11 @@ def run(inspection, call: Call, lengths: Lengths) -> LaunchProfile:
     sinks = lse.new_zeros(problem.lse_shape[:2]) if problem.has_sink else None
     what = inspection.kernel.where, inspection.signature, inspection.config
     kernel = jit.compile(*what, "emulator", inspection.target.arch)
+    is_dynamic = inspection.config.is_dynamic(inspection.signature)
+    counter = counters.of(q.device)() if is_dynamic else None
+    schedule = counter, *problem.scalars, NUM_CTAS, *WHOLE
     with profile() as found, options(progress=_show):
-        kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *problem.scalars, NUM_CTAS, *WHOLE))
+        kernel((q, k, v, out, lse, *views, sinks, *NO_LENGTHS, *schedule))
     return found.launches[-1]
 
 

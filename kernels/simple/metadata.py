@@ -20,13 +20,16 @@ class ListSignature:
     mask: MaskKind
     tile_m: int
     tile_n: int
+    is_dynamic: bool = False  # of the call's kernel
 
 
 class ListQueries:
     """The kernel of one ListSignature."""
 
     def __init__(self, signature: ListSignature, config: None = None):
-        self.tiling = QueryTiles(signature.mask, signature.tile_m, signature.tile_n)
+        self.tiling = QueryTiles(
+            signature.mask, signature.tile_m, signature.tile_n, signature.is_dynamic
+        )
 
     def example_args(self) -> tuple:
         def numbers(alignment=4):

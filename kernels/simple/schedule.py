@@ -9,6 +9,8 @@ Lengths are known on the device only, so one CTA deals the tiles there, ahead of
              that would be free first: list scheduling (LPT in a round)
     write    the tiles of a CTA, one after another
 
+Of a dynamic schedule nothing is dealt: the rounds are written one after another.
+
 No order depends on timing: the same lengths get the same list.  Blocks of equal cost stay in order.
 """
 
@@ -48,8 +50,9 @@ class ListTiles:
         in_class = smem.allocate_tensor(  # pairs by chunk and class
             Int32, cute.make_layout((MAX_CHUNKS, CLASSES), stride=(CLASSES, 1))
         )
-        begins = smem.allocate_tensor(Int32, cute.make_layout(MAX_CTAS + 1))
-        num_items = smem.allocate_tensor(Int32, cute.make_layout(1))
+        if cutlass.const_expr(not self.tiling.is_dynamic):
+            begins = smem.allocate_tensor(Int32, cute.make_layout(MAX_CTAS + 1))
+            num_items = smem.allocate_tensor(Int32, cute.make_layout(1))
 
         if thread < 4:
             totals[thread] = 0
@@ -73,10 +76,13 @@ class ListTiles:
         for first in range(0, CLASSES, WARPS):
             self._sort(call, rounds, in_class, first + warp, lane)
         cute.arch.sync_threads()
-        if warp == 0:
-            self._deal(call, rounds, in_class, begins, num_items, lane)
-        cute.arch.sync_threads()
-        self._write(call, begins, num_items[0], thread)
+        if cutlass.const_expr(self.tiling.is_dynamic):
+            self._write_in_order(call, rounds, in_class, thread)
+        else:
+            if warp == 0:
+                self._deal(call, rounds, in_class, begins, num_items, lane)
+            cute.arch.sync_threads()
+            self._write(call, begins, num_items[0], thread)
 
     @cute.jit
     def _weigh(self, call: ListArguments, totals: cute.Tensor, thread):
@@ -210,6 +216,31 @@ class ListTiles:
                     classes = cute.arch.vote_ballot_sync((pairs > 0) & is_later)
         num_items[0] = items
         hands.fill_begins(begins)
+
+    @cute.jit
+    def _write_in_order(self, call: ListArguments, rounds: Rounds, in_class: cute.Tensor, thread):
+        """Round after round, a pair's heads together: no CTA has a tile yet."""
+        tiles = call.tiles()
+        group = call.num_heads // call.num_heads_kv
+        position = Int32(0)
+        for chunk in cutlass.range(rounds.num_chunks, unroll=1):
+            num_pairs = cute.arch.warp_redux_sync(in_class[chunk, thread % WARP], "add")
+            first_pair = chunk * rounds.slots_per_chunk
+            for i in cutlass.range(rounds.num_groups, unroll=1):
+                first_head = i * rounds.heads_per_group
+                heads = minimum(call.num_heads - first_head, rounds.heads_per_group)
+                for tile in cutlass.range(thread, num_pairs * heads, THREADS, unroll=1):
+                    pair = tile // heads
+                    head = first_head + tile - pair * heads
+                    index, block, _, _ = load_row(call.pairs, call.order[first_pair + pair, 0])
+                    entry = (index, block, head, head // group)
+                    store_row(tiles.entries, position + tile, entry)
+                position += num_pairs * heads
+        # A static schedule that reads this list finds all tiles with CTA 0.
+        for i in cutlass.range(thread, MAX_CTAS + 1, THREADS, unroll=1):
+            tiles.begins[i] = cutlass.select_(i == 0, Int32(0), position)
+        if thread == 0:
+            store_row(tiles.entries, position, (0, 0, 0, 0))  # is read, but no tile
 
     @cute.jit
     def _write(self, call: ListArguments, begins: cute.Tensor, num_items, thread):

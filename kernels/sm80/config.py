@@ -45,6 +45,10 @@ class Sm80Config:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
+    def is_dynamic(self, signature: Signature) -> bool:
+        """As that of FwdConfig: its tiles are dealt ahead."""
+        return False
+
     def check(self, signature: Signature, smem_of_sm: int = A100) -> None:
         """Raises ValueError, which names the field and its limits, if no kernel can be so."""
         check_fields(self, self._rules(signature))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fa3.call.problem import Options, Problem
 from fa3.call.scales import NO_DESCALES, Descales
 from fa3.kernels.config import SMEM_LIMIT, FwdConfig
 from fa3.kernels.signature import Signature
-from fa3.launch import dispatch, jit, tuning
+from fa3.launch import counters, dispatch, jit, tuning
 from fa3.ops import NO_LENGTHS, WHOLE
 
 from .. import check, variants
@@ -35,6 +36,10 @@ WINDOWS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "local": (Fals
 
 # a Hopper GPU as the dispatcher sees it, for what is compiled without one at hand
 HOPPER = dispatch.Target("gpu", "sm_90a", (9, 0), dispatch.EMULATED_SMS)
+
+
+def with_other_schedule(config: FwdConfig, signature: Signature) -> FwdConfig:
+    return replace(config, schedule="static" if config.is_dynamic(signature) else "dynamic")
 
 
 class Forward:
@@ -87,10 +92,11 @@ class Forward:
         return tuning.forward(signature)
 
     def candidates(self, signature: Signature) -> list[FwdConfig]:
-        """The shipped config first; then all that shared memory and registers allow."""
+        """The shipped config first, with either schedule; then all that shared memory and registers
+        allow."""
         shipped = self.config(signature)
         widest = max(signature.head_dim, signature.head_dim_v)
-        found = [shipped]
+        found = [shipped, with_other_schedule(shipped, signature)]
         for tile_n, stages, warpgroups in itertools.product(TILE_N[widest], STAGES, (2, 3)):
             config = FwdConfig(tile_n, warpgroups, stages)
             # fp32 S and O, 16-bit P: a thread of 128 holds that share of 64 rows
@@ -150,10 +156,11 @@ class Forward:
         scales = problem.scales.views(q.device, *descales) if problem.scales else NO_DESCALES
         out = q.new_empty(*problem.out_shape, dtype=problem.out_dtype)
         lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
+        take = counters.of(q.device) if config.is_dynamic(problem.signature) else lambda: None
 
         def call() -> Tensor:
             scalars = *problem.scalars, target.num_sms, *WHOLE
-            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, *scalars))
+            run((q, k, v, out, lse, *scales, None, *NO_LENGTHS, take(), *scalars))
             return out
 
         return call

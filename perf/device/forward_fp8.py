@@ -13,7 +13,7 @@ from fa3.kernels.signature import Signature
 
 from .. import check, variants
 from ..cases import DTYPES, FORWARD_FP8
-from .forward import STAGES, Forward
+from .forward import STAGES, Forward, with_other_schedule
 from .small import K_BLOCK, Q_BLOCK, Small
 
 TILE_N = (64, 128)  # a tile lies within one scale of v
@@ -50,7 +50,7 @@ class ForwardFp8(Forward):
 
     def candidates(self, signature: Signature) -> list[FwdConfig]:
         shipped, dv = self.config(signature), signature.head_dim_v
-        found = [shipped]
+        found = [shipped, with_other_schedule(shipped, signature)]
         for tile_n, warpgroups, stages, o_slice in product(TILE_N, (2, 3), STAGES, O_SLICES):
             if o_slice >= dv or (o_slice and dv % o_slice):
                 continue

@@ -209,9 +209,10 @@ def test_what_goes_with_no_cache_is_refused(call, arguments, message):
 
 
 def test_another_config_than_the_tables(call):
-    changes = "--config", "tile_n=112", "num_stages=2"
+    changes = "--config", "tile_n=112", "num_stages=2", "schedule=static"
     status, out, _ = call("--head-dim", "64", "--causal", *changes)
     assert status == 0
+    assert "\nschedule          static: " in out
     assert "x 112 key rows" in out and "2 of K and of V" in out
 
 
@@ -228,6 +229,7 @@ def test_a_change_that_is_none_of_a_config_is_refused(call, change):
         (("tile_n=512",), "tile_n=512: tile_n is 512, expected a multiple of 16 from 16 to 256"),
         (("tile_n=100",), "tile_n=100: tile_n is 100, expected a multiple of 16 from 16 to 256"),
         (("num_mma_warpgroups=5",), "num_mma_warpgroups is 5, expected 1, 2 or 3"),
+        (("schedule=both",), "schedule is 'both', expected static, dynamic or None"),
         (("num_stages=0",), "num_stages is 0, expected at least 1"),
         (("o_slice=8",), "o_slice is 8, expected 0, as O of 16-bit inputs is not sliced"),
         (("tile_n=128", "num_stages=99"), "bytes of shared memory per CTA, the limit is 232448"),

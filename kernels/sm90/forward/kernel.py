@@ -41,6 +41,7 @@ from ...tiling import QueryTiles
 from ...work import Work
 from ..gather import ByTma, Gather
 from ..rings import FwdRings, Ring, part_of
+from ..tile_queue import FetchedTiles, PostedTiles, TileBoard
 from ..tma import tma_load, tma_load_parts
 from ..wgmma import FwdMma, FwdSmem
 from .attend import accumulate_last, attend
@@ -73,7 +74,8 @@ class FwdPlan:
 
     @property
     def tiling(self) -> QueryTiles:
-        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n)
+        is_dynamic = self.config.is_dynamic(self.signature)
+        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n, is_dynamic)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
@@ -221,32 +223,41 @@ class ForwardSm90:
         if warp == 0:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
-        rings, o_pointer = self.operands.shared_memory(SmemAllocator())
-        work = self._work(tensors, scalars, order)
+        allocator = SmemAllocator()
+        rings, o_pointer = self.operands.shared_memory(allocator)
+        loading, work = self._work(tensors, scalars, order, allocator)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(plan.config.producer_registers)
-            self._produce(warp, tensors, rings, work)
+            self._produce(warp, tensors, rings, loading, work)
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
             self._consume(tensors, scalars, rings, o_pointer, work)
 
     @cute.jit
-    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, work: Work):
+    def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, loading: Work, work: Work):
         """The producer warpgroup: all tiles of this CTA."""
-        loading = self.plan.loading_warps
-        if warp < loading:
-            load(self.plan, tensors, rings, work, 0 if loading == 1 else warp)
+        warps = self.plan.loading_warps
+        if warp < warps:
+            load(self.plan, tensors, rings, loading, 0 if warps == 1 else warp)
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
 
-    def _work(self, tensors: FwdTensors, scalars: FwdScalars, order) -> Work:
+    def _work(
+        self, tensors: FwdTensors, scalars: FwdScalars, order, allocator
+    ) -> tuple[Work, Work]:
+        """As the producer warp goes through it, and as the others do."""
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         q_rows, k_rows = tensors.q.tensor.shape[0], tensors.k.tensor.shape[0]
         sequences = self.plan.lengths.sequences(q_rows, k_rows, tensors.lengths)
-        return Work(self.plan, Schedule.of(order, cta, num_ctas), sequences, scalars)
+        if self.plan.tiling.is_dynamic:
+            board = TileBoard.of(allocator)
+            schedules = FetchedTiles.of(order, cta, num_ctas, board), PostedTiles(board)
+        else:
+            schedules = (Schedule.of(order, cta, num_ctas),) * 2
+        return tuple(Work(self.plan, schedule, sequences, scalars) for schedule in schedules)
 
     @cute.jit
     def _consume(

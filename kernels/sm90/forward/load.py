@@ -42,6 +42,7 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
             fill_k(n_block, k.acquire_and_advance())
             if cutlass.const_expr(not plan.frees_v_first):
                 fill_v(n_block + 1, v.acquire_and_advance())
+        fetched = work.fetch()  # as late as what follows hides it: whoever is ahead asks first
         fill_v(blocks.n_min, v.acquire_and_advance())
-        tile = work.next(tile)
+        tile = work.next(tile, fetched)
     source.finish()
