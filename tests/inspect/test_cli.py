@@ -179,7 +179,10 @@ def test_an_fp8_kernel_is_read_and_predicted(call):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("64", "--causal", "--page-size", "48"), ["mask causal, ragged, pages of 16", "32768 bytes"]),
+        (
+            ("64", "--causal", "--page-size", "48"),
+            ["mask causal, ragged, pages of 16", "32768 bytes"],
+        ),
         (("128", "--splits", "3"), ["mask full, split", "90112 bytes", "bound by memory"]),
     ],
 )
