@@ -240,7 +240,8 @@ class ForwardSm90:
     def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, loading: Work, work: Work):
         """The producer warpgroup: all tiles of this CTA."""
         warps = self.plan.loading_warps
-        if warp < warps:
+        # One warp as an equation: else ptxas finds too few registers for those that transpose V.
+        if warp == 0 if warps == 1 else warp < warps:
             load(self.plan, tensors, rings, loading, 0 if warps == 1 else warp)
         else:
             self.operands.assist(rings, work, warp - 1, cute.arch.lane_idx())
