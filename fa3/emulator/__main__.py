@@ -23,6 +23,12 @@ Run = Callable[[], Sequence]
 # case (a pattern), how "kind file.py:function: line" begins, why nobody can notice it is missing
 EQUIVALENT = [
     (".*", "barrier barriers.py:wait:", "turns at the tensor cores: order of issue, not of data"),
+    (
+        "(forward|fp8)-.*",
+        "barrier tile_queue.py:write:",
+        "only lists of tiles are read by other lanes than the one that writes and arrives",
+    ),
+    ("fp8-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
         ("gathered-causal", what, "K's arrival comes ahead of that of the V waited for beside it")
         for what in (

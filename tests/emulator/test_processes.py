@@ -201,7 +201,8 @@ def test_the_forward_over_several_heads(device, emulator, schedule):
 
     def run(count):
         with emulator.options(processes=count, schedule=schedule):
-            out, lse = fa3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2]
+            # without a mask: the tiles of others are handed out by an atomic
+            out, lse = fa3.flash_attn_func(q, k, v, return_attn_probs=True)
         told = emulator.launches[-1]
         return out, lse, told["processes"], told["instructions"], told["segments"]
 

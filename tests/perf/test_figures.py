@@ -10,7 +10,7 @@ def test_the_document_shows_all_of_them():
         assert f"(figures/{timeline.name}.png)" in text
         assert (FOLDER / f"{timeline.name}.png").stat().st_size < 150_000
     names = {path.stem for path in FOLDER.glob("*.png")}
-    assert names == {timeline.name for timeline in TIMELINES} | {"train_gpt"}
+    assert names == {timeline.name for timeline in TIMELINES} | {"train_gpt", "ring"}
 
 
 def test_a_picture_is_drawn(device, tmp_path):
