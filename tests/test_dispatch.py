@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,8 +197,9 @@ def test_no_tile_of_one_byte_inputs_reaches_over_two_scales():
     ("table", "signatures"), [(tuning.FORWARD, SIXTEEN_BIT), (tuning.FORWARD_FP8, ONE_BYTE)]
 )
 def test_every_row_of_the_table_is_used(table, signatures):
-    split = [signature.split() for signature in signatures]
-    used = [tuning.forward(signature) for signature in signatures + split]
+    others = [signature.split() for signature in signatures]
+    others += [replace(signature, is_ragged=True, page_rows=1) for signature in signatures]
+    used = [tuning.forward(signature) for signature in signatures + others]
     for row in table.values():
         for config in row.values():
             assert any(config is other for other in used), config

@@ -29,7 +29,10 @@ FORWARD = {
     },
     (192, 128): {"any": FwdConfig(tile_n=112)},  # 725
     (192, 192): {"any": FwdConfig(tile_n=80)},  # 747; 749 at 96, where O and Q share a buffer
-    (256, 256): {"any": FwdConfig(tile_n=80)},  # 781
+    (256, 256): {
+        "any": FwdConfig(tile_n=80),  # 781
+        "gathered": FwdConfig(tile_n=80, spared_registers=8),  # else the gathering warps spill
+    },
 }
 
 # The same for one-byte inputs; figures of e4m3, one scale per head (of "blocks", per block), and
@@ -206,6 +209,7 @@ def _forward_sm90(signature: Signature) -> FwdConfig:
     # TMA brings pages in parts that divide a block: more keys at a time of 128 than of 176.
     config = row["any"] if signature.page_rows else row.get(signature.mask) or row["any"]
     config = row.get("split", config) if signature.is_split else config
+    config = row.get("gathered", config) if signature.gathers else config
     v_block = 0 if signature.quantised is None else signature.quantised.v_block
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)
