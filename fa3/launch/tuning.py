@@ -194,6 +194,8 @@ def for_few_rows(config: FwdConfig, signature: Signature) -> FwdConfig:
 
     Blocks of keys are as they were, and so are the bits of the results.
     """
+    if not signature.widens:  # beside one warpgroup those that load have enough registers
+        config = replace(config, spared_registers=0)
     for num_stages in range(MOST_STAGES, config.num_stages - 1, -1):
         few = replace(config, num_mma_warpgroups=1, num_stages=num_stages)
         if few.smem_bytes(signature) <= SMEM_LIMIT:
