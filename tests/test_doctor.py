@@ -27,7 +27,7 @@ HOPPER = Facts(
     c_compiler="cc",
     c_compiler_error="",
     disassembler="/usr/bin/nvdisasm",
-    cache_folder="/root/.cache/fa3",
+    cache_folder="/caches/fa3",
     cache_error="",
     cache_entries=3,
     cache_bytes=4_500_000,
@@ -60,7 +60,7 @@ def test_a_hopper_gpu():
     ]
     assert found["CuTe DSL"].endswith("libraries of CUDA 12, 13; compiles with those of 13")
     assert found["others"] == "flash-attn 2.8.3, cuDNN 91900 (torch's)"
-    assert found["cache"] == "/root/.cache/fa3: 3 kernels, 4.5 MB"
+    assert found["cache"] == "/caches/fa3: 3 kernels, 4.5 MB"
 
 
 def test_an_ampere_gpu_says_what_it_lacks():
