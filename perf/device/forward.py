@@ -42,6 +42,21 @@ def with_other_schedule(config: FwdConfig, signature: Signature) -> FwdConfig:
     return replace(config, schedule="static" if config.is_dynamic(signature) else "dynamic")
 
 
+class NamedByCases:
+    """Of a row without kernels of its own: those are its that its cases call."""
+
+    def signatures(self) -> list:
+        return []
+
+    def tuned(self) -> list:
+        return []
+
+
+def descales_of(inputs) -> dict[str, Tensor]:
+    """Arguments: what follows q, k and v among the inputs of a `Small`."""
+    return dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
+
+
 class Forward:
     """A row of passes.PASSES."""
 
@@ -89,7 +104,7 @@ class Forward:
         return [s for s in self.signatures() if s.mask != "local" and variants.is_main(s)]
 
     def config(self, signature: Signature) -> FwdConfig:
-        return tuning.forward(signature)
+        return tuning.forward(signature, self.target.capability)
 
     def candidates(self, signature: Signature) -> list[FwdConfig]:
         """The shipped config first, with either schedule; then all that shared memory and registers
@@ -139,8 +154,7 @@ class Forward:
         """What a user gets: name -> output."""
         import fa3
 
-        descales = dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
-        options = {"causal": case.causal, "window_size": case.window, **descales}
+        options = {"causal": case.causal, "window_size": case.window, **descales_of(inputs)}
         with self.context():
             out, lse = fa3.flash_attn_func(*inputs[:3], **options, return_attn_probs=True)
         return {"out": out, "lse": lse}

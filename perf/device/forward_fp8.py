@@ -13,7 +13,7 @@ from fa3.kernels.signature import Signature
 
 from .. import check, variants
 from ..cases import DTYPES, FORWARD_FP8
-from .forward import STAGES, Forward, with_other_schedule
+from .forward import STAGES, Forward, NamedByCases, with_other_schedule
 from .small import K_BLOCK, Q_BLOCK, Small
 
 TILE_N = (64, 128)  # a tile lies within one scale of v
@@ -83,7 +83,7 @@ class ForwardFp8(Forward):
         return cases
 
 
-class OneCall(Forward):
+class OneCall(NamedByCases, Forward):
     """fa3.flash_attn_fp8_func: the kernels that quantise, and those of ForwardFp8."""
 
     name = "quantise"
@@ -100,10 +100,6 @@ class OneCall(Forward):
         Small("fp16", 64, 64, 257, 150, seed=2),
         Small("bf16", 256, 256, 97, 200, window=(50, 9), seed=3),
     )
-
-    def signatures(self) -> list[Signature]:
-        """None of its own: a first call compiles what it needs."""
-        return []
 
     def call(self, case: Small, inputs) -> dict[str, Tensor]:
         import fa3

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from .backward import Backward
 from .exact import Lengths
-from .forward import Forward
+from .forward import Forward, NamedByCases, descales_of
 from .small import Small
 
 BATCH = 3
 
 
-class Ragged(Forward):
+class Ragged(NamedByCases, Forward):
     """A row of passes.PASSES: fa3.flash_attn_varlen_func of packed tensors.
 
     Outputs are unpacked, with zeros in the rows of nobody.
@@ -32,13 +32,6 @@ class Ragged(Forward):
     repeated = (Small("bf16", 128, 128, 2048, 2048, True, batch=8, h_q=16, h_k=4, seed=7),)
     first_calls = (Small("bf16", 128, 128, 128, 128, causal=True, batch=BATCH),)
 
-    def signatures(self) -> list:
-        """None of its own: its cases name them."""
-        return []
-
-    def tuned(self) -> list:
-        return []
-
     def lengths(self, case: Small) -> Lengths:
         """The first sequence has all rows, the last one no query."""
         draw = np.random.RandomState(case.seed)
@@ -51,15 +44,14 @@ class Ragged(Forward):
         n_q, n_k = zip(*self.lengths(case), strict=True)
         packed = [_packed(x, n) for x, n in zip(inputs[:3], (n_q, n_k, n_k), strict=True)]
         lengths = *(_cumulated(n, packed[0].device) for n in (n_q, n_k)), case.s_q, case.s_k
-        descales = dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
-        options = {"causal": case.causal, "window_size": case.window, **descales}
+        options = {"causal": case.causal, "window_size": case.window, **descales_of(inputs)}
         function = fa3.flash_attn_varlen_func
         out, lse = function(*packed, *lengths, **options, return_attn_probs=True)
         lse = _unpacked(lse.mT, n_q, case.s_q).transpose(1, 2).contiguous()
         return {"out": _unpacked(out, n_q, case.s_q), "lse": lse}
 
 
-class RaggedBackward(Backward):
+class RaggedBackward(NamedByCases, Backward):
     """Gradients of the same, unpacked."""
 
     name = "ragged backward"
@@ -73,9 +65,6 @@ class RaggedBackward(Backward):
     repeated = (Small("bf16", 128, 128, 1024, 1024, True, batch=8, h_q=16, h_k=4, seed=4),)
     first_calls = ()
     lengths = Ragged.lengths
-
-    def signatures(self) -> list:
-        return []
 
     def call(self, case: Small, inputs) -> dict[str, Tensor]:
         import fa3
@@ -92,7 +81,7 @@ class RaggedBackward(Backward):
         return dict(zip(("dq", "dk", "dv"), (_unpacked(x, *n) for x, n in found), strict=True))
 
 
-class Paged(Forward):
+class Paged(NamedByCases, Forward):
     """A row of passes.PASSES: fa3.flash_attn_with_kvcache, keys in pages out of order."""
 
     name = "paged"
@@ -108,7 +97,6 @@ class Paged(Forward):
     sanitized = (smalls[1], smalls[4])
     repeated = (Small("bf16", 128, 128, 4, 8192, True, batch=8, h_q=32, h_k=4, seed=6),)
     first_calls = smalls[:1]
-    signatures, tuned = Ragged.signatures, Ragged.tuned
 
     def lengths(self, case: Small) -> Lengths:
         draw = np.random.RandomState(case.seed)
@@ -124,7 +112,6 @@ class Paged(Forward):
         order = np.random.RandomState(case.seed).permutation(case.batch * pages)
         table = torch.from_numpy(order.astype(np.int32)).view(case.batch, pages).to(q.device)
         used = [n for _, n in self.lengths(case)]
-        descales = dict(zip(("q_descale", "k_descale", "v_descale"), inputs[3:], strict=False))
         out, lse = fa3.flash_attn_with_kvcache(
             q,
             *(_in_pages(x, size, order) for x in caches),
@@ -134,7 +121,7 @@ class Paged(Forward):
             window_size=case.window,
             num_splits=self.num_splits,
             return_softmax_lse=True,
-            **descales,
+            **descales_of(inputs),
         )
         return {"out": out, "lse": lse}
 
