@@ -40,9 +40,8 @@ class Plan(NamedTuple):
     run: Callable[[Sequence], None]  # takes the fields of FwdArguments
     scales: Scales | None  # of FP8 inputs
     sequences: Sequences
-    # of a ragged call, which has a list of them; of a dense one with a dynamic schedule what gives
-    # its counter
-    tiles: Tiles | Callable[[], Tensor] | None
+    tiles: Tiles | None  # of a ragged call, which has a list of them
+    counter: Callable[[], Tensor] | None  # gives that of a dense call with a dynamic schedule
     scalars: tuple  # the last fields of FwdArguments, but for is_listed
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
@@ -103,12 +102,13 @@ def plan_of(  # noqa: PLR0913
     if out is not None:
         check_out(out, problem)
         views.append(tma_strides(out))
-    run, num_ctas, tiles, split = _kernel_of(problem, num_splits, longest)
+    run, num_ctas, tiles, counter, split = _kernel_of(problem, num_splits, longest)
     return Plan(
         run,
         problem.scales,
         problem.sequences,
         tiles,
+        counter,
         (*problem.scalars, num_ctas, split and split.number, problem.given_rows_per_query),
         problem.out_shape,
         problem.out_dtype,
@@ -134,16 +134,16 @@ def _check_layouts(q, k, v, out, lengths, sink, *options) -> None:  # noqa: PLR0
 
 def _kernel_of(
     problem: Problem, num_splits: int, longest: tuple
-) -> tuple[Callable, int, Tiles | Callable | None, Split | None]:
-    """The function to call, compiled, the most CTAs it may launch, Plan.tiles and Plan.split."""
+) -> tuple[Callable, int, Tiles | None, Callable | None, Split | None]:
+    """The function to call, compiled, the most CTAs it may launch, and fields of Plan."""
     if problem.is_empty or problem.device.type == "meta":
-        return _do_nothing, 0, None, None
+        return _do_nothing, 0, None, None, None
     signature = problem.signature
     if problem.s_k == 0:
-        return functools.partial(reference_ragged.see_no_key, signature), 0, None, None
+        return functools.partial(reference_ragged.see_no_key, signature), 0, None, None, None
     target = _target_of(problem)
     if target.kind == "reference":
-        return reference.bind(signature), 0, Tiles.of(problem, None, 1, 0), None
+        return reference.bind(signature), 0, Tiles.of(problem, None, 1, 0), None, None
     kernel = dispatch.forward(signature, target)
     rows = rows_of(problem, longest)
     config, num_ctas, number = layout_of(problem, target, num_splits, longest, rows)
@@ -153,9 +153,9 @@ def _kernel_of(
         split = Split(number, splits.combine(problem.out_dtype, is_ragged, target))
     run = jit.compile(kernel.where, signature, config, target.kind, target.arch)
     tiles = Tiles.of(problem, config, number, num_ctas)
-    if tiles is None and config.is_dynamic(signature):
-        tiles = counters.of(problem.device)
-    return run, num_ctas, tiles, split
+    needs_counter = tiles is None and config.is_dynamic(signature)
+    counter = counters.of(problem.device) if needs_counter else None
+    return run, num_ctas, tiles, counter, split
 
 
 def rows_of(problem: Problem, longest: tuple | None) -> int | None:
@@ -288,7 +288,7 @@ NEITHER = WHOLE[2:]  # is_listed and cache_leftpad
 
 
 def _counter(plan: Plan) -> Tensor | None:
-    return None if plan.tiles is None else plan.tiles()
+    return None if plan.counter is None else plan.counter()
 
 
 def _ragged(plan: Plan, q, k, v, out, lse, views, lengths, metadata) -> tuple:  # noqa: PLR0913

@@ -124,6 +124,17 @@ def test_bad_copies(change, words, device):
         assert word in str(caught.value)
 
 
+def test_a_call_of_equal_lengths_makes_no_list_and_takes_any(device):
+    """Its tiles are handed out by a counter, or their order is computed."""
+    q, k, v = (torch.randn(1, 100, 2, 64, device=device).bfloat16() for _ in range(3))
+    metadata = _metadata(Call(DECODE, device), 1)
+    without, given = (
+        fa3.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=1, scheduler_metadata=x)
+        for x in (None, metadata)
+    )
+    assert torch.equal(without, given)
+
+
 def test_a_copy_does_not_know_the_number_of_splits(device):
     call = Call(DECODE, device)
     metadata = _metadata(call, 3).clone()

@@ -135,7 +135,7 @@ def test_stride_of_out_that_tma_cannot_take(dim):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_misaligned(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None, None))
     x = {**tensors(), "out": zeros(2, 6, 4, 64)}[name]
     shifted = x.new_zeros(x.numel() + 8)[1 : x.numel() + 1].view(x.shape)
     refused(ValueError, [name, 2, 16, 0], **{name: shifted})
@@ -216,7 +216,7 @@ def _Quantised(q, k, v):
 
 
 def test_out_over_the_sink(monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None, None))
     out = zeros(2, 6, 4, 64)
     words = ["out", "learnable_sink", hex(out.data_ptr())]
     refused(ValueError, words, out=out, learnable_sink=out[0, 0, :, 0])
@@ -238,7 +238,7 @@ def test_what_smooth_k_would_change(given, words, monkeypatch):
         "quantize_fp8",
         lambda q, k, v, **options: seen.append(options["smooth_k"]) or _Quantised(q, k, v),
     )
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, None, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, None, None, None))
     for options in ({}, given):
         fa3.flash_attn_fp8_func(**tensors(), **options, smooth_v=False)
     assert seen == [True, False]
@@ -426,7 +426,7 @@ def test_out(out, words):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_out_over_an_input(name, monkeypatch):
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (pytest.fail, 0, None, None, None))
     given = tensors()
     memory = zeros(2 * 2 * 8 * 4 * 64)
     given[name] = memory[: given[name].numel()].view(given[name].shape)
@@ -480,7 +480,7 @@ def test_numbers_of_other_kinds(scale, causal, monkeypatch):
     """A tensor is read anew at each call: it may have changed."""
     seen = []
     monkeypatch.setattr(
-        ops, "_kernel_of", lambda *_: (lambda x: seen.append(x[-9:-4]), 7, None, None)
+        ops, "_kernel_of", lambda *_: (lambda x: seen.append(x[-9:-4]), 7, None, None, None)
     )
     scale = scale.clone() if isinstance(scale, torch.Tensor) else scale
     options = {"causal": causal, "window_size": (numpy.int64(5), -3), "sm_margin": numpy.int8(2)}
@@ -496,7 +496,7 @@ def test_ints_in_tensors(dtype, monkeypatch):
     """A window, margin or hint may be a tensor without dimensions, as with torch's operators."""
     seen = []
     monkeypatch.setattr(
-        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, None, None)
+        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, None, None, None)
     )
     two = torch.tensor(2, dtype=dtype)
     window = torch.tensor([3, 4], dtype=dtype)
@@ -536,7 +536,7 @@ def test_what_a_kernel_gets_of_softcap_and_sinks(monkeypatch):
             call = FwdArguments(*x)
             seen.append((problem.signature, call.sinks, call.scale_log2, call.softcap_log2))
 
-        return run, 0, None, None
+        return run, 0, None, None, None
 
     monkeypatch.setattr(ops, "_kernel_of", kernel_of)
     sink = zeros(8)[::2]
@@ -570,7 +570,7 @@ def test_factors_of_scores_that_fp32_does_not_hold(softcap, factor):
 
 def test_good_layouts_pass(monkeypatch):
     """Not everything is refused: odd strides of size-1 dimensions, expanded batches, defaults."""
-    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, None, None))
+    monkeypatch.setattr(ops, "_kernel_of", lambda *_: (lambda *_: None, 0, None, None, None))
     given = tensors()
     given["k"] = given["k"][:1].expand(2, -1, -1, -1)
     given["q"] = given["q"][:, :1].as_strided((2, 1, 4, 64), (256, 3, 64, 1))
@@ -588,7 +588,7 @@ def test_positions_of_arguments(monkeypatch):
     """The order is FA3's: the tenth argument is window_size, the sixteenth sm_margin."""
     seen = []
     monkeypatch.setattr(
-        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, None, None)
+        ops, "_kernel_of", lambda p, *_: (seen.append(p) or (lambda *_: None), 0, None, None, None)
     )
     given = tensors().values()
     rest = (None, None, None, None, (3, 4), 0, 0.0, 1, None, False, 2, True)
