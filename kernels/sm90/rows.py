@@ -1,4 +1,4 @@
-"""Where TMA puts the rows of a stage in shared memory, for warps that put them there themselves."""
+"""Where TMA puts the rows of a stage in shared memory, for warps that read or write them there."""
 
 from dataclasses import dataclass
 
@@ -27,12 +27,16 @@ class RowLayout:
     def bytes(self) -> int:
         return self.rows * self.width
 
+    def within(self, row, byte):
+        """Offset in a column block of a byte of one of its rows."""
+        offset = row * self.span + byte
+        return offset ^ (offset >> 3 & self.span - CHUNK)
+
     def first(self, row, chunk):
         """Offset of a chunk below COLUMNS of a row below ROWS."""
         chunks = self.span // CHUNK
-        offset = chunk // chunks * (self.rows * self.span) + row * self.span
-        offset += chunk % chunks * CHUNK
-        return offset ^ (offset // 8 & self.span - CHUNK)
+        block = chunk // chunks * (self.rows * self.span)
+        return block + self.within(row, chunk % chunks * CHUNK)
 
     def later(self, first, row: int, chunk: int):
         """Of the chunk so many rows and chunks on: multiples of ROWS and of COLUMNS."""

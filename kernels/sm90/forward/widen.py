@@ -17,6 +17,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ..rings import FwdRings
+from ..rows import RowLayout
 
 WIDENING_WARPS = 3  # 1 .. 3 of the producer warpgroup
 CHUNK = 16  # elements
@@ -47,32 +48,18 @@ def widen(plan: cutlass.Constexpr, rings: FwdRings, work: Any, worker, lane):
 
 @dataclass(frozen=True)
 class Rows:
-    """The stages of a ring by rows of bytes, as TMA writes and wgmma reads them.
-
-    Rows are cut into strips as wide as the swizzle spans, which follow each other.
-    """
+    """The stages of a ring by rows of bytes."""
 
     dtype: cutlass.Constexpr[type]
-    rows: cutlass.Constexpr[int]  # a multiple of 8
-    row_bytes: cutlass.Constexpr[int]
+    layout: cutlass.Constexpr[RowLayout]
     base: Int32  # an address that is a multiple of 1024
 
     @staticmethod
     def of(buffer: cute.Tensor, row_mode: int) -> "Rows":
         dtype = buffer.element_type
-        row_bytes = cute.size(buffer, mode=[1 - row_mode]) * dtype.width // 8
-        base = Int32(buffer.iterator.toint())
-        return Rows(dtype, cute.size(buffer, mode=[row_mode]), row_bytes, base)
-
-    @property
-    def strip(self) -> int:
-        """Bytes of a row in a strip."""
-        return next(n for n in (128, 64, 32) if self.row_bytes % n == 0)
-
-    def within(self, row, byte):
-        """Where a byte of one of a stage's rows is in its strip."""
-        offset = row * self.strip + byte
-        return offset ^ (offset >> 3 & self.strip - 16)
+        width = cute.size(buffer, mode=[1 - row_mode]) * dtype.width // 8
+        layout = RowLayout(cute.size(buffer, mode=[row_mode]), width)
+        return Rows(dtype, layout, Int32(buffer.iterator.toint()))
 
     def chunk(self, stage, first_row, byte: int, within, size: int) -> cute.Tensor:
         """16 bytes, as so many elements.
@@ -80,8 +67,8 @@ class Rows:
         first_row: a multiple of 8, as which it does not meet the swizzle; byte: of a row's, that
         `within` does not tell.
         """
-        strips = byte // self.strip * self.rows * self.strip
-        offset = stage * (self.rows * self.row_bytes) + first_row * self.strip + strips
+        rows, span = self.layout.rows, self.layout.span
+        offset = stage * self.layout.bytes + first_row * span + byte // span * rows * span
         address = self.base + offset + within
         space = cute.AddressSpace.smem
         pointer = cute.make_ptr(self.dtype, address, space, assumed_align=16)
@@ -92,16 +79,16 @@ class Rows:
 def _widen(tensors: tuple, source: Any, target: Any, worker, lane):
     """A stage of bytes into one of 16 bits."""
     given, wide = tensors
-    chunks = 4 if given.row_bytes % 64 == 0 else 2  # of a row, side by side, that a warp moves
+    chunks = 4 if given.layout.width % 64 == 0 else 2  # of a row, side by side, that a warp moves
     row, chunk = lane // 8 ^ 5 * (lane // 4 % 2), lane % 4
     if cutlass.const_expr(chunks == 2):
         row, chunk = lane // 2, lane % 2
     columns, rows = CHUNK * chunks, 32 // chunks  # at once
-    halves = [wide.within(row, 2 * CHUNK * chunk + 16 * half) for half in (0, 1)]
-    for i in cutlass.range(worker, given.rows // rows, WIDENING_WARPS, unroll=1):
+    halves = [wide.layout.within(row, 2 * CHUNK * chunk + 16 * half) for half in (0, 1)]
+    for i in cutlass.range(worker, given.layout.rows // rows, WIDENING_WARPS, unroll=1):
         loaded = [
             _loaded(given, source.index, rows * i, column, row, chunk)
-            for column in range(0, given.row_bytes, columns)
+            for column in range(0, given.layout.width, columns)
         ]
         for j, part in enumerate(loaded):
             _store_widened(wide, target.index, rows * i, 2 * columns * j, halves, part)
@@ -112,7 +99,7 @@ def _widen(tensors: tuple, source: Any, target: Any, worker, lane):
 
 
 def _loaded(given: Rows, stage, first_row, column: int, row, chunk) -> cute.Tensor:
-    within = given.within(row, CHUNK * chunk + column % given.strip)
+    within = given.layout.within(row, CHUNK * chunk + column % given.layout.span)
     loaded = cute.make_rmem_tensor(CHUNK, given.dtype)
     cute.autovec_copy(given.chunk(stage, first_row, column, within, CHUNK), loaded)
     return loaded
