@@ -133,6 +133,22 @@ def test_warp_communication():
     assert (elected == (TID % 32 == 0)).all()
 
 
+def test_a_warp_that_is_complete_does_not_wait_for_one_that_is_not():
+    """They come to the shuffle as one fragment; only what stands after it sets a lane free."""
+    code = """
+        mov.b32 %r9, 0;
+        setp.ne.u32 %p1, %r0, 0; @%p1 bra $READY;
+        mbarrier.init.shared.b64 [buffer], 1;
+        $READY: bar.sync 0;
+        @%p1 bra $MEET;
+        $WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [buffer], 0; @!%p2 bra $WAIT;
+        $MEET: shfl.sync.idx.b32 %r9, %r0, 3, 31, -1;
+        setp.ne.u32 %p3, %r0, 32; @%p3 bra $END;
+        mbarrier.arrive.shared.b64 %rd5, [buffer];
+        $END:"""
+    assert lanes(code).tolist() == [3] * 32 + [35] * 32 + [67] * 32 + [99] * 32
+
+
 def test_shared_memory_and_barrier():
     code = """
         mov.u32 %r3, buffer; shl.b32 %r4, %r0, 2; add.s32 %r5, %r3, %r4;

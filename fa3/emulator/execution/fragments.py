@@ -172,10 +172,15 @@ def _converged(w, fr: Fragment, pc: int, kind: str) -> bool:
         return True
     held = np.repeat(partial, 32) & fr.mask
     rest = fr.mask & ~held
-    fr.mask, fr.state = held, CONVERGING
-    if rest.any():
-        w.fragments.append(fr.part(pc, rest))
-    return False
+    if not rest.any():
+        fr.state = CONVERGING
+        return False
+    # Whole warps go on at once: if they started again from here they would meet the others first.
+    waiting = fr.part(pc, held)
+    waiting.state = CONVERGING
+    w.fragments.append(waiting)
+    fr.mask = rest
+    return True
 
 
 def split(w, fr, predicate, then, otherwise):
