@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fa3.inspect.cli import Inspection, inspect
-from fa3.kernels.signature import Signature
 
 from . import variants
 from .progress import track
@@ -64,17 +63,10 @@ def worse(committed: Line, found: Line) -> list[str]:
     ]
 
 
-def compared() -> list[Signature]:
-    """Of forward kernels for Hopper that differ in little, one of each: every config is there."""
-    every = [*variants.sixteen_bit(), *variants.one_byte()]
-    dense = [s for s in every if s.mask == "full" or variants.is_main(s)]
-    return dense + variants.with_scores()
-
-
 def kernels() -> list[variants.Variant]:
     """All of the table."""
     back = variants.backward() + variants.backward_with_options()
-    forward = compared() + variants.of_caches()
+    forward = variants.compared() + variants.with_scores() + variants.of_caches()
     of_ampere = variants.ampere() + variants.ampere_backward()
     return [*map(variants.Variant, forward), *back, *of_ampere]
 

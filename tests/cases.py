@@ -10,6 +10,7 @@ import torch
 
 from fa3.kernels.arguments import FwdArguments
 from fa3.kernels.signature import head_dim_tile
+from perf import variants
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -234,10 +235,7 @@ def kind_of(mask: tuple) -> str:
 
 
 def dtype_of(dims: tuple[int, int], mask: tuple) -> str:
-    """Alternates over tiles and kinds of masks: each meets both dtypes, a pair of them one."""
-    kind = ("full", "causal", "local").index(kind_of(mask))
-    tiles = head_dim_tile(dims[0]) // 32 + head_dim_tile(dims[1]) // 64
-    return ("bf16", "fp16")[(tiles + kind) % 2]
+    return variants.dtype_of(tuple(map(head_dim_tile, dims)), kind_of(mask))
 
 
 def covering(factors: dict[str, Sequence] = FACTORS, seed: int = 1) -> list[Case]:

@@ -369,25 +369,37 @@ def test_compile_without_graph_breaks(device):
     _check_caches(call)
 
 
-@pytest.mark.parametrize("page_rows", [64, 1])
-def test_lean(page_rows):
+def _paged(dtype: str, dims: tuple[int, int], mask: str, page_rows: int) -> Signature:
+    return Signature(dtype, *dims, mask, is_ragged=True, page_rows=page_rows)
+
+
+# Kernels that the accuracy tests run, but for tiles of 256.
+LEAN = [
+    _paged("bf16", (64, 64), "causal", 16),
+    _paged("bf16", (64, 64), "causal", 1),
+    _paged("fp16", (96, 96), "full", 1),
+    _paged("bf16", (192, 128), "causal", 64),
+    _paged("bf16", (256, 256), "local", 8),
+    _paged("bf16", (256, 256), "local", 1),
+]
+
+
+@pytest.mark.parametrize("paged", LEAN, ids=lambda s: f"{s.dtype} {s.head_dim} {s.page_rows}")
+def test_lean(paged, device):
     """Nothing spills, and the steady loop is that of keys in rows, but for its tile."""
-    for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
-        paged = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=page_rows)
-        reports = [inspect(s).report for s in (paged, replace(paged, page_rows=0))]
-        assert reports[0].resources.frame == 0
-        slots = [report.steady.straight.per_exponential for report in reports]
-        assert slots[0] <= slots[1] + 0.3, dims
+    reports = [inspect(s).report for s in (paged, replace(paged, page_rows=0))]
+    assert reports[0].resources.frame == 0
+    slots = [report.steady.straight.per_exponential for report in reports]
+    assert slots[0] <= slots[1] + 0.3
 
 
-def test_tiles_for_few_queries_are_lean():
+@pytest.mark.parametrize("paged", LEAN[1::4], ids=lambda s: f"{s.head_dim} {s.page_rows}")
+def test_tiles_for_few_queries_are_lean(paged, device):
     """One warpgroup issues no more than two do, for a score."""
-    for dims in ((128, 128), (256, 256)):
-        signature = Signature("bf16", *dims, "causal", is_ragged=True, page_rows=1)
-        few, usual = (inspect(signature, tuning.forward(signature, rows=n)).report for n in (1, 99))
-        assert few.resources.frame == 0 and few.warnings == ()
-        slots = [report.steady.straight.per_exponential for report in (few, usual)]
-        assert slots[0] <= slots[1], dims
+    few, usual = (inspect(paged, tuning.forward(paged, rows=n)).report for n in (1, 99))
+    assert few.resources.frame == 0 and few.warnings == ()
+    slots = [report.steady.straight.per_exponential for report in (few, usual)]
+    assert slots[0] <= slots[1]
 
 
 @pytest.mark.parametrize("width", [64, 96, 128, 192, 256, 384, 512])

@@ -11,11 +11,11 @@ from fa3.inspect import cli
 from fa3.kernels.config import SMEM_LIMIT
 from fa3.kernels.signature import Signature
 from fa3.launch import tuning
-from perf import static
+from perf import static, variants
 from perf.variants import QUANTISED, Variant, as_code, name_of, of_caches
 
 REGISTERS = 65_536  # per SM, and one CTA has all of them
-VARIANTS = static.compared()
+VARIANTS = variants.compared() + variants.with_scores()
 
 # head dim: at most so many issue slots per exponential in the steady loop's straight way (the C++
 # FA3 has 7.18 at 128 and 5.86 at 64, the floor is about 4.5), at least so many predicted TFLOPs/s
@@ -97,9 +97,9 @@ def test_there_is_a_main_loop_for_blocks_without_a_mask(inspection):
     of_scores = 2 if inspection.signature.score == "softcap" else 1
     scores = inspection.config.tile_n // 2  # of a thread: 64 rows, 128 threads
     assert steady.exponentials == of_scores * scores
-    full = inspected(Signature(**vars(inspection.signature) | {"mask": "full"}))
-    if inspection.config == full.config:
-        assert steady.kinds["fp32"] == full.report.steady.straight.kinds["fp32"]
+    full = replace(inspection.signature, mask="full")
+    if full in VARIANTS and inspection.config == tuning.forward(full):
+        assert steady.kinds["fp32"] == inspected(full).report.steady.straight.kinds["fp32"]
 
 
 @pytest.mark.parametrize("head_dim", sorted(GOALS))
