@@ -28,7 +28,7 @@ EQUIVALENT = [
         "barrier tile_queue.py:write:",
         "only lists of tiles are read by other lanes than the one that writes and arrives",
     ),
-    ("fp8-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
+    ("(forward|fp8)-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
         ("gathered-causal", what, "K's arrival comes ahead of that of the V waited for beside it")
         for what in (
