@@ -1,7 +1,7 @@
 # make test       the whole test suite
 # make demo       a pretrained model's attention through the kernel
 # make lint       ruff
-# make sweep      TFLOPs/s beside other kernels; needs a Hopper GPU
+# make sweep      TFLOPs/s, compared with other kernels; needs a Hopper GPU
 # make device     all that a GPU can tell (docs/device.md); needs a Hopper GPU
 # make figures    draws the timelines of docs/algorithm.md and the cost of docs/torch.md
 # make evidence   rewrites the table of docs/evidence.md

@@ -232,7 +232,7 @@ def _reason(error: NotImplementedError, gpu: Gpu) -> str:
     """The one that is not about another architecture, if there is one."""
     reasons = [line.partition(": ")[2] for line in str(error).splitlines()[1:]]
     own = [x for x in reasons if not x.startswith(("it needs compute", "it takes"))]
-    return own[0] if own else "it needs compute capability 9.x or 8.x"
+    return own[0] if own else f"it needs compute capability {dispatch.CAPABILITIES}"
 
 
 def _dsl(facts: Facts) -> list[Finding]:

@@ -140,6 +140,8 @@ def calls_of(args: argparse.Namespace) -> list[Callable[[], Any]]:
         named = vars(args) | {"head_dim": head_dim, "dtype": dtype}
         call = Call.of(argparse.Namespace(**named))
         found += _cached(call, args) if args.cache else _direct(call, args)
+    if args.cache_dtype and not args.cache:
+        raise ValueError("--cache-dtype goes with --cache")
     return found
 
 
@@ -208,18 +210,28 @@ def _cached(call: Call, args: argparse.Namespace) -> list[Callable[[], Any]]:
         k, v = (x.new_zeros(pages, args.page_size, 1, x.shape[-1]) for x in (k, v))
     else:
         k, v = k[:, :, :1], v[:, :, :1]
+    new_k, new_v = (x[:1] for x in (k, v))
+    if args.cache_dtype:  # what joins it is in 16 bits still
+        if call.dtype.itemsize == 1:
+            raise ValueError(
+                "--cache-dtype goes with 16-bit tensors: expected --dtype bf16 or fp16"
+            )
+        k, v = (x.to(DTYPES[args.cache_dtype]) for x in (k, v))
+        descales = None, torch.ones(1, 1), torch.ones(1, 1)
     options = _options(call) | cached
     if call.has_sink:
         options["learnable_sink"] = torch.zeros(2)
     descales = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False))
     for name, x in descales.items():
-        if name != "q_descale" or x.dim() == 2:  # only blocks of queries have a scale per head of q
+        if x is not None and (
+            name != "q_descale" or x.dim() == 2
+        ):  # only blocks of queries have a scale per head of q
             descales[name] = x[:, :1]
 
     def run(s_q: int, appends: bool, num_splits: int) -> None:
         new = {}
         if appends:
-            new = {name: x[:1, :s_q] for name, x in (("k", k), ("v", v))}
+            new = {"k": new_k[:, :s_q], "v": new_v[:, :s_q]}
         interface_cache.flash_attn_with_kvcache(
             q[:, :s_q], k, v, **new, **options, **descales, num_splits=num_splits
         )
@@ -272,6 +284,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", action="store_true", help="flash_attn_with_kvcache, with and without new keys"
     )
     parser.add_argument("--page-size", type=int, default=0, help="of --cache; 0: not in pages")
+    parser.add_argument(
+        "--cache-dtype", choices=["e4m3"], help="of --cache, with 16-bit tensors (the same dtype)"
+    )
     parser.add_argument(
         "--arch",
         choices=dispatch.ARCHITECTURES,

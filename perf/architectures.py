@@ -239,7 +239,7 @@ def _padded_batches(model, inputs) -> tuple[list[dict], torch.Tensor]:
 def _moved(pair) -> float:
     """How far the positions ahead of the last one are apart."""
     a, b = (x[:, :-1] if x.dim() > 2 else x for x in pair)
-    return (a - b).abs().max().item()
+    return (a - b).abs().max().item() if a.numel() else 0.0
 
 
 @contextlib.contextmanager
@@ -363,16 +363,37 @@ def _shrunk(cls, sizes):
     for name, value in default.to_dict().items():
         if type(value) is int and name in sizes and sizes[name] < value:
             values[name] = sizes[name]
+        elif _is_square(value) and name in sizes and sizes[name] < value[0]:
+            values[name] = type(value)(sizes[name] for _ in value)
         elif value is None and name in NEEDED:
             values[name] = sizes[name]
     for name in cls.sub_configs:
         given = getattr(default, name, None)
         if given is not None:
             values[name] = _shrunk(type(given), sizes)
+    values |= _widths_by_stage(default, values)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if getattr(default, name, None) is not None:
             values[name] = 1
     return cls(**values)
+
+
+def _widths_by_stage(default, values: dict) -> dict:
+    """Of Hiera: the first stage's is the hidden size; who has it for a backbone lists them, too."""
+    widths = getattr(default, "embed_dim_per_stage", None)
+    if widths and widths[0] == default.hidden_size and "hidden_size" in values:
+        scaled = [x * values["hidden_size"] // widths[0] for x in widths]
+        return {"embed_dim_per_stage": scaled}
+    of_backbone = getattr(values.get("backbone_config"), "embed_dim_per_stage", None)
+    if of_backbone and hasattr(default, "backbone_channel_list"):
+        return {"backbone_channel_list": of_backbone[::-1]}
+    return {}
+
+
+def _is_square(value) -> bool:
+    """Of an image or a patch: one size, given for each side."""
+    is_list = isinstance(value, list | tuple) and len(value) == 2
+    return is_list and type(value[0]) is int and value[0] == value[1]
 
 
 def _class_of(config):

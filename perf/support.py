@@ -14,13 +14,20 @@ from functools import cache
 
 from fa3 import warm
 from fa3.inspect import cli
-from fa3.inspect.cli import TARGETS
+from fa3.launch import dispatch
 
 from .document import insert, table
 from .results import ROOT
 
 DOCUMENT = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- begin: python -m perf.support -->", "<!-- end -->"
+TARGETS = {
+    **cli.TARGETS,
+    **{
+        f"sm_{major}{minor}": dispatch.Target("gpu", "a GPU", (major, minor), 132)
+        for major, minor in dispatch.NEWER
+    },
+}
 # Head dims of q and k, and of v: a pair of each row of the tuning tables, and odd ones.
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (80, 32))
 # A row: its name, and its options.
@@ -79,9 +86,10 @@ def rows_of(arch: str) -> tuple[tuple[str, ...], ...]:
 def markdown() -> str:
     """The tables, one for all architectures that have the same."""
     parts = [BEGIN]
-    for rows, archs in itertools.groupby(reversed(TARGETS), rows_of):
+    hopper_first = sorted(TARGETS, key=lambda arch: arch != "sm_90a")
+    for rows, archs in itertools.groupby(hopper_first, rows_of):
         names = [f"{x[0]}.{x[1]}" for x in (TARGETS[arch].capability for arch in archs)]
-        parts += [f"## Compute capability {', '.join(sorted(names))}", table(("", *COLUMNS), rows)]
+        parts += [f"## Compute capability {', '.join(names)}", table(("", *COLUMNS), rows)]
     return "\n\n".join([*parts, END])
 
 

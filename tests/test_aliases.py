@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -250,41 +248,31 @@ def test_what_is_not_there_is_refused(interface, plain_torch):
         interface._flash_attn_forward(q, k, v, seqused_q=table[0], page_table=table)
 
 
-SCRIPT = """
-import importlib.metadata, json, sys
-sys.path.insert(0, {path!r})
-import torch
-from transformers import modeling_flash_attention_utils as flash
-from transformers.utils import is_flash_attn_3_available
-from transformers.utils import import_utils
-import_utils.is_torch_cuda_available = lambda: True
-import flash_attn_interface, fa3
-found = flash._lazy_imports("flash_attention_3")
-check = flash.FLASH_ATTENTION_COMPATIBILITY_MATRIX[3]["pkg_availability_check"]
-print(json.dumps([
-    importlib.metadata.version("flash-attn-3"), check(), is_flash_attn_3_available(),
-    [f is getattr(fa3, f.__name__, None) for f in found[:3]],
-]))
-"""
-
-
-def test_transformers_finds_it(tmp_path):
-    """As pip would lay it; in a process of its own, which thinks that it has a GPU."""
-    project = (PROJECT / "pyproject.toml").read_text()
-    name, version = (re.search(rf'^{x} = "(.+?)"', project, re.M)[1] for x in ("name", "version"))
-    info = tmp_path / f"flash_attn_3-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "top_level.txt").write_text("flash_attn_3\nflash_attn_interface\n")
-    for source in (PROJECT / "src").iterdir():
-        (tmp_path / source.name).symlink_to(source)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(path=str(tmp_path))],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [version, True, True, [True] * 3]
-    assert version.startswith("3.0.0+")
+def test_older_names(interface, plain_torch):
+    """As yunchang 0.6.4 calls the private functions."""
+    q, k, v = inputs(2, 20, 2, 64, dtype=torch.bfloat16)
+    window = {"window_size_left": 5, "window_size_right": 2}
+    wanted = interface._flash_attn_forward(q, k, v, **window)
+    out = torch.zeros_like(q)
+    found = interface._flash_attn_forward(q=q, k=k, v=v, out=out, window_size=(5, 2))
+    assert found[0].data_ptr() == out.data_ptr()
+    check_forward(found, wanted[:2])
+    dout = torch.randn_like(q)
+    gradients = []
+    for given in (
+        window,
+        {"window_size": (5, 2)},
+        {"is_causal": True},
+        {"causal": True, "window_size": (-1, -1)},
+    ):
+        filled = [torch.zeros_like(x) for x in (q, k, v)]
+        names = dict(zip(("dq", "dk", "dv"), filled, strict=True))
+        interface._flash_attn_backward(dout, q, k, v, *wanted[:2], **names, **given)
+        gradients.append(filled)
+    by_window, of_window, by_causal, of_causal = gradients
+    assert all(torch.equal(x, y) for x, y in zip(by_window, of_window, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(by_causal, of_causal, strict=True))
+    assert not torch.equal(by_window[0], by_causal[0])
 
 
 def test_two_of_them_do_not_mix(interface):

@@ -75,11 +75,20 @@ def test_a_gpu_without_kernels():
     facts = replace(HOPPER, gpus=(T4,))
     status, (gpu, _) = doctor.outcome(facts)
     assert (status, gpu) == (1, "CUDA tensors: none, no GPU here has a kernel")
-    needs = "16-bit forward: no kernel: it needs compute capability 9.x or 8.x"
+    needs = "16-bit forward: no kernel: it needs compute capability 9.x, 8.x or one of 10.0"
     assert needs in texts(facts)["GPU 0"]
     assert levels(facts)["GPU 0"] == "bad"
     both = replace(HOPPER, gpus=(T4, H100))
     assert doctor.outcome(both) == (0, ["CUDA tensors: kernels, on NVIDIA H100", *_cpu(both)])
+
+
+def test_a_gpu_newer_than_hopper():
+    """It runs the kernels for 8.x; FP8 is refused as such, not for its compute capability."""
+    facts = replace(HOPPER, gpus=(doctor.Gpu("NVIDIA B200", (10, 0)),))
+    assert doctor.outcome(facts)[0] == 0
+    lines = texts(facts)["GPU 0"].splitlines()
+    assert lines[1:3] == ["16-bit forward: forward sm80", "16-bit backward: backward sm80"]
+    assert lines[3].startswith("FP8 forward: no kernel: NVIDIA B200 has no kernel for FP8")
 
 
 def _cpu(facts: Facts) -> list[str]:

@@ -317,6 +317,7 @@ HINTS = [
     ("s_aux", "learnable_sink is meant"),
     ("sinks", "learnable_sink is meant"),
     ("cu_seqlens_q", "flash_attn_varlen_func and"),
+    ("leftpad_k", "cache_leftpad is meant, of flash_attn_with_kvcache"),
     ("softmax_scal", "softmax_scale is meant?"),
     ("colour", "it has q, k, v, softmax_scale, causal, qv"),
 ]

@@ -56,6 +56,12 @@ def test_caches_in_pages():
     ]
 
 
+def test_a_cache_of_bytes():
+    found = signatures("--head-dim 128 --cache --cache-dtype e4m3")
+    assert {s.widens for s in found if isinstance(s, Signature)} == {"e4m3"}
+    assert [s.narrows for s in found if hasattr(s, "narrows")] == ["e4m3"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -66,6 +72,7 @@ def test_caches_in_pages():
         "--head-dim 96 --sinks --softcap 30 --window 100 20",
         "--head-dim 64 --cache --dtype e4m3 --scales head --page-size 16",
         "--head-dim 192 --head-dim-v 128 --cache --sinks",
+        "--head-dim 128 --cache --cache-dtype e4m3 --page-size 64",
     ],
 )
 def test_every_option_leads_to_kernels(line):
@@ -142,6 +149,8 @@ def test_nothing_is_compiled_twice(monkeypatch, capsys):
         ("--head-dim 64 --jobs 0", "--jobs is 0, expected at least 1"),
         ("--head-dim 64 --deterministic", "expected --backward"),
         ("--head-dim 64 --cache --backward", "--cache does not go with --backward"),
+        ("--head-dim 64 --cache-dtype e4m3", "--cache-dtype goes with --cache"),
+        ("--head-dim 64 --cache --cache-dtype e4m3 --dtype e4m3", "goes with 16-bit tensors"),
         ("--head-dim 64 --quantize --dtype e4m3", "--quantize takes 16-bit tensors"),
         ("--head-dim 64 --arch sm_80 --dtype e4m3", "has no kernel for FP8"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 from . import settings
 from .errors import KernelError
 from .execution.report import place
+from .naming import named
 
 _MOST = 5  # suspects named
 
@@ -88,9 +89,12 @@ def _suspects(trace: list) -> str:
         key = (a.site, b.site)
         if len(found) < _MOST and key not in found and (shared := a.conflict(b)):
             low, high = shared
+            launch = a.w.launch
+            bytes_ = named(
+                f"shared memory {low:#x}..{high - 1:#x}", launch.kernel, launch.dynamic_smem
+            )
             found[key] = (
-                f"  in flight over shared memory {low:#x}..{high - 1:#x} at once:\n"
-                f"    {_described(a)}\n    {_described(b)}"
+                f"  in flight over {bytes_} at once:\n    {_described(a)}\n    {_described(b)}"
             )
     if not found:
         return (

@@ -30,6 +30,7 @@ from pathlib import Path
 from . import settings
 from .device import storages
 from .errors import SetupError
+from .naming import Allocations
 
 PACKAGE = "nvidia-cutlass-dsl"
 KNOWN_VERSIONS = ("4.8.1",)
@@ -98,7 +99,9 @@ def _reread_environment() -> None:
 
 def patch(device) -> None:
     """Everything below; needs the environment of set_environment()."""
-    _pair_cubins_with_ptx(device)
+    allocations = Allocations()
+    _note_allocations(allocations)
+    _pair_cubins_with_ptx(device, allocations)
     _count_one_device()
     _relabel_tensors(device)
     _accept_cpu_tensors()
@@ -107,7 +110,53 @@ def patch(device) -> None:
     _remember_source_lines()
 
 
-def _pair_cubins_with_ptx(device) -> None:
+def _note_allocations(allocations: Allocations) -> None:
+    """Names for ranges of shared memory: comments in the PTX, no code."""
+    import cutlass.memory.smem as smem
+    from cutlass._mlir import ir
+    from cutlass.cute import cosize
+
+    allocator, allocate = smem.SmemAllocator, smem.SmemAllocator._smem_alloca
+    framework = str(Path(smem.__file__).parents[1])
+
+    @functools.wraps(allocate)
+    def allocate_and_note(self, layout, dtype, byte_alignment, *args, **more):
+        pointer = allocate(self, layout, dtype, byte_alignment, *args, **more)
+        if more.get("partition", smem.SmemPartition.USER) == smem.SmemPartition.USER:
+            nbytes = -(-int(cosize(layout)) * dtype.width // 8)
+            alignment = max(byte_alignment, dtype.width // 8)
+            frames, fields = _callers(framework), more.get("struct_fields")
+            allocations.add(_enclosing_kernel(ir), nbytes, alignment, frames, fields)
+        return pointer
+
+    allocator._smem_alloca = allocate_and_note
+
+
+def _callers(framework: str) -> list[tuple[str, int]]:
+    """(file, line) of each frame outside of the DSL and of this file, innermost first."""
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith(framework):
+            found.append((file, frame.f_lineno))
+        elif found and file.startswith(framework):
+            break  # what traces the kernel
+        frame = frame.f_back
+    return found
+
+
+def _enclosing_kernel(ir) -> str:
+    """The name of the kernel that operations are being added to, as in the PTX; "" if none."""
+    operation = ir.InsertionPoint.current.block.owner
+    while operation is not None:
+        operation = operation.operation
+        if operation.name == "cuda.kernel":
+            return ir.StringAttr(operation.attributes["sym_name"]).value
+        operation = operation.parent
+    return ""
+
+
+def _pair_cubins_with_ptx(device, allocations: Allocations) -> None:
     import cutlass.base_dsl.jit_executor as executor
 
     artifacts = executor.JitFunctionArtifacts
@@ -117,6 +166,7 @@ def _pair_cubins_with_ptx(device) -> None:
     def read_and_remember(self):
         read_files(self)
         if self.PTX and isinstance(self.CUBIN, bytes):
+            self.PTX += allocations.comments(self.PTX)
             device.images.remember(self.CUBIN, self.PTX)
 
     artifacts.__post_init__ = read_and_remember

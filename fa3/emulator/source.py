@@ -32,6 +32,29 @@ def function_at(path: str, line: int) -> str:
     return next((n for a, b, n in reversed(_functions(path)) if a <= line <= b), "")
 
 
+@functools.lru_cache(maxsize=256)
+def _assignments(path: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
+    """(first line, last line, names) of every assignment, in order."""
+    try:
+        tree = ast.parse("\n".join(_read(path)))
+    except (SyntaxError, ValueError):
+        return ()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            several = isinstance(target, ast.Tuple | ast.List)
+            names = tuple(map(ast.unparse, target.elts if several else [target]))
+            found.append((node.lineno, node.end_lineno, names))
+    return tuple(sorted(found))
+
+
+def assigned_at(path: str, line: int) -> tuple[int, tuple[str, ...]] | None:
+    """(first line, names) of the assignment that a line (from 1) belongs to."""
+    found = ((a, names) for a, b, names in reversed(_assignments(path)) if a <= line <= b)
+    return next(found, None)
+
+
 def line_at(path: str, line: int) -> str:
     """The text of a line (from 1), "" if it cannot be read."""
     lines = _read(path)

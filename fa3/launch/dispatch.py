@@ -17,6 +17,8 @@ EMULATED_SMS = 132
 ARCHITECTURES = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)}
 # Those beyond 9.x that the DSL compiles for: they run the kernels for 8.x, which need nothing else.
 NEWER = (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)
+_NEWER = ", ".join(f"{major}.{minor}" for major, minor in NEWER)
+CAPABILITIES = f"9.x, 8.x or one of {_NEWER}"  # that some kernel runs on
 
 
 class Target(NamedTuple):
@@ -78,8 +80,7 @@ def _why_not_backward_sm80(signature: BwdSignature, target: Target) -> str | Non
 def _why_not_fallback(target: Target) -> str | None:
     if target.capability[0] == 8 or target.capability in NEWER:
         return None
-    newer = ", ".join(f"{major}.{minor}" for major, minor in NEWER)
-    return _needs(f"8.x or one of {newer}", target)
+    return _needs(f"8.x or one of {_NEWER}", target)
 
 
 def _why_not_hopper(target: Target) -> str | None:

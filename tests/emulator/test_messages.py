@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fa3.emulator import Profile, errors, source
+from fa3.emulator import Profile, errors, naming, source
+from fa3.emulator.ptx import Kernel, parse
 from fa3.emulator.settings import Schedule
 
 from .ptx_runner import HEADER, launch
@@ -171,3 +172,85 @@ def test_a_deadlock_reads_the_same_in_every_order():
             launch(body, np.zeros(1024, np.uint8), 256, **order)
         texts.add(str(found.value))
     assert len(texts) == 1 and "warps [4, 5, 6, 7]" in texts.pop()
+
+
+STORAGE = """
+import cutlass
+import cutlass.cute as cute
+from cutlass import memory
+
+
+@cute.struct
+class Storage:
+    flags: cute.struct.MemRange[cutlass.Int64, 2]
+    tile: cute.struct.Align[cute.struct.MemRange[cutlass.Float32, 8], 128]
+
+
+def ring(smem, count):
+    barriers = smem.allocate_array(cutlass.Int64, count)
+    return barriers, smem.allocate_array(cutlass.Float32, 4, byte_alignment=64)
+
+
+@cute.kernel
+def _kernel(a: cute.Tensor):
+    smem = memory.SmemAllocator()
+    storage = smem.allocate(Storage)
+    k, v = (smem.allocate_array(cutlass.Int32, n) for n in (1, 3))
+    keys = ring(smem, 2)
+    x = storage.tile.data_ptr()[0] + keys[1][0] + k[0] + v[0]
+    a[0] = x + keys[0][0].to(cutlass.Float32)
+
+
+@cute.jit
+def kernel(a: cute.Tensor):
+    _kernel(a).launch(grid=[1, 1, 1], block=[32, 1, 1])
+"""
+
+
+def test_shared_memory_has_the_names_of_the_source(emulator, tmp_path):
+    """A struct's fields, variables that share a statement, and what a function allocates."""
+    import importlib.util
+
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import from_dlpack
+
+    (tmp_path / "storage_kernel.py").write_text(STORAGE)
+    spec = importlib.util.spec_from_file_location("storage_kernel", tmp_path / "storage_kernel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    a = torch.zeros(1)
+    compiled = cute.compile(module.kernel, from_dlpack(a))
+    (kernel,) = parse(compiled.__ptx__).kernels.values()
+    ranges = [(x.name, x.start, x.end) for x in kernel.allocations]
+    assert ranges == [
+        ("storage.flags", 0, 16),
+        ("storage.tile", 128, 160),
+        ("k", 256, 260),
+        ("v", 260, 272),
+        ("keys.barriers", 272, 288),
+        ("keys", 320, 336),
+    ]
+    with emulator.options(checks=("uninit",)), pytest.raises(emulator.Uninitialized) as found:
+        compiled(from_dlpack(a))
+    assert re.search(r"shared memory at 0x\w+..0x\w+ \(\w+", str(found.value))
+    with emulator.options(checks=()):
+        compiled(from_dlpack(a))
+    assert emulator.launches[-1]["smem"] == 336  # all of it has a place
+
+
+def test_which_names():
+    ranges = [naming.Range(0, 16, "a"), naming.Range(16, 32, ""), naming.Range(32, 64, "b")]
+    kernel = Kernel("k", allocations=ranges, static_smem=256)
+
+    def named(text, nbytes=64):
+        return naming.named(text, kernel, nbytes)
+
+    assert (
+        named("reads shared memory 0x100..0x10f now") == "reads shared memory 0x100..0x10f (a) now"
+    )
+    assert named("shared memory at 0x10f..0x120") == "shared memory at 0x10f..0x120 (a, b)"
+    assert named("mbarrier 0x120 parity") == "mbarrier 0x120 (b) parity"
+    for unnamed in ("shared memory 0x110..0x11f", "shared memory 0x0..0xff", "global 0x100..0x10f"):
+        assert named(unnamed) == unnamed
+    # the kernel's launch has less than was laid out: the places are not these
+    assert named("shared memory 0x100..0x10f", 48) == "shared memory 0x100..0x10f"

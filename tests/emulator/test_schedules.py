@@ -57,7 +57,7 @@ def test_missing_wait_for_a_load(emulator, doubled):
     assert "TMA load of CTA (0, 0, 0), warps [0]" in str(error)
     assert line_of("_double", "cute.copy(load") in str(error)
     assert line_of("_double", "cute.copy(store") in str(error)
-    assert re.search(r"in flight over shared memory 0x\w+\.\.0x\w+ at once", str(error))
+    assert re.search(r"in flight over shared memory 0x\w+\.\.0x\w+ \(\w+\) at once", str(error))
 
 
 def test_missing_barrier_between_warps_shows_only_when_they_are_interleaved(emulator, reversal):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import Deadlock, EmulatorError, KernelError, Runaway
+from ..naming import named
 from ..ptx import Instr, Kernel, Location
 from ..source import function_at
 from .fragments import RUNNING
@@ -38,6 +39,7 @@ def located(error: Exception, w) -> EmulatorError:
     instr = _instruction(kernel, fr.pc if pc is None else pc)
     kind = type(error) if isinstance(error, EmulatorError) else KernelError
     text = f"{error}" if isinstance(error, EmulatorError) else f"{type(error).__name__}: {error}"
+    text = named(text, kernel, w.launch.dynamic_smem)
     found = kind(
         f"{text}\n  at {place(instr)}\n  in CTA {w.cta.position}, warps "
         f"{w.warps(fr.mask)} of kernel {kernel.name[:60]}"
@@ -74,9 +76,10 @@ def _states(warpgroups) -> list[str]:
         kernel = w.launch.kernel
         for f in w.fragments:
             where = place(_instruction(kernel, f.site))
+            waits = named(f.describe(), kernel, w.launch.dynamic_smem)
             lines.append(
                 f"  CTA {w.cta.position} warps {w.warps(f.mask)} ({int(f.mask.sum())} "
-                f"lanes): {f.describe()} at {where}{_loop(kernel, f.site)}"
+                f"lanes): {waits} at {where}{_loop(kernel, f.site)}"
             )
         if gone := w.warps(~w.live & (np.arange(w.lanes) < w.launch.threads - w.first_thread)):
             lines.append(f"  CTA {w.cta.position} warps {gone}: lanes of them have left")

@@ -94,6 +94,7 @@ class Kernel:
     local: dict[str, int] = field(default_factory=dict)  # symbol -> offset, of a thread's memory
     local_bytes: int = 0
     constants: dict[str, np.ndarray] = field(default_factory=dict)  # initialised arrays of bytes
+    allocations: list = field(default_factory=list)  # naming.Range: of the dynamic array
     static_smem: int = 0  # bytes; the dynamic array (0 bytes above) starts there
     directives: dict[str, list[int]] = field(default_factory=dict)
     lowered: dict = field(default_factory=dict)  # filled by lowering.lower()

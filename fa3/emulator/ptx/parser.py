@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import naming
 from ..errors import Unsupported
 from .model import REGISTER_CLASS, SIZE, Instr, Kernel, Location, Module, Param
 from .operands import parse_operand, split
@@ -47,10 +48,11 @@ def parse(text: str) -> Module:
     files = {int(number): path for number, path in _FILE.findall(text)}
     shared = dict(_shared(m.group(0)) for m in _SHARED_LINE.finditer(text))
     constants = {name: _array(numbers) for name, numbers in _CONSTANT.findall(text)}
-    kernels = {}
+    kernels, allocations = {}, naming.of_ptx(text)
     for m in _ENTRY.finditer(text):
         kernel = _entry(text, m, shared, files)
         kernel.constants = constants
+        kernel.allocations = allocations.get(kernel.name, [])
         kernels[kernel.name] = kernel
     return Module(kernels, target)
 

@@ -87,8 +87,16 @@ def _flash_attn_forward(  # noqa: PLR0913
     num_splits=1,
     pack_gqa=None,
     sm_margin=0,
+    *,
+    out=None,
+    window_size=None,
 ):
-    """out, lse and twice an empty tensor. Gradients flow, as through fa3's own functions."""
+    """out, lse and twice an empty tensor. Gradients flow, as through fa3's own functions.
+
+    `out` and `window_size` are older names, which yunchang uses.
+    """
+    out_ = out if out_ is None else out_
+    window_size_left, window_size_right = window_size or (window_size_left, window_size_right)
     # fmt: off
     return raw.forward(
         q, k, v, k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
@@ -123,8 +131,16 @@ def _flash_attn_backward(  # noqa: PLR0913
     softcap=0.0,
     deterministic=False,
     sm_margin=0,
+    *,
+    causal=False,
+    window_size=None,
 ):
-    """Fills dq, dk and dv, where they are given. What it returns is empty."""
+    """Fills dq, dk and dv, where they are given. What it returns is empty.
+
+    `causal` and `window_size` are older names, which yunchang uses.
+    """
+    is_causal = is_causal or causal
+    window_size_left, window_size_right = window_size or (window_size_left, window_size_right)
     # fmt: off
     return raw.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k,
