@@ -99,7 +99,7 @@ class FwdConfig:
         yield "spared_registers", self.spared_registers in range(0, 65, 8), "0, 8, .. 64"
         yield "cluster", self.cluster in (1, 2), "1 or 2"
         if self.cluster > 1:  # all of its CTAs visit the same blocks at the same time
-            right = self._may_cluster(signature)
+            right = self.may_cluster(signature)
             yield "cluster", right, "1 but for 16-bit inputs, the full mask and equal lengths"
             right = self.schedule != "dynamic"
             yield "schedule", right, "static or None for a cluster, whose tiles are dealt together"
@@ -118,7 +118,8 @@ class FwdConfig:
         divides = quantised.v_block % self.tile_n == 0  # a product P V has one scale of V
         yield "tile_n", divides, f"a divisor of {quantised.v_block}, the keys per scale of v"
 
-    def _may_cluster(self, signature: Signature) -> bool:
+    def may_cluster(self, signature: Signature) -> bool:
+        """Whether all tiles visit the same blocks, in the same order, and TMA fills the rings."""
         x = signature
         is_16_bit = x.quantised is None and x.widens is None
         return x.mask == "full" and is_16_bit and not x.is_ragged and not x.is_split

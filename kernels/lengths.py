@@ -43,7 +43,7 @@ class EqualLengths:
     def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileOrder:
         x, tiling = arguments, self.plan.tiling
         cut, shared = tiling.sides(x.q, x.k)
-        # A cluster's last tile of a head may have no rows: it takes part, and TMA stores none of it.
+        # A cluster's last tile of a head may have no rows: it takes part, and TMA stores nothing.
         num_blocks = cute.ceil_div(cut.shape[1], tiling.size * tiling.cluster) * tiling.cluster
         batches, heads = x.q.shape[0], tiling.heads(x)
         longest_first = tiling.mask != "full"

@@ -6,9 +6,7 @@ from cutlass.cute.nvgpu import cpasync
 from ..tensors import TmaOperand
 
 
-def tma_load(
-    tensor: cute.Tensor, smem: cute.ComposedLayout, tile, num_ctas: int = 1
-) -> TmaOperand:
+def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile, num_ctas: int = 1) -> TmaOperand:
     """The operand that TMA brings into a stage of `smem`, tile by tile.
 
     num_ctas: of a cluster, each of which brings its part of a tile to all (rings.Ring).
