@@ -55,6 +55,7 @@ class FwdConfig:
     o_space: OSpace | None = None  # None: the first one that is large enough
     spared_registers: int = 0  # that a consumer's thread leaves to those of the producer
     schedule: ScheduleKind | None = None  # None: dynamic where tiles differ in length
+    cluster: int = 1  # CTAs that share what they load of K and V (rings.Ring)
 
     @property
     def tile_m(self) -> int:
@@ -96,6 +97,12 @@ class FwdConfig:
         yield "schedule", right, "static, dynamic or None"
         yield "polynomial_exp2", self.polynomial_exp2 >= 0, "at least 0"
         yield "spared_registers", self.spared_registers in range(0, 65, 8), "0, 8, .. 64"
+        yield "cluster", self.cluster in (1, 2), "1 or 2"
+        if self.cluster > 1:  # all of its CTAs visit the same blocks at the same time
+            right = self.may_cluster(signature)
+            yield "cluster", right, "1 but for 16-bit inputs, the full mask and equal lengths"
+            right = self.schedule != "dynamic"
+            yield "schedule", right, "static or None for a cluster, whose tiles are dealt together"
         if quantised is None:
             yield "o_slice", self.o_slice == 0, "0, as O of 16-bit inputs is not sliced"
             if signature.is_split:
@@ -110,6 +117,12 @@ class FwdConfig:
         yield "o_space", self.o_space in (None, "registers"), "registers or None for FP8 inputs"
         divides = quantised.v_block % self.tile_n == 0  # a product P V has one scale of V
         yield "tile_n", divides, f"a divisor of {quantised.v_block}, the keys per scale of v"
+
+    def may_cluster(self, signature: Signature) -> bool:
+        """Whether all tiles visit the same blocks, in the same order, and TMA fills the rings."""
+        x = signature
+        is_16_bit = x.quantised is None and x.widens is None
+        return x.mask == "full" and is_16_bit and not x.is_ragged and not x.is_split
 
     def is_dynamic(self, signature: Signature) -> bool:
         """`schedule`, or that of the mask and the lengths."""

@@ -43,7 +43,8 @@ class EqualLengths:
     def order(self, arguments: FwdArguments | BwdArguments, stream) -> TileOrder:
         x, tiling = arguments, self.plan.tiling
         cut, shared = tiling.sides(x.q, x.k)
-        num_blocks = cute.ceil_div(cut.shape[1], tiling.size)
+        # A cluster's last tile of a head may have no rows: it takes part, and TMA stores nothing.
+        num_blocks = cute.ceil_div(cut.shape[1], tiling.size * tiling.cluster) * tiling.cluster
         batches, heads = x.q.shape[0], tiling.heads(x)
         longest_first = tiling.mask != "full"
         heads_per_group = Int32(1)
@@ -52,7 +53,7 @@ class EqualLengths:
             heads_per_group = TileOrder.group_of(tiling.shared_bytes(x), shared.shape[1], *sizes)
         counter = x.tiles.iterator if tiling.is_dynamic else None
         sizes = num_blocks, *heads, batches, heads_per_group
-        return TileOrder.of(longest_first, *sizes, counter=counter)
+        return TileOrder.of(longest_first, *sizes, counter=counter, cluster=tiling.cluster)
 
 
 @dataclass(frozen=True)

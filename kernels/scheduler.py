@@ -52,6 +52,7 @@ class TileOrder:
     heads_per_group: Any  # (batch, head) pairs that run side by side
     count: Any  # of all tiles: computed once, on the host
     counter: cute.Pointer | None = None  # of a dynamic schedule (sm90/tile_queue.py)
+    cluster: cutlass.Constexpr[int] = 1  # CTAs that get as many tiles of a head, one each
 
     @staticmethod
     def of(
@@ -72,8 +73,12 @@ class TileOrder:
         filling = MIN_WAVES * num_ctas // num_m_blocks
         return minimum(maximum(fitting, filling), num_heads * num_batches)
 
-    def deal(self, cta, num_ctas) -> "Deal":
-        return Deal(cta, num_ctas, self.count, self.tiles_per_round)
+    def deal(self, cta, num_ctas) -> "Deal | ClusterDeal":
+        if self.cluster == 1:
+            return Deal(cta, num_ctas, self.count, self.tiles_per_round)
+        sizes = num_ctas, self.count, self.tiles_per_round
+        of_cluster = Deal(cta // self.cluster, *(size // self.cluster for size in sizes))
+        return ClusterDeal(of_cluster, self.cluster, cta % self.cluster)
 
     @property
     def num_tiles(self):
@@ -186,11 +191,30 @@ class Deal:
 
 
 @dataclass(frozen=True)
+class ClusterDeal:
+    """The positions of one CTA of a cluster, which is dealt `size` at a time: index -> position.
+
+    As many tiles follow each other within a head, those that do not exist among them.
+    """
+
+    of_cluster: Deal
+    size: cutlass.Constexpr[int]
+    rank: Any
+
+    @property
+    def end(self):
+        return self.of_cluster.end * self.size
+
+    def __getitem__(self, index):
+        return self.of_cluster[index] * self.size + self.rank
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The tiles of one CTA, one after another: first(), then next() while they are valid."""
 
     order: TileOrder | TileList
-    deal: Deal | Share
+    deal: Deal | ClusterDeal | Share
 
     @staticmethod
     def of(order: TileOrder | TileList, cta, num_ctas) -> "Schedule":

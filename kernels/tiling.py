@@ -25,6 +25,7 @@ class QueryTiles:
     tile_m: int
     tile_n: int
     is_dynamic: bool = False  # a tile goes to the CTA that asks first (sm90/tile_queue.py)
+    cluster: int = 1  # CTAs that get as many tiles of a head, one each
 
     in_order = False
     has_rank = False
@@ -71,6 +72,7 @@ class KeyTiles:
     in_order: bool = False  # tiles of a sequence and a head are to be dealt by ascending keys
 
     is_dynamic = False
+    cluster = 1
 
     @property
     def size(self) -> int:

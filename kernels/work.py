@@ -6,6 +6,7 @@ from typing import Any
 import cutlass
 from cutlass import Float32
 
+from .arithmetic import ceil_div, minimum
 from .blocks import BlockRange, Window
 from .scheduler import Schedule, WorkTile
 from .sequence import RaggedSequences, Sequence, Sequences
@@ -46,6 +47,14 @@ class Work:
     def blocks_of(self, tile: WorkTile) -> BlockRange:
         blocks, num_splits = self._all_blocks_of(tile), self.scalars.num_splits
         return blocks if num_splits is None else blocks.split(self._split_of(tile), num_splits)
+
+    def query_block_of(self, tile: WorkTile):
+        """Which block of q is loaded: the last one where a cluster's last tile has no rows."""
+        tiling = self.plan.tiling
+        if tiling.cluster == 1:
+            return tile.m_block
+        num_blocks = ceil_div(self.sequence_of(tile).s_q, tiling.size)
+        return minimum(tile.m_block, num_blocks - 1)
 
     def head_of(self, tile: WorkTile):
         """The head of q. A tile's own head is that of its results: each split has one."""

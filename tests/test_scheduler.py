@@ -1,5 +1,8 @@
 """The persistent schedule: every tile exactly once, long ones first, work spread evenly."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,3 +105,22 @@ def test_causal_work_is_spread_evenly(head_dim, length):
     cost = [BlockRange.of(window, i, config.tile_m, config.tile_n).count + 1.5 for i in range(m)]
     loads = [sum(cost[order[p].m_block] for p in positions) for positions in dealt(order, SMS)]
     assert max(loads) <= 1.09 * sum(loads) / SMS
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 9))
+def test_a_cluster_is_dealt_neighbouring_tiles_of_a_head(pairs, heads, batches, clusters):
+    """In each turn one per CTA, or none to all; every tile exactly once."""
+    order = TileOrder.of(False, 2 * pairs, heads, heads, batches, 1, cluster=2)
+    grid = 2 * min(clusters, order.count // 2)
+    found = []
+    for cta in range(0, grid, 2):
+        schedules = [Schedule.of(order, cta + rank, grid) for rank in range(2)]
+        tiles = [schedule.first() for schedule in schedules]
+        while tiles[0].is_valid:
+            first, second = tiles
+            assert second == replace(first, m_block=first.m_block + 1)
+            found += [(t.batch, t.head, t.m_block) for t in tiles]
+            tiles = [s.next(t) for s, t in zip(schedules, tiles, strict=True)]
+        assert not tiles[1].is_valid
+    assert sorted(found) == list(product(range(batches), range(heads), range(2 * pairs)))

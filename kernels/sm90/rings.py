@@ -24,17 +24,28 @@ class Ring:
     full:  1 arrival (the producer, expecting the stage's bytes) and the bytes written by TMA; or,
            where warps fill the ring (written_by), 1 arrival per producer warp.
     empty: 1 arrival per consumer warp.
+
+    The CTAs of a cluster may share what they load: each producer brings its part of a block into
+    that stage of all CTAs.  A full barrier still counts the bytes of a whole block; an empty one
+    counts the consumer warps of all CTAs, each of which arrives at every CTA's.
     """
 
     buffer: cute.Tensor  # (rows, columns, num_stages)
     pipeline: pipeline.PipelineAsync
+    num_ctas: cutlass.Constexpr[int] = 1  # that share it
 
     @staticmethod
-    def of(buffer: cute.Tensor, barriers: cute.Pointer, num_consumer_warps: int) -> "Ring":
+    def of(
+        buffer: cute.Tensor, barriers: cute.Pointer, num_consumer_warps: int, num_ctas: int = 1
+    ) -> "Ring":
         num_stages = cute.size(buffer, mode=[2])
         stage = cute.select(buffer.layout, mode=[0, 1])
         one = pipeline.CooperativeGroup(pipeline.Agent.Thread, 1)
-        warps = pipeline.CooperativeGroup(pipeline.Agent.Thread, num_consumer_warps)
+        warps = pipeline.CooperativeGroup(pipeline.Agent.Thread, num_ctas * num_consumer_warps)
+        shared = {}
+        if num_ctas > 1:  # one lane of a consumer warp arrives at each CTA
+            layout = cute.make_layout((1, num_ctas, 1, 1))
+            shared = {"cta_layout_vmnk": layout, "mcast_mode_mn": (0, 1)}
         return Ring(
             buffer,
             pipeline.PipelineTmaAsync.create(
@@ -44,7 +55,9 @@ class Ring:
                 consumer_group=warps,
                 tx_count=cute.size_in_bytes(buffer.element_type, stage),
                 defer_sync=True,
+                **shared,
             ),
+            num_ctas,
         )
 
     @staticmethod
@@ -99,10 +112,14 @@ class Ring:
         head_tensor = span.tiled(operand.tensor, head, row_mode)
         coordinate = (None, 0) if row_mode == 0 else (0, None)
         blocks = cute.local_tile(head_tensor, tile_shape, coordinate)  # (rows, columns, num_blocks)
+        part, shared = 0, {}
+        if self.num_ctas > 1:
+            part = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+            shared = {"mcast_mask": cutlass.Int16((1 << self.num_ctas) - 1)}
         to_stage, from_block = cpasync.tma_partition(
             operand.atom,
-            0,
-            cute.make_layout(1),
+            part,
+            cute.make_layout(self.num_ctas),
             cute.group_modes(self.buffer, 0, 2),
             cute.group_modes(blocks, 0, 2),
         )
@@ -113,6 +130,7 @@ class Ring:
                 from_block[None, block],
                 to_stage[None, handle.index],
                 tma_bar_ptr=handle.barrier,
+                **shared,
             )
 
         return fill

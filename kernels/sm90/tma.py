@@ -6,9 +6,15 @@ from cutlass.cute.nvgpu import cpasync
 from ..tensors import TmaOperand
 
 
-def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
-    """The operand that TMA brings into a stage of `smem`, tile by tile."""
-    return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
+def tma_load(tensor: cute.Tensor, smem: cute.ComposedLayout, tile, num_ctas: int = 1) -> TmaOperand:
+    """The operand that TMA brings into a stage of `smem`, tile by tile.
+
+    num_ctas: of a cluster, each of which brings its part of a tile to all (rings.Ring).
+    """
+    if num_ctas == 1:
+        return _tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, smem, tile)
+    op = cpasync.CopyBulkTensorTileG2SMulticastOp()
+    return _tma_operand(op, tensor, smem, tile, num_multicast=num_ctas)
 
 
 def tma_load_parts(tensor: cute.Tensor, smem: cute.ComposedLayout, part) -> TmaOperand:
@@ -24,6 +30,6 @@ def tma_store(tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperan
     return _tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, smem, tile)
 
 
-def _tma_operand(op, tensor: cute.Tensor, smem: cute.ComposedLayout, tile) -> TmaOperand:
+def _tma_operand(op, tensor: cute.Tensor, smem: cute.ComposedLayout, tile, **more) -> TmaOperand:
     stage = cute.select(smem, mode=[0, 1])
-    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, stage, tile))
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, stage, tile, **more))

@@ -107,11 +107,13 @@ class Forward:
         return tuning.forward(signature, self.target.capability)
 
     def candidates(self, signature: Signature) -> list[FwdConfig]:
-        """The shipped config first, with either schedule; then all that shared memory and registers
-        allow."""
+        """The shipped config first, with either schedule, and with a cluster where it may have one;
+        then all that shared memory and registers allow."""
         shipped = self.config(signature)
         widest = max(signature.head_dim, signature.head_dim_v)
         found = [shipped, with_other_schedule(shipped, signature)]
+        if shipped.may_cluster(signature):
+            found.append(replace(shipped, cluster=2))
         for tile_n, stages, warpgroups in itertools.product(TILE_N[widest], STAGES, (2, 3)):
             config = FwdConfig(tile_n, warpgroups, stages)
             # fp32 S and O, 16-bit P: a thread of 128 holds that share of 64 rows

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from fa3.emulator.errors import BarrierMisuse, Deadlock, Misaligned, OutOfBounds, Unsupported
+from fa3.emulator.errors import (
+    BarrierMisuse,
+    Deadlock,
+    KernelError,
+    Misaligned,
+    OutOfBounds,
+    Unsupported,
+)
 
 from .ptx_runner import HEADER, lanes, launch
 
@@ -206,6 +213,51 @@ def test_remote_shared_memory():
     array = np.full(2, 9, u4)
     launch(code, array, threads=32, grid=2, cluster=2)
     assert array.tolist() == [1, 0]
+
+
+# of a pair of CTAs with a warp each: %r1 the rank, %p2 CTA 0, %p1 its first lane
+PAIR = """
+    mov.u32 %r1, %cluster_ctarank; setp.eq.u32 %p2, %r1, 0; setp.eq.and.u32 %p1, %r0, 0, %p2;
+    mov.u32 %r3, buffer; add.u32 %r4, %r3, 2048; setp.eq.u32 %p3, %r0, 0;
+"""
+ARRIVE = "barrier.cluster.arrive.release.aligned;"
+MEET = ARRIVE + "barrier.cluster.wait.acquire.aligned;"
+
+
+@pytest.mark.parametrize("mask", [1, 2, 3])
+def test_multicast(mask):
+    """One CTA loads 16 bytes for those of the mask, and each barrier there counts them."""
+    code = f"""{PAIR}
+        @%p3 mbarrier.init.shared.b64 [%r4], 1; @%p3 fence.mbarrier_init.release.cluster;
+        mov.u32 %r5, 7; @%p3 st.shared.b32 [buffer], %r5; {MEET}
+        shr.u32 %r6, {mask}, %r1; and.b32 %r6, %r6, 1; shl.b32 %r6, %r6, 4; mov.u16 %rs1, {mask};
+        @%p3 mbarrier.arrive.expect_tx.shared.b64 _, [%r4], %r6;
+        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+            [%r3], [%rd0], 16, [%r4], %rs1;
+        WAIT: mbarrier.try_wait.parity.shared.b64 %p4, [%r4], 0; @!%p4 bra WAIT; {MEET}
+        ld.shared.b32 %r9, [buffer]; mul.wide.u32 %rd1, %r1, 4; add.s64 %rd2, %rd0, %rd1;
+        st.global.b32 [%rd2+16], %r9;"""
+    array = np.array([5, 0, 0, 0, 9, 9, 0, 0], u4)
+    launch(code, array, threads=32, grid=2, cluster=2, checks=("race", "proxy", "mbarrier"))
+    assert array[4:6].tolist() == [5 if mask >> rank & 1 else 7 for rank in range(2)]
+
+
+REMOTE = "mapa.shared::cluster.u32 %r5, %r3, 0; @!%p2 st.shared::cluster.b32 [%r5], %r0;"
+
+
+@pytest.mark.parametrize(
+    "code, error, message",
+    [
+        (REMOTE, KernelError, "CTA 0 of the cluster, all threads of which have exited"),
+        ("barrier.cluster.wait.acquire.aligned;", BarrierMisuse, "wait without a .*arrive before"),
+        (MEET + "barrier.cluster.wait.acquire.aligned;", BarrierMisuse, "wait without a .*arrive"),
+        (ARRIVE + MEET, BarrierMisuse, "arrive twice without a barrier.cluster.wait between"),
+    ],
+)
+def test_misuse_of_a_cluster(code, error, message):
+    with pytest.raises(error, match=message):
+        launch(PAIR + code, np.zeros(4, u4), threads=32, grid=2, cluster=2)
+    launch(PAIR + REMOTE + MEET + MEET, np.zeros(4, u4), threads=32, grid=2, cluster=2)
 
 
 @pytest.mark.parametrize(

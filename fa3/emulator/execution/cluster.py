@@ -49,7 +49,13 @@ class Cluster:
             raise KernelError(
                 f"shared::cluster access to CTA {number - 1} of a cluster of {len(self.ctas)}"
             )
-        return self.ctas[number - 1].smem
+        cta = self.ctas[number - 1]
+        if not cta.live:
+            raise KernelError(
+                f"shared::cluster access to CTA {number - 1} of the cluster, all threads of which "
+                "have exited: its shared memory may be another's"
+            )
+        return cta.smem
 
     def counts(self) -> dict[str, int]:
         """What it adds to the statistics of its launch."""

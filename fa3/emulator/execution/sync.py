@@ -113,6 +113,9 @@ def warp_sync(w, fr, after):
 
 def cluster_arrive(w, fr, pc, after):
     cluster = w.cluster
+    if w.at_cluster_barrier[fr.mask].any():
+        raise BarrierMisuse("barrier.cluster.arrive twice without a barrier.cluster.wait between")
+    w.at_cluster_barrier[fr.mask] = True
     w.cluster_generation[fr.mask] = cluster.generation
     if w.races is not None:
         w.races.meet(w.races.agents(w, fr.mask))
@@ -125,8 +128,11 @@ def cluster_arrive(w, fr, pc, after):
 
 def cluster_wait(w, fr, pc, after):
     cluster = w.cluster
+    if not w.at_cluster_barrier[fr.mask].all():
+        raise BarrierMisuse("barrier.cluster.wait without a barrier.cluster.arrive before it")
     generation = int(w.cluster_generation[fr.mask].max())
     if cluster.generation > generation:
+        w.at_cluster_barrier[fr.mask] = False
         if w.races is not None:
             w.races.acquire(w.races.agents(w, fr.mask), cluster.clock)
         return after

@@ -54,6 +54,7 @@ class Warpgroup:
         self.current = self.fragments[0]
         self.instructions = self.segments = 0
         self.cluster_generation = np.zeros(self.lanes, np.int64)
+        self.at_cluster_barrier = np.zeros(self.lanes, bool)  # arrived, not yet past the wait
         self.wgmma = Queue(self)
         tracked = self.checks.wgmma or self.checks.fence
         self.registers = WgmmaRegisters(self.checks) if tracked else None

@@ -39,6 +39,7 @@ from ...softmax import OnlineSoftmax, Totals
 from ...tensors import FwdScalars, FwdTensors, RowsOperand, TmaOperand, permute
 from ...tiling import QueryTiles
 from ...work import Work
+from ..cluster import Cluster
 from ..gather import ByTma, Gather
 from ..rings import FwdRings, Ring, part_of
 from ..tile_queue import FetchedTiles, PostedTiles, TileBoard
@@ -75,7 +76,8 @@ class FwdPlan:
     @property
     def tiling(self) -> QueryTiles:
         is_dynamic = self.config.is_dynamic(self.signature)
-        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n, is_dynamic)
+        sizes = self.tile_m, self.tile_n
+        return QueryTiles(self.signature.mask, *sizes, is_dynamic, self.config.cluster)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
@@ -101,7 +103,9 @@ class FwdPlan:
     def key_ring(self) -> Callable:
         """Makes a ring that K or V is loaded into."""
         gathers = self.signature.gathers
-        return partial(Ring.written_by, self.loading_warps) if gathers else Ring.of
+        if gathers:
+            return partial(Ring.written_by, self.loading_warps)
+        return partial(Ring.of, num_ctas=self.config.cluster)
 
     @property
     def o_space(self) -> OSpace:
@@ -200,11 +204,13 @@ class ForwardSm90:
             arguments.rows_per_query,
         )
         order = plan.lengths.order(arguments, stream)
+        cluster = Cluster(plan.config.cluster)
         self.kernel(tensors, scalars, order).launch(
-            grid=(cutlass.min(arguments.num_ctas, order.count), 1, 1),
+            grid=(cluster.whole(cutlass.min(arguments.num_ctas, order.count)), 1, 1),
             block=(plan.config.num_threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
+            **cluster.launch,
         )
 
     def _of_keys(self, tensor: cute.Tensor, smem, tile, row_mode: int) -> TmaOperand | RowsOperand:
@@ -213,7 +219,7 @@ class ForwardSm90:
             return RowsOperand(tensor if row_mode == 0 else permute(tensor, [1, 0, 2, 3]))
         tensor = self.plan.lengths.view(tensor, row_mode)
         if not self.plan.signature.page_rows:
-            return tma_load(tensor, smem, tile)
+            return tma_load(tensor, smem, tile, self.plan.config.cluster)
         return tma_load_parts(tensor, smem, part_of(tile, row_mode, self.plan.rows_at_once))
 
     @cute.kernel
@@ -227,7 +233,8 @@ class ForwardSm90:
         rings, o_pointer = self.operands.shared_memory(allocator)
         loading, work = self._work(tensors, scalars, order, allocator)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        cluster = Cluster(plan.config.cluster)
+        cluster.start()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(plan.config.producer_registers)
@@ -235,6 +242,7 @@ class ForwardSm90:
         else:
             cute.arch.setmaxregister_increase(plan.config.consumer_registers)
             self._consume(tensors, scalars, rings, o_pointer, work)
+        cluster.end()
 
     @cute.jit
     def _produce(self, warp, tensors: FwdTensors, rings: FwdRings, loading: Work, work: Work):

@@ -34,7 +34,7 @@ def load(plan: cutlass.Constexpr, tensors: FwdTensors, rings: FwdRings, work: An
 
         fill_k(blocks.n_max - 1, k.acquire_and_advance())
         if warp == 0:
-            fill_q(tile.m_block, q.acquire_and_advance())
+            fill_q(work.query_block_of(tile), q.acquire_and_advance())
         for i in cutlass.range(blocks.count - 1, unroll=1):
             n_block = blocks.n_max - 2 - i
             if cutlass.const_expr(plan.frees_v_first):
