@@ -44,7 +44,6 @@ EQUIVALENT = [
             ("wait differentiate.py:differentiate: warpgroup.wait_group(1 + with_dq)", "the same"),
             ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
             ("fence kernel.py:", "only products have written these registers since the last one"),
-            ("fence dq.py:_let_next", "the release after the barrier passes on what others did"),
         )
     ),
 ]
@@ -167,7 +166,7 @@ def _quantize(**options) -> Callable[[], Run]:
     return case
 
 
-def _backward(*lengths, dtype="bfloat16", d=128, deterministic=False, **options):
+def _backward(*lengths, dtype="bfloat16", d=128, dv=None, deterministic=False, **options):
     """The kernels of a backward pass on each of these (s_q, s_k); options: of the operator."""
 
     def case() -> Run:
@@ -181,8 +180,8 @@ def _backward(*lengths, dtype="bfloat16", d=128, deterministic=False, **options)
         given = []
         for s_q, s_k in lengths:
             q, k, v, dout = (
-                torch.randn(1, s, h, d).to(getattr(torch, dtype))
-                for s, h in ((s_q, 2), (s_k, 1), (s_k, 1), (s_q, 2))
+                torch.randn(1, s, h, width).to(getattr(torch, dtype))
+                for s, h, width in ((s_q, 2, d), (s_k, 1, d), (s_k, 1, dv or d), (s_q, 2, dv or d))
             )
             given.append((dout, q, k, v, *torch.ops.fa3.forward(q, k, v, **settings)))
 
@@ -216,6 +215,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
     "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),
+    "backward-192": _backward((200, 150), d=192, dv=128),
     "backward-256": _backward((200, 150), dtype="float16", d=256),
     "backward-in-order": _backward((200, 300), d=64, deterministic=True),
     "quantize-block": _quantize(hadamard=True),
