@@ -40,10 +40,27 @@ EQUIVALENT = [
         ("backward-.*", what, why)
         for what, why in (
             ("wait load.py:load: fill_v", "K, waited for ahead of V, is released with it"),
-            ("wait load.py:load: fill_do", "Q, waited for ahead of dO, is released after it"),
-            ("wait differentiate.py:differentiate: warpgroup.wait_group(1 + with_dq)", "the same"),
-            ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
+            (
+                "wait load.py:load: fill_do",
+                "Q's release, waited for first, comes after dO's last use",
+            ),
+            ("commit wgmma.py:issue_gemm", "dV's: dK's, which nothing waits for alone, has it too"),
             ("fence kernel.py:", "only products have written these registers since the last one"),
+        )
+    ),
+    *(
+        ("backward-(192|256)", what, "the other side has waited for it ahead of the barrier of P")
+        for what in (
+            "wait sides.py:make_p_and_dv: dout = do.wait_and_advance()",
+            "wait sides.py:make_ds_and_dk: query = q.wait_and_advance()",
+            "wait kernel.py:_share: k.wait_and_advance()",
+        )
+    ),
+    *(
+        ("backward-in-order", what, "_let_next has waited for all copies, and its threads have met")
+        for what in (
+            "wait dq.py:wait_for_dq: cute.arch.cp_async_bulk_wait_group(0)",
+            "barrier dq.py:_to_buffer: cute.arch.sync_warp()  # one lane knows",
         )
     ),
 ]

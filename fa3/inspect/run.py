@@ -123,8 +123,14 @@ def _names_of_backward(launch: LaunchProfile) -> dict[str, str]:
 
 
 def _products_of_backward(events: list[str]) -> dict[str, str]:
-    """Each warpgroup makes S and dP before any other product, and these two are alike."""
+    """Each warpgroup makes S and dP before any other product, and these two are alike.
+
+    Where all operands lie in shared memory dV and dK, if they are no such product as dQ, come next.
+    """
     of_scores, found = events[0], {}
+    different = list(dict.fromkeys(events))
+    if len(different) == 3 and not any("registers" in x for x in events):
+        return dict(zip(different, ("S, dP", "dV, dK", "dQ"), strict=True))
     for name in events:
         words = ["S\u1d40, dP\u1d40"] * (name == of_scores)
         if "registers" in name:
