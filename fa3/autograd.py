@@ -5,7 +5,7 @@ find it where they find every other operation of torch.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,8 +40,10 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(q, k, v, out, dout, lse, deterministic, with_dq, lengths, *options) -> Plan:  # noqa: PLR0913
+def plan_of(q, k, v, out, dout, lse, deterministic, wanted, lengths, *options) -> Plan:  # noqa: PLR0913
     """Check a call and find its kernels; tensors and each of lengths are the fields of a `Layout`.
+
+    wanted: whether dq is, and whether dk and dv are.
 
     Raises:
         NotImplementedError: there is no backward pass for the case.
@@ -59,7 +61,7 @@ def plan_of(q, k, v, out, dout, lse, deterministic, with_dq, lengths, *options) 
     )
     sources = zip(layouts.values(), copies, strict=True)
     strides = tuple(None if copy else tma_strides(layout) for layout, copy in sources)
-    run, workspace, num_ctas = _kernel_of(problem, deterministic, with_dq)
+    run, workspace, num_ctas = _kernel_of(problem, deterministic, wanted)
     _, scale_log2, softcap_log2, left, right = problem.scalars
     softcap_log2 = softcap_log2 if problem.softcap else None
     scalars = problem.softmax_scale, scale_log2, softcap_log2, left, right, num_ctas
@@ -94,8 +96,8 @@ def _check_layouts(q, k, v, lengths, *options) -> None:
     signature_of(problem)
 
 
-def signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSignature:
-    """What its kernels are compiled for.
+def signature_of(problem: Problem, deterministic=False, wanted=(True, True)) -> BwdSignature:
+    """What its kernels are compiled for; wanted: as of `plan_of`.
 
     Raises NotImplementedError if there is no backward pass for the problem.
     """
@@ -107,8 +109,8 @@ def signature_of(problem: Problem, deterministic=False, with_dq=True) -> BwdSign
         _refuse(f"rows_per_query is {problem.rows_per_query}")
     forward = problem.signature
     tiles = tuning.backward_tiles(forward.head_dim, forward.head_dim_v)
-    facts = forward.mask, deterministic and with_dq, forward.is_ragged, forward.score, with_dq
-    signature = BwdSignature(forward.dtype, *tiles, *facts)
+    facts = forward.mask, deterministic and wanted[0], forward.is_ragged, forward.score
+    signature = BwdSignature(forward.dtype, *tiles, *facts, *wanted)
     if problem.device.type != "meta":
         target = dispatch.target_of(problem.device)
         if target.kind != "reference":
@@ -137,9 +139,9 @@ def _refuse(why: str) -> None:
     )
 
 
-def _kernel_of(problem: Problem, deterministic: bool, with_dq: bool) -> tuple[Callable, tuple, int]:
+def _kernel_of(problem: Problem, deterministic: bool, wanted: tuple) -> tuple[Callable, tuple, int]:
     """The function to call, compiled, Plan.workspace, and the most CTAs it may launch."""
-    signature = signature_of(problem, deterministic, with_dq)
+    signature = signature_of(problem, deterministic, wanted)
     if problem.is_empty or problem.s_k == 0 or problem.device.type == "meta":
         return _set_to_zero, _NO_WORKSPACE, 0
     target = dispatch.target_of(problem.device)
@@ -183,8 +185,9 @@ def _set_to_zero(arguments: Sequence) -> None:
 
 
 def run(  # noqa: PLR0913
-    dout, q, k, v, out, lse, dlse, deterministic, options, lengths=EQUAL, sink=None, with_dq=True
-) -> tuple[Tensor, ...]:
+    dout, q, k, v, out, lse, dlse, deterministic, options, lengths=EQUAL, sink=None, with_dq=True,
+    with_dkv=True,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk, dv and d(sink), as `backward`.
 
     options: the fields of `Options`; lengths: of `Lengths`.
@@ -197,8 +200,8 @@ def run(  # noqa: PLR0913
         refuse(sinks_without(sink, lengths.cu_seqlens_q))
     given = q, k, v, out, dout
     fields = (ops.fields(x) for x in (*given, lse))
-    makes_dq = with_dq or lengths is not EQUAL
-    plan = plan_of(*fields, deterministic, makes_dq, tuple(map(ops.fields, lengths)), *options)
+    wanted = with_dq, with_dkv
+    plan = plan_of(*fields, deterministic, wanted, tuple(map(ops.fields, lengths)), *options)
     if lengths is not EQUAL and q.device.type == "cpu":
         lengths_.check_values(lengths, q.shape[-3], k.shape, (None, None), totals=False)
     if dlse is not None:
@@ -208,12 +211,12 @@ def run(  # noqa: PLR0913
         for x, copy, strides in zip(given, plan.copies, plan.strides, strict=True)
     ]
     given = [x.clone() if x.data_ptr() % 16 else x for x in given]
-    gradients = [_like(x) for x in (q if makes_dq else None, k, v)]
+    gradients = [_like(x) if is_wanted else None for x, is_wanted in _wanted(q, k, v, *wanted)]
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     row_stats, *others, tiles = (x and lse.new_empty(x[0], dtype=x[1]) for x in plan.workspace)
     more = NO_LENGTHS
-    results = [lse.new_empty(0) if not with_dq else gradients[0], *gradients[1:]]
+    results = [lse.new_empty(0) if x is None else x for x in gradients]
     sink_shape = lse.shape[:-1]
     if plan.num_sequences is not None:
         more = *lengths_.views(lengths, q.device), tiles, plan.num_sequences
@@ -239,16 +242,21 @@ NO_LENGTHS = (None,) * 7  # bwd_arguments.LENGTHS
 def _with_batch(lengths: Lengths, q, k, v, out, dout, lse, dlse, dq, dk, dv) -> tuple:  # noqa: PLR0913
     """Packed tensors get a dimension of 1 for the batch."""
     if lengths.cu_seqlens_q is not None:
-        q, out, dout, lse, dq = (x.unsqueeze(0) for x in (q, out, dout, lse, dq))
-        dlse = None if dlse is None else dlse.unsqueeze(0)
+        given = q, out, dout, lse, dlse, dq
+        q, out, dout, lse, dlse, dq = (None if x is None else x.unsqueeze(0) for x in given)
     if lengths.cu_seqlens_k is not None:
-        k, v, dk, dv = (x.unsqueeze(0) for x in (k, v, dk, dv))
+        k, v, dk, dv = (None if x is None else x.unsqueeze(0) for x in (k, v, dk, dv))
     return q, k, v, out, dout, lse, dlse, dq, dk, dv
 
 
-def _like(x: Tensor | None) -> Tensor | None:
+def _wanted(q: Tensor, k: Tensor, v: Tensor, with_dq: bool, with_dkv: bool) -> Iterable[tuple]:
+    """Each with whether its gradient is wanted."""
+    return zip((q, k, v), (with_dq, with_dkv, with_dkv), strict=True)
+
+
+def _like(x: Tensor) -> Tensor:
     """Room for its gradient."""
-    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _gradient_of_sink(sink: Tensor, row_stats: Tensor) -> Tensor:
@@ -285,11 +293,13 @@ def backward(  # noqa: PLR0913
     max_seqlen_k: int | None = None,
     learnable_sink: Tensor | None = None,
     with_dq: bool = True,
+    with_dkv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and d(learnable_sink) of a call of fa3::forward whose results were out and lse.
 
     The last one is (b, h_q) in fp32, of packed queries (h_q,). Without a sink it is empty, and so
-    is dq without with_dq, which saves its product, its sums and a kernel.
+    is dq without with_dq, which saves its product, its sums and a kernel; and are dk and dv without
+    with_dkv, which saves two products. One of the two must be wanted.
 
     deterministic, or torch.use_deterministic_algorithms: the same bits on every run.
     Rows that belong to no sequence, or do not count, have gradients of 0; nothing of them is read.
@@ -297,7 +307,7 @@ def backward(  # noqa: PLR0913
     options = softmax_scale, causal, window_left, window_right, sm_margin, softcap
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     lengths = lengths_.given(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    more = options, lengths, learnable_sink, with_dq
+    more = options, lengths, learnable_sink, with_dq, with_dkv
     return run(dout, q, k, v, out, lse, dlse, deterministic, *more)
 
 
@@ -306,10 +316,13 @@ def _(  # noqa: PLR0913
     dout, q, k, v, out, lse, dlse=None, softmax_scale=None, causal=False, window_left=-1,
     window_right=-1, sm_margin=0, softcap=0.0, deterministic=False, cu_seqlens_q=None,
     cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    learnable_sink=None, with_dq=True,
+    learnable_sink=None, with_dq=True, with_dkv=True,
 ):  # fmt: skip
-    dq = _like(q) if with_dq else lse.new_empty(0)
-    return dq, _like(k), _like(v), lse.new_empty(0 if learnable_sink is None else lse.shape[:-1])
+    found = (
+        _like(x) if is_wanted else lse.new_empty(0)
+        for x, is_wanted in _wanted(q, k, v, with_dq, with_dkv)
+    )
+    return *found, lse.new_empty(0 if learnable_sink is None else lse.shape[:-1])
 
 
 transforms.register(backward)
@@ -339,7 +352,9 @@ def _differentiate(ctx, dout, dlse):
         if dlse is None:
             return (None,) * len(_NAMES)
         dout = torch.zeros_like(out)
-    more = *lengths[:4], *ctx.longest, sink, ctx.needs_input_grad[0]
+    with_dq, *others = ctx.needs_input_grad[:3]
+    with_dkv = any(others) or not with_dq  # that of a sink alone comes with these
+    more = *lengths[:4], *ctx.longest, sink, with_dq, with_dkv
     *gradients, dsink = torch.ops.fa3.backward(
         dout, q, k, v, out, lse, dlse, *ctx.options, ctx.deterministic, *more
     )

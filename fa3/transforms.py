@@ -48,8 +48,8 @@ def count_as_backward(operator: CustomOpDef) -> None:
         def operations(*arguments, out_val=None, **options) -> int:
             named = dict(zip(names, arguments, strict=False)) | options
             d, dv = named["q"].shape[-1], named["v"].shape[-1]
-            with_d = 3 if named.get("with_dq", True) else 2
-            return _operations(**named) // (d + dv) * (with_d * d + 2 * dv)
+            dq, dkv = (named.get(name, True) for name in ("with_dq", "with_dkv"))
+            return _operations(**named) // (d + dv) * ((1 + dq + dkv) * d + (1 + dkv) * dv)
 
         flop_counter.register_flop_formula(packet, get_raw=True)(operations)
 

@@ -20,8 +20,8 @@ class BwdArguments:
     lse: Any  # (b, h_q, s_q) fp32
     dlse: Any  # (b, h_q, s_q) fp32; (0, h_q, s_q): there is none
     dq: Any  # (b, s_q, h_q, d), if it is wanted; or None
-    dk: Any  # (b, s_k, h_k, d)
-    dv: Any  # (b, s_k, h_k, dv)
+    dk: Any  # (b, s_k, h_k, d), if they are wanted; or None
+    dv: Any  # (b, s_k, h_k, dv); or None
     # Workspace, contiguous.
     row_stats: Any  # (b, h_q, m_blocks, 2 * tile_m) fp32: of the rows of a block lse, then delta
     dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32, beside dq

@@ -20,7 +20,8 @@ class BwdSignature:
     deterministic: bool = False  # dQ is summed in one order
     is_ragged: bool = False  # sequences have lengths of their own, which live on the device
     score: ScoreKind | None = None  # what scaled scores go through ahead of the mask
-    with_dq: bool = True  # else dK and dV alone; of equal lengths
+    with_dq: bool = True  # else dK and dV alone
+    with_dkv: bool = True  # else dQ alone
 
     quantised = None  # a signature of 16-bit inputs, for what asks either kind
     page_rows = 0
@@ -35,5 +36,7 @@ class BwdSignature:
             raise ValueError(f"dtype={self.dtype!r} is neither 'bf16' nor 'fp16'")
         if self.mask not in ("full", "causal", "local"):
             raise ValueError(f"mask={self.mask!r} is none of 'full', 'causal', 'local'")
+        if not (self.with_dq or self.with_dkv):
+            raise ValueError("with_dq and with_dkv are False, and no gradient is left")
         if self.score not in (None, "softcap"):
             raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")

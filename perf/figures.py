@@ -42,6 +42,12 @@ TIMELINES = (
     Timeline(
         "backward_d128", ("--backward", "--head-dim", "128"), 6000, 14_000, Lengths(1024, 128)
     ),
+    Timeline(
+        "backward_d192",
+        ("--backward", "--head-dim", "192", "--head-dim-v", "128"),
+        *(6000, 14_000),
+        Lengths(1024, 96),
+    ),
 )
 
 

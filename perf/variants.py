@@ -109,13 +109,15 @@ def backward() -> list[Variant]:
 
 
 def backward_with_options() -> list[Variant]:
-    """A few with a function of scores, and without dQ: those that the tests of accuracy run."""
+    """A few with a function of scores, and without some gradients: those that tests run."""
     found = (
         BwdSignature("bf16", 64, 64, "causal", score="softcap"),
         BwdSignature("fp16", 128, 128, "local", score="softcap"),
         BwdSignature("bf16", 192, 128, "full", score="softcap"),
         BwdSignature("bf16", 64, 64, "causal", with_dq=False),
         BwdSignature("bf16", 192, 128, "local", with_dq=False),
+        BwdSignature("bf16", 64, 64, "causal", with_dkv=False),
+        BwdSignature("bf16", 192, 128, "local", with_dkv=False),
     )
     return [*map(Variant, found)]
 

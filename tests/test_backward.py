@@ -1,6 +1,7 @@
 """Gradients of flash_attn_func: accuracy, and what the kernels must never do."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def _inputs(case, device):
 def _all(case, inputs, device, dout=None, dlse=None):
     results = attention(case, *inputs, device)
     dout = torch.ones_like(results[0]) if dout is None else dout
-    return gradients(results, inputs, dout, dlse)
+    return gradients(results, [x for x in inputs if x.requires_grad], dout, dlse)
 
 
 def test_rows_that_see_no_key_have_no_gradient(device):
@@ -196,7 +197,7 @@ def test_memory_is_linear_in_the_length(device):
         x = torch.empty(1, length, 2, 64, dtype=torch.bfloat16, device=device)
         lse = torch.empty(1, 2, length, device=device)
         fields = [ops.fields(t) for t in (x, x, x, x, x, lse)]
-        plan = autograd.plan_of(*fields, True, True, EQUAL, None, True, -1, -1, 0, 0.0)
+        plan = autograd.plan_of(*fields, True, (True, True), EQUAL, None, True, -1, -1, 0, 0.0)
         return [math.prod(x[0]) for x in plan.workspace if x is not None]
 
     assert numbers(4096) == [2 * n for n in numbers(2048)]
@@ -215,9 +216,10 @@ def test_operations_are_counted():
         out.backward(torch.empty_like(out))
     assert forward.get_total_flops() == 4 * 2 * 4 * 30 * 50 * 64
     assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
-    with FlopCounterMode(display=False) as backward:
-        fa3.flash_attn_func(q.detach(), k, v).sum().backward()
-    assert backward.get_total_flops() == (1 + 2) * forward.get_total_flops()
+    for inputs, products in (((q.detach(), k, v), 4), ((q, k.detach(), v.detach()), 3)):
+        with FlopCounterMode(display=False) as both:
+            fa3.flash_attn_func(*inputs).sum().backward()
+        assert both.get_total_flops() == (1 + products / 2) * forward.get_total_flops()
 
 
 def test_packed_qkv(device):
@@ -249,6 +251,28 @@ def test_without_dq(case, device, monkeypatch):
     out.sum().backward()  # dO is an expanded scalar
     assert torch.equal(k.grad, wanted[1]) and q.grad is None and v.grad is None
     assert plans[0].workspace[1:3] == (None, None)  # no sums, no counters
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BackwardCase(s_q=150, s_k=90, h_k=1, causal=True),
+        BackwardCase(head_dim=192, head_dim_v=128, s_q=70, s_k=100, h_q=2, h_k=1, window=(60, 20)),
+    ],
+    ids=str,
+)
+def test_of_q_alone(case, device, monkeypatch):
+    """Several tiles of one CTA, which stores nothing between them."""
+    q, k, v = _inputs(case, device)
+    wanted = _all(case, (q, k, v), device)[0]
+    signatures = []
+    made = autograd.signature_of
+    monkeypatch.setattr(
+        autograd, "signature_of", lambda *x: signatures.append(made(*x)) or signatures[-1]
+    )
+    (given,) = _all(replace(case, num_ctas=1), (q, k.detach(), v.detach()), device)
+    assert not signatures[-1].with_dkv
+    torch.testing.assert_close(given, wanted)
 
 
 def test_of_lse_alone(device):

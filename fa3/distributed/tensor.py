@@ -35,6 +35,7 @@ def _forward(*arguments, **named):
 def _backward(*arguments, **named):
     given = _named(_BACKWARD, arguments, named)
     empty = [] if given.get("with_dq", True) else ["dq"]
+    empty += [] if given.get("with_dkv", True) else ["dk", "dv"]
     empty += [] if given.get("learnable_sink") is not None else ["dsink"]
     return _shardings(given, _BACKWARD, ("dq", "dk", "dv", "dsink"), empty)
 

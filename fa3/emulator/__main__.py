@@ -40,11 +40,27 @@ EQUIVALENT = [
         ("backward-.*", what, why)
         for what, why in (
             ("wait load.py:load: fill_v", "K, waited for ahead of V, is released with it"),
-            ("wait load.py:load: fill_do", "Q, waited for ahead of dO, is released after it"),
-            ("wait differentiate.py:differentiate: warpgroup.wait_group(1 + with_dq)", "the same"),
-            ("commit wgmma.py:issue_gemm", "dV's, which that wait would wait for"),
+            (
+                "wait load.py:load: fill_do",
+                "Q's release, waited for first, comes after dO's last use",
+            ),
+            ("commit wgmma.py:issue_gemm", "dV's: dK's, which nothing waits for alone, has it too"),
             ("fence kernel.py:", "only products have written these registers since the last one"),
-            ("fence dq.py:_let_next", "the release after the barrier passes on what others did"),
+        )
+    ),
+    *(
+        ("backward-(192|256)", what, "the other side has waited for it ahead of the barrier of P")
+        for what in (
+            "wait sides.py:make_p_and_dv: dout = do.wait_and_advance()",
+            "wait sides.py:make_ds_and_dk: query = q.wait_and_advance()",
+            "wait kernel.py:_share: k.wait_and_advance()",
+        )
+    ),
+    *(
+        ("backward-in-order", what, "_let_next has waited for all copies, and its threads have met")
+        for what in (
+            "wait dq.py:wait_for_dq: cute.arch.cp_async_bulk_wait_group(0)",
+            "barrier dq.py:_to_buffer: cute.arch.sync_warp()  # one lane knows",
         )
     ),
 ]
@@ -167,7 +183,7 @@ def _quantize(**options) -> Callable[[], Run]:
     return case
 
 
-def _backward(*lengths, dtype="bfloat16", d=128, deterministic=False, **options):
+def _backward(*lengths, dtype="bfloat16", d=128, dv=None, deterministic=False, **options):
     """The kernels of a backward pass on each of these (s_q, s_k); options: of the operator."""
 
     def case() -> Run:
@@ -181,8 +197,8 @@ def _backward(*lengths, dtype="bfloat16", d=128, deterministic=False, **options)
         given = []
         for s_q, s_k in lengths:
             q, k, v, dout = (
-                torch.randn(1, s, h, d).to(getattr(torch, dtype))
-                for s, h in ((s_q, 2), (s_k, 1), (s_k, 1), (s_q, 2))
+                torch.randn(1, s, h, width).to(getattr(torch, dtype))
+                for s, h, width in ((s_q, 2, d), (s_k, 1, d), (s_k, 1, dv or d), (s_q, 2, dv or d))
             )
             given.append((dout, q, k, v, *torch.ops.fa3.forward(q, k, v, **settings)))
 
@@ -216,6 +232,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
     "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),
+    "backward-192": _backward((200, 150), d=192, dv=128),
     "backward-256": _backward((200, 150), dtype="float16", d=256),
     "backward-in-order": _backward((200, 300), d=64, deterministic=True),
     "quantize-block": _quantize(hadamard=True),

@@ -186,7 +186,8 @@ def features(signature: AnySignature) -> list[str]:
     found += ["packed heads"] * getattr(signature, "packs_heads", False)
     found += [f"cache in {signature.widens}"] if getattr(signature, "widens", None) else []
     found += ["deterministic"] * getattr(signature, "deterministic", False)
-    return found + ["no dQ"] * (not getattr(signature, "with_dq", True))
+    found += ["no dQ"] * (not getattr(signature, "with_dq", True))
+    return found + ["no dK, dV"] * (not getattr(signature, "with_dkv", True))
 
 
 def _beside(report: Report) -> str:

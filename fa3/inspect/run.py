@@ -123,8 +123,15 @@ def _names_of_backward(launch: LaunchProfile) -> dict[str, str]:
 
 
 def _products_of_backward(events: list[str]) -> dict[str, str]:
-    """Each warpgroup makes S and dP before any other product, and these two are alike."""
+    """Each warpgroup makes S and dP before any other product, and these two are alike.
+
+    Where warpgroups split the products all have the keys as columns, and as many instructions make
+    dK as S, or dV as dP: head dims that are not alike tell the two apart.
+    """
     of_scores, found = events[0], {}
+    different = list(dict.fromkeys(events))
+    if len(different) == 3 and len({x.rsplit("x", 1)[0] for x in different}) == 1:
+        return dict(zip(different, ("S, dK", "dP, dV", "dQ"), strict=True))
     for name in events:
         words = ["S\u1d40, dP\u1d40"] * (name == of_scores)
         if "registers" in name:

@@ -61,13 +61,15 @@ def _backward(signature: BwdSignature, arguments: Sequence) -> None:
         ds = (dout @ values.transpose(-1, -2)).sub_(delta).mul_(p)
         if slope is not None:
             ds.mul_(slope)
-        dv += p.transpose(-1, -2) @ dout
-        dk += ds.transpose(-1, -2) @ q
+        if signature.with_dkv:
+            dv += p.transpose(-1, -2) @ dout
+            dk += ds.transpose(-1, -2) @ q
         if signature.with_dq:
             dq = (ds @ keys).mul_(x.softmax_scale).view(b, h_q, stop - start, d)
             x.dq[:, start:stop] = dq.transpose(1, 2)
-    x.dk.copy_(dk.mul_(x.softmax_scale).transpose(1, 2))
-    x.dv.copy_(dv.transpose(1, 2))
+    if signature.with_dkv:
+        x.dk.copy_(dk.mul_(x.softmax_scale).transpose(1, 2))
+        x.dv.copy_(dv.transpose(1, 2))
 
 
 @in_given_precision

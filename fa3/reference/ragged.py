@@ -28,14 +28,16 @@ def forward(dense: Callable, signature: Signature, arguments: Sequence) -> None:
 def backward(dense: Callable, signature: BwdSignature, arguments: Sequence) -> None:
     """dense(signature, arguments): gradients of sequences of one length, which is not 0."""
     x = BwdArguments(*arguments)
-    for gradient in (x.dq, x.dk, x.dv):
-        gradient.zero_()
+    of_q = ("dq",) if signature.with_dq else ()
+    of_k = ("dk", "dv") if signature.with_dkv else ()
+    for name in (*of_q, *of_k):
+        getattr(x, name).zero_()
     for i in range(x.num_sequences):
         q = Rows.of(i, x.q.shape[1], x.cu_seqlens_q, x.seqused_q)
         k = Rows.of(i, x.k.shape[1], x.cu_seqlens_k, x.seqused_k)
         if q.length and k.length:
-            by_queries = {name: q.cut(getattr(x, name)) for name in ("q", "out", "dout", "dq")}
-            by_keys = {name: k.cut(getattr(x, name)) for name in ("k", "v", "dk", "dv")}
+            by_queries = {name: q.cut(getattr(x, name)) for name in ("q", "out", "dout", *of_q)}
+            by_keys = {name: k.cut(getattr(x, name)) for name in ("k", "v", *of_k)}
             lse = {"lse": q.cut(x.lse, dim=2), "dlse": x.dlse}
             if x.dlse.shape[0]:
                 lse["dlse"] = q.cut(x.dlse, dim=2)

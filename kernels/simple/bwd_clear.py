@@ -20,11 +20,11 @@ UNIT = 8  # 16-bit elements that a thread stores at once
 
 @dataclass(frozen=True)
 class Gradients:
-    """Modes as of BwdTensors; a row is contiguous."""
+    """Modes as of BwdTensors; a row is contiguous.  None: it is not wanted."""
 
-    dq: cute.Tensor  # (s_q, d, h_q, b)
-    dk: cute.Tensor  # (s_k, d, h_k, b)
-    dv: cute.Tensor  # (s_k, dv, h_k, b)
+    dq: cute.Tensor | None  # (s_q, d, h_q, b)
+    dk: cute.Tensor | None  # (s_k, d, h_k, b)
+    dv: cute.Tensor | None  # (s_k, dv, h_k, b)
 
 
 class Clear:
@@ -38,7 +38,8 @@ class Clear:
             _blocks_of(spans, x, sequences.count)
             for spans, x in ((sequences.queries, gradients.dq), (sequences.keys, gradients.dk))
         )
-        entries = maximum(gradients.dq.shape[3], gradients.dk.shape[3])
+        wanted = [x for x in (gradients.dq, gradients.dk) if x is not None]
+        entries = maximum(wanted[0].shape[3], wanted[-1].shape[3])
         self.kernel(gradients, sequences, q_blocks).launch(
             grid=(q_blocks + k_blocks, entries, 1), block=(self.NUM_THREADS, 1, 1), stream=stream
         )
@@ -54,14 +55,15 @@ class Clear:
 
     @cute.jit
     def _clear(self, tensors: tuple, spans: RaggedSpans, entry, block):
-        if entry < tensors[0].shape[3]:
-            span, place = spans.block(entry, block, ROWS)
-            first = span.start + place * ROWS
-            end = minimum(first + ROWS, spans.end_of(span))
-            first = maximum(first, span.start + span.length)
-            if place >= 0:
-                for x in tensors:
-                    self._clear_rows(x[None, None, None, entry], first, end)
+        if cutlass.const_expr(tensors[0] is not None):
+            if entry < tensors[0].shape[3]:
+                span, place = spans.block(entry, block, ROWS)
+                first = span.start + place * ROWS
+                end = minimum(first + ROWS, spans.end_of(span))
+                first = maximum(first, span.start + span.length)
+                if place >= 0:
+                    for x in tensors:
+                        self._clear_rows(x[None, None, None, entry], first, end)
 
     @cute.jit
     def _clear_rows(self, x: cute.Tensor, first, end):
@@ -80,8 +82,10 @@ class Clear:
             cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(UNIT)))
 
 
-def _blocks_of(spans: RaggedSpans, x: cute.Tensor, num_sequences) -> Any:
+def _blocks_of(spans: RaggedSpans, x: cute.Tensor | None, num_sequences) -> Any:
     """Of an entry: see RaggedSpan.first_block."""
+    if x is None:
+        return Int32(0)
     is_packed = minimum(spans.cu_seqlens.shape[0], 1)
     of_dense = cute.ceil_div(x.shape[0], ROWS)
     return of_dense + is_packed * (x.shape[0] // ROWS + num_sequences - of_dense)

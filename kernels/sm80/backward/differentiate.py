@@ -45,7 +45,8 @@ def differentiate(
                 _make_ds(side, stats, stage, scores, keys)
                 if cutlass.const_expr(plan.config.column_warps > 1):
                     plan.barriers.ds_written(keys)
-            side.add(stage)
+            if cutlass.const_expr(plan.signature.with_dkv):
+                side.add(stage)
             if cutlass.const_expr(dq_sums is not None):
                 dq_sums.wait_for_turn(m_block)
             loads.after_sums(m_block)

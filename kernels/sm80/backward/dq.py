@@ -59,7 +59,8 @@ class DqSums:
 
     @cute.jit
     def _let_next(self, m_block: Int32):
-        cute.arch.fence_acq_rel_gpu()
+        # A release is cumulative: one thread's covers what others added ahead of the barrier, as in
+        # causality order that comes before it.  So no thread needs a fence of its own.
         cute.arch.sync_threads()
         if self.thread == 0:
             cute.arch.inline_ptx(

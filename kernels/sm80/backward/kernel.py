@@ -63,8 +63,8 @@ class BwdTensors:
     k: cute.Tensor  # (s_k, d, h_k, b)
     v: cute.Tensor  # (s_k, dv, h_k, b)
     do: cute.Tensor  # (s_q, dv, h_q, b)
-    dk: cute.Tensor  # (s_k, d, h_k, b)
-    dv: cute.Tensor  # (s_k, dv, h_k, b)
+    dk: cute.Tensor | None  # (s_k, d, h_k, b)
+    dv: cute.Tensor | None  # (s_k, dv, h_k, b)
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32, if dQ is wanted
     dq_counters: cute.Tensor | None  # (1, m_blocks, h_q, b) Int32
@@ -127,7 +127,8 @@ class BackwardSm80:
     @cute.jit
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
-        q, k, v, dk, dv = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.dk, x.dv))
+        q, k, v = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v))
+        dq, dk, dv = (None if t is None else permute(t, [1, 3, 2, 0]) for t in (x.dq, x.dk, x.dv))
         given, lengths = PrepareTensors.of(x), plan.lengths.given(x)
         sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
         Prepare(plan.config.tile_m, plan.signature.head_dim_v)(given, sequences, stream)
@@ -142,10 +143,9 @@ class BackwardSm80:
             preferred_smem_carveout=100,  # percent; else the DSL asks the driver for the sizes
         )
         if cutlass.const_expr(plan.signature.with_dq):
-            dq = permute(x.dq, [1, 3, 2, 0])
             Finish(plan)(given.dq_sums, dq, sequences, x.softmax_scale, stream)
-            if cutlass.const_expr(plan.signature.is_ragged):
-                Clear()(Gradients(dq, dk, dv), sequences, stream)
+        if cutlass.const_expr(plan.signature.is_ragged):
+            Clear()(Gradients(dq, dk, dv), sequences, stream)
 
     @cute.kernel
     def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder | TileList):
@@ -302,6 +302,8 @@ class BackwardSm80:
         lanes ^= first_chunk_of(layout, config.column_warps, part)
         result = SharedResult.beside(layout, pointer, lanes, at_keys * config.keys_per_warp)
         wait_for_all()  # no warp reads shared memory any more
+        if cutlass.const_expr(not plan.signature.with_dkv):
+            return
         sums = tuple(group.sums for group in side.groups)
         write(sums, result, side.columns, plan.element, scale)
         cute.arch.sync_threads()

@@ -24,7 +24,7 @@ def differentiate(
     dq_sums: DqSums | None,
     thread: Int32,
 ):
-    """dK and dV of one query head, dQ to memory where it is wanted.
+    """dK and dV of one query head, dQ to memory, as far as they are wanted.
 
     The buffers of dS, and of P, have the indices of the stages of Q.
 
@@ -32,6 +32,7 @@ def differentiate(
     """
     plan, column = frag.plan, scores.mask.column
     with_dq = plan.signature.with_dq
+    dv_early = plan.config.dv_early and plan.signature.with_dkv
     for phase in blocks.phases():
         m_block = phase.m_end - 1
         while m_block >= phase.m_begin:
@@ -45,7 +46,7 @@ def differentiate(
             scores.apply(frag.acc_S, m_block, phase.is_masked)
             acc_P = scores.exponentiate(frag.acc_S, lse)
             p = frag.hand_over_p(acc_P, query.index, thread)
-            if cutlass.const_expr(plan.config.dv_early):
+            if cutlass.const_expr(dv_early):
                 warpgroup.fence()
                 frag.issue_dv(p, dout.index)
                 warpgroup.wait_group(1)
@@ -58,7 +59,7 @@ def differentiate(
             if cutlass.const_expr(not plan.config.splits_keys):
                 plan.barriers.ds_written()
             warpgroup.fence()
-            if cutlass.const_expr(not plan.config.dv_early):
+            if cutlass.const_expr(not dv_early):
                 frag.issue_dv(p, dout.index)
             frag.issue_dk(ds, query.index)
             if cutlass.const_expr(with_dq):
@@ -68,10 +69,9 @@ def differentiate(
                 frag.issue_dq(acc_dQ, query.index)
             elif cutlass.const_expr(plan.config.splits_keys):
                 cute.arch.sync_warp()  # all lanes have read lse and delta: one releases for them
-            warpgroup.wait_group(1 + with_dq)
-            dout.release()
             warpgroup.wait_group(0 + with_dq)
             query.release()
+            dout.release()
             if cutlass.const_expr(with_dq):
                 warpgroup.wait_group(0)
                 dq_sums.add(acc_dQ, m_block)

@@ -189,7 +189,8 @@ class DqSums:
         """A step after the block was added, when that has arrived without waiting for it."""
         if cutlass.const_expr(self.buffer is not None):
             cute.arch.cp_async_bulk_wait_group(0)
-        cute.arch.fence_acq_rel_gpu()
+        # A release is cumulative: one thread's covers what others added ahead of the barrier, as in
+        # causality order that comes before it.  So no thread needs a fence of its own.
         self._sync()
         if self.thread % WARPGROUP == 0:
             cute.arch.inline_ptx(

@@ -4,7 +4,8 @@
     backward   here                      dK and dV of a tile of keys, dQ added to its sums
     finish     finish.py                 dQ from fp32 to 16 bits
 
-Without dQ (BwdSignature.with_dq) its sums, its product and the last kernel are left out.
+Without dQ (BwdSignature.with_dq) its sums, its product and the last kernel are left out, without dK
+and dV (with_dkv) theirs and their stores.
 
 P is computed again from Q, K and lse.  A CTA has a tile of tile_n keys of one key head, and visits
 all blocks of tile_m queries that see them, of every query head that reads the key head:
@@ -75,7 +76,8 @@ class BackwardSm90:
     def __call__(self, arguments: BwdArguments, stream):
         plan, x = self.plan, arguments
         smem = BwdSmem.of(plan.signature, plan.config)
-        q, k, v, dk, dv = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v, x.dk, x.dv))
+        q, k, v = (permute(t, [1, 3, 2, 0]) for t in (x.q, x.k, x.v))
+        dq, dk, dv = (None if t is None else permute(t, [1, 3, 2, 0]) for t in (x.dq, x.dk, x.dv))
         given = PrepareTensors.of(x)
         lengths, view = plan.lengths.given(x), plan.lengths.view
         sequences = plan.lengths.sequences(q.shape[0], k.shape[0], lengths)
@@ -85,8 +87,8 @@ class BackwardSm90:
             k=tma_load(view(k, 0), smem.k, plan.k_tile),
             v=tma_load(view(v, 0), smem.v, plan.v_tile),
             do=tma_load(view(given.dout, 0), smem.do, plan.do_tile),
-            dk=tma_store(view(dk, 0), smem.k, plan.k_tile),
-            dv=tma_store(view(dv, 0), smem.v, plan.v_tile),
+            dk=None if dk is None else tma_store(view(dk, 0), smem.k, plan.k_tile),
+            dv=None if dv is None else tma_store(view(dv, 0), smem.v, plan.v_tile),
             row_stats=given.row_stats,
             dq_sums=given.dq_sums,
             dq_counters=given.dq_counters,
@@ -100,10 +102,9 @@ class BackwardSm90:
             min_blocks_per_mp=1,
         )
         if cutlass.const_expr(plan.signature.with_dq):
-            dq = permute(x.dq, [1, 3, 2, 0])
             Finish(plan)(given.dq_sums, dq, sequences, x.softmax_scale, stream)
-            if cutlass.const_expr(plan.signature.is_ragged):
-                Clear()(Gradients(dq, dk, dv), sequences, stream)
+        if cutlass.const_expr(plan.signature.is_ragged):
+            Clear()(Gradients(dq, dk, dv), sequences, stream)
 
     @cute.kernel
     def kernel(self, tensors: BwdTensors, scalars: BwdScalars, order: TileOrder | TileList):

@@ -178,8 +178,9 @@ class BwdFragments:
 
     def start(self):
         """Before the first query block of a tile."""
-        self.acc_dV.fill(0.0)
-        self.acc_dK.fill(0.0)
+        if self.plan.signature.with_dkv:
+            self.acc_dV.fill(0.0)
+            self.acc_dK.fill(0.0)
 
     def issue_scores(self, stage):
         """S^T = K Q^T, asynchronously."""
@@ -199,8 +200,10 @@ class BwdFragments:
             for r in range(2):
                 dp[r, i] = p[r, i] * (dp[r, i] - delta[i])
 
-    def hand_over_p(self, acc_P: cute.Tensor, buffer, thread) -> cute.Tensor:
-        """P^T in 16 bits, as issue_dv() takes it."""
+    def hand_over_p(self, acc_P: cute.Tensor, buffer, thread) -> cute.Tensor | None:
+        """P^T in 16 bits, as issue_dv() takes it; None if nobody will."""
+        if not self.plan.signature.with_dkv:
+            return None
         if self.plan.config.splits_keys:
             return self._converted(acc_P, self.p_by_keys)
         self._write(self._converted(acc_P, acc_P), self.p_buffer, buffer, thread)
@@ -225,12 +228,16 @@ class BwdFragments:
         """registers -> stmatrix -> shared memory."""
         store(self.mma.scores, values, self.acc_dP, target[None, None, buffer], thread)
 
-    def issue_dv(self, p: cute.Tensor, stage):
-        """dV += P^T dO, asynchronously."""
+    def issue_dv(self, p: cute.Tensor | None, stage):
+        """dV += P^T dO, asynchronously, if it is wanted."""
+        if not self.plan.signature.with_dkv:
+            return
         issue_gemm(self.mma.dv, self.acc_dV, p, self.do_by_rows[None, None, None, stage], True)
 
     def issue_dk(self, ds: cute.Tensor, stage):
-        """dK += dS^T Q, asynchronously."""
+        """dK += dS^T Q, asynchronously, if it is wanted."""
+        if not self.plan.signature.with_dkv:
+            return
         issue_gemm(self.mma.dk, self.acc_dK, ds, self.q_by_rows[None, None, None, stage], True)
 
     def issue_dq(self, acc_dQ: cute.Tensor, stage):

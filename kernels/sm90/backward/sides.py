@@ -100,7 +100,8 @@ class Side:
 
     def start(self):
         """Before the first query block of a tile."""
-        self.acc_sums.fill(0.0)
+        if self.plan.signature.with_dkv:
+            self.acc_sums.fill(0.0)
 
     def issue_scores(self, stage):
         """S or dP, asynchronously."""
@@ -108,7 +109,9 @@ class Side:
         issue_gemm(self.mma.scores, self.acc_scores, rows, self.keys, False)
 
     def issue_sums(self, stage):
-        """dV^T or dK^T, asynchronously."""
+        """dV^T or dK^T, asynchronously, if they are wanted."""
+        if not self.plan.signature.with_dkv:
+            return
         channels = self.channels[None, None, None, stage]
         issue_gemm(self.mma.sums, self.acc_sums, channels, self.values, True)
 

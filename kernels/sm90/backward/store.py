@@ -30,6 +30,9 @@ def store_gradients(
     They wait until the last products of all have read K and V.
     """
     plan = frag.plan
+    if cutlass.const_expr(not plan.signature.with_dkv):
+        _release(plan, (rings.k, rings.v), is_storing_warp)
+        return
     sdK, sdV = rings.k.buffer[None, None, 0], rings.v.buffer[None, None, 0]
     dv_16 = cute.make_rmem_tensor_like(frag.acc_dV, plan.element)
     convert(frag.acc_dV, dv_16)
@@ -68,6 +71,9 @@ def store_side(
     ring, operand, shape = (
         (rings.v, tensors.dv, plan.v_tile) if is_first else (rings.k, tensors.dk, plan.k_tile)
     )
+    if cutlass.const_expr(not plan.signature.with_dkv):
+        _release(plan, (ring,), is_storing_warp)
+        return
     space = ring.buffer[None, None, 0]
     if cutlass.const_expr(factor is not None):
         side.acc_sums.store(side.acc_sums.load() * factor)
@@ -84,6 +90,15 @@ def store_side(
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()
         ring.release(0)
+
+
+@cute.jit
+def _release(plan: cutlass.Constexpr[Any], rings: tuple, is_storing_warp: Any):
+    """K and V, where nothing is stored."""
+    plan.barriers.products_done()
+    if is_storing_warp:
+        for ring in rings:
+            ring.release(0)
 
 
 def _to_memory(operand: Any, smem: cute.Tensor, keys: Any, tile: Any, shape):

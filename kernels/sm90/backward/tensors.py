@@ -16,8 +16,8 @@ class BwdTensors:
     k: TmaOperand  # (s_k, d, h_k, b)
     v: TmaOperand  # (s_k, dv, h_k, b)
     do: TmaOperand  # (s_q, dv, h_q, b)
-    dk: TmaOperand  # (s_k, d, h_k, b)
-    dv: TmaOperand  # (s_k, dv, h_k, b)
+    dk: TmaOperand | None  # (s_k, d, h_k, b)
+    dv: TmaOperand | None  # (s_k, dv, h_k, b)
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
@@ -26,4 +26,4 @@ class BwdTensors:
     @property
     def tma_atoms(self) -> list[cute.CopyAtom]:
         operands = self.q, self.k, self.v, self.do, self.dk, self.dv
-        return [operand.atom for operand in operands]
+        return [operand.atom for operand in operands if operand is not None]
