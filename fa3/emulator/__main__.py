@@ -114,8 +114,10 @@ def _ragged(lengths_q, lengths_k, dtype="bfloat16", d=128, **options) -> Callabl
     return case
 
 
-def _cached(page_size, lengths_q, lengths_k, dtype="bfloat16", d=128, **options):
-    """The forward kernel on packed queries and caches in pages."""
+def _cached(  # noqa: PLR0913
+    page_size, lengths_q, lengths_k, dtype="bfloat16", cache=None, d=128, **options
+):
+    """The forward kernel on packed queries and caches in pages; cache: their dtype, if not q's."""
 
     def case() -> Run:
         import torch
@@ -129,8 +131,10 @@ def _cached(page_size, lengths_q, lengths_k, dtype="bfloat16", d=128, **options)
         for row, count in zip(table, counts, strict=True):
             row[:count] = torch.tensor([next(pages) for _ in range(count)])
         shape = sum(counts), page_size, 1, d
+        kinds = dtype, cache or dtype, cache or dtype
         q, k, v = (
-            torch.randn(n).to(getattr(torch, dtype)) for n in ((sum(lengths_q), 2, d), shape, shape)
+            torch.randn(n).to(getattr(torch, kind))
+            for n, kind in zip(((sum(lengths_q), 2, d), shape, shape), kinds, strict=True)
         )
         arguments = {
             "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0).int(),
@@ -213,6 +217,9 @@ CASES: dict[str, Callable[[], Run]] = {
     "paged-causal": _cached(16, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-causal": _cached(5, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-fp8": _cached(1, (200, 0, 70), (600, 40, 250), dtype="float8_e4m3fn"),
+    "widened-causal": _cached(
+        16, (200, 0, 3, 70), (600, 40, 250, 0), cache="float8_e4m3fn", causal=True
+    ),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
     "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),
