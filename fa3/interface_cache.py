@@ -108,7 +108,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
     scheduler_metadata: of fa3.get_scheduler_metadata for the same arguments: the order of the work,
         made once for all layers of a step. It saves a launch per call and changes no bit. It may be
-        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q.
+        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q or
+        max_seqlen_q. No two streams may use one at once.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
     and lse (batch, h_q, s_q), of packed q (h_q, total_q).

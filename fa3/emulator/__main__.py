@@ -30,12 +30,16 @@ EQUIVALENT = [
     ),
     ("(forward|fp8)-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
-        ("gathered-causal", what, "K's arrival comes ahead of that of the V waited for beside it")
-        for what in (
-            "wait attend.py:attend: key = k.wait_and_advance()",
-            "barrier gather.py:_arrive: cute.arch.sync_warp()",
+        (case, what, "K's arrival comes ahead of that of the V waited for beside it")
+        for case, what in (
+            (
+                "(gathered|widened)-causal",
+                "wait attend.py:attend: key = k.wait_and_advance()",
+            ),
+            ("gathered-causal", "barrier gather.py:_arrive: cute.arch.sync_warp()"),
         )
     ),
+    ("widened-.*", "fence widen.py:_widen:", "K's: the same warps' fence of that V comes later"),
     *(
         ("backward-.*", what, why)
         for what, why in (
@@ -218,7 +222,10 @@ CASES: dict[str, Callable[[], Run]] = {
     "gathered-causal": _cached(5, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-fp8": _cached(1, (200, 0, 70), (600, 40, 250), dtype="float8_e4m3fn"),
     "widened-causal": _cached(
-        16, (200, 0, 3, 70), (600, 40, 250, 0), cache="float8_e4m3fn", causal=True
+        *(16, (200, 0, 3, 70), (600, 40, 250, 0)),
+        cache="float8_e4m3fn",
+        causal=True,
+        sm_margin=131,  # or no slot of the board would be used twice
     ),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
