@@ -78,7 +78,7 @@ def test_few_queries_have_the_same_bits_beside_many(device):
         assert torch.equal(out, listed)
         tiles.append(getattr(metadata, ATTRIBUTE).tile_m)
         results.append(out[:3])
-    assert tiles == [128, 64] and torch.equal(*results)
+    assert tiles == [192, 64] and torch.equal(*results)
 
 
 def test_varlen_func_takes_it(device):
