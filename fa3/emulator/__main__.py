@@ -225,7 +225,7 @@ CASES: dict[str, Callable[[], Run]] = {
         *(16, (200, 0, 3, 70), (600, 40, 250, 0)),
         cache="float8_e4m3fn",
         causal=True,
-        sm_margin=131,  # or no slot of the board would be used twice
+        sm_margin=131,  # one CTA, so that slots of the board are used again
     ),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
