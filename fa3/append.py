@@ -39,9 +39,10 @@ def append(  # noqa: PLR0913
     """Row j of sequence i of k and v to position seqlens[i] + j of its cache, k rotated.
 
     k, v (b, s, h_k, d), or packed (total, h_k, d) with cu_seqlens; caches (num_pages, page_size,
-    h_k, d); page_table (b, pages). rotary_cos and rotary_sin (positions, n / 2). Rows that find no
-    room, or a page that does not exist, are dropped. k_descale and v_descale (b, h_k) are for
-    caches of bytes that get 16-bit rows: what is stored is the code nearest to value / descale.
+    h_k, d); page_table (b, pages). rotary_cos and rotary_sin (positions, n / 2); k of bytes is
+    rotated as e4m3. Rows that find no room, or a page that does not exist, are dropped. k_descale
+    and v_descale (b, h_k) are for caches of bytes that get 16-bit rows: what is stored is the code
+    nearest to value / descale.
     """
     if k.numel() == 0:
         return
@@ -55,17 +56,14 @@ def append(  # noqa: PLR0913
     angles = None, None, None, None
     if rotary_cos is not None:
         first = seqlens if rotary_seqlens is None else rotary_seqlens
-        angles = rotary_cos.contiguous(), rotary_sin.contiguous(), first, 1
+        angles = *_angles(k, rotary_cos, rotary_sin), first, 1
     k, v = (_readable(x if x.dim() == 4 else x[None]) for x in (k, v))
     narrows = BYTE_DTYPES[k_cache.dtype] if k.itemsize > k_cache.itemsize else None
     scales = None, None
     if narrows:
         scales = _descales_of(k_cache, seqlens.shape[0], k_descale, v_descale)
     signature = AppendSignature(*_of(k, rotary_cos, interleaved), narrows=narrows)
-    tensors = tuple(
-        x.view(torch.uint8) if x is not None and x.itemsize == 1 else x
-        for x in (k, None, v, k_cache, v_cache)
-    )
+    tensors = _as_bytes(k, None, v, k_cache, v_cache)
     of_lengths = *or_empty((cu_seqlens,), k.device), seqlens.shape[0]
     _run_of(signature, k.device)(*tensors, page_table, seqlens, *of_lengths, *angles, *scales)
 
@@ -89,8 +87,9 @@ def rotate(  # noqa: PLR0913
     if q.numel():
         signature = AppendSignature(*_of(q, rotary_cos, interleaved), appends=False)
         of_lengths = *or_empty((cu_seqlens,), q.device), seqlens.shape[0]
-        angles = rotary_cos.contiguous(), rotary_sin.contiguous(), seqlens, int(advances)
-        _run_of(signature, q.device)(x, y, *(None,) * 5, *of_lengths, *angles, None, None)
+        angles = *_angles(q, rotary_cos, rotary_sin), seqlens, int(advances)
+        tensors = *_as_bytes(x, y), *(None,) * 5
+        _run_of(signature, q.device)(*tensors, *of_lengths, *angles, None, None)
     return y.view(q.shape)
 
 
@@ -116,8 +115,21 @@ def _descales_of(k_cache: Tensor, batch: int, k_descale, v_descale) -> tuple[Ten
 
 def _of(x: Tensor, cos: Tensor | None, interleaved: bool) -> tuple:
     """dtype and rotary of a signature."""
-    dtype = "byte" if x.dtype in BYTE_DTYPES else DTYPES[x.dtype]
+    if x.dtype not in BYTE_DTYPES:
+        dtype = DTYPES[x.dtype]
+    else:
+        dtype = "byte" if cos is None else BYTE_DTYPES[x.dtype]
     return dtype, None if cos is None else "interleaved" if interleaved else "halves"
+
+
+def _angles(x: Tensor, *angles: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin as the kernel that rotates x reads them."""
+    dtype = x.dtype if x.dtype in DTYPES else torch.float32
+    return tuple(angle.to(dtype).contiguous() for angle in angles)
+
+
+def _as_bytes(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(x.view(torch.uint8) if x is not None and x.itemsize == 1 else x for x in tensors)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .call.layout import Layout, check_like, check_tensors
 from .call.lengths import Lengths
 from .call.listed import splits_with
 from .call.options import bool_of, int_of
-from .call.problem import BYTE_DTYPES, DTYPES
+from .call.problem import BYTE_DTYPES, DTYPES, OUT_DTYPES, WIDENED_DTYPES
 from .call.scales import Descales
 
 ROTARY_UNIT = 16  # columns that are rotated come in multiples of it
@@ -84,11 +84,12 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
 
     k (batch, s_new, h_k, d), v (batch, s_new, h_k, dv), or packed (total_new, h_k, d) with
         cu_seqlens_k_new (batch + 1,): are written to the cache first, from row cache_seqlens[i]
-        on, and attended to with the others. What does not fit is dropped. Beside 16-bit q a cache
-        may be torch.float8_e4m3fn: 16-bit k and v are stored as the codes that are nearest to
-        k / k_descale and v / v_descale, (batch, h_k) each.
+        on, and attended to with the others. What does not fit is dropped. They have the dtype of
+        the cache, or 16 bits beside one in torch.float8_e4m3fn (q's dtype, if that has 16): what is
+        stored are the codes nearest to k / k_descale and v / v_descale, (batch, h_k) each.
     rotary_cos, rotary_sin: (positions, n / 2), of q's dtype, n a multiple of 16 up to d: the first
-        n columns of q and k are rotated, k before it is written. Row j of k has the position
+        n columns of q and k are rotated, k before it is written. Beside e4m3 they may have 16 bits
+        or be fp32, which costs less of the accuracy. Row j of k has the position
         cache_seqlens[i] + j. So has row j of q with causal or a window; else all have that of 0.
     rotary_seqlens: (batch,) int32, instead of cache_seqlens in these positions.
     rotary_interleaved: columns 2 i and 2 i + 1 turn together; else i and i + n / 2.
@@ -107,7 +108,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913 - the signature is FA3's
     num_splits: as in flash_attn_func, but chosen by default, by the rows that a cache may have.
     scheduler_metadata: of fa3.get_scheduler_metadata for the same arguments: the order of the work,
         made once for all layers of a step. It saves a launch per call and changes no bit. It may be
-        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q.
+        made of other cache_seqlens, at some cost of speed, but not of other cu_seqlens_q or
+        max_seqlen_q. No two streams may use one at once.
 
     Returns out, like q but with v_cache's head dim, or with return_softmax_lse=True the pair out
     and lse (batch, h_q, s_q), of packed q (h_q, total_q).
@@ -319,9 +321,7 @@ class _New:
         rows = (cache.batch, k.shape[1]) if cu_seqlens is None else (k.shape[0],)
         for name, x, of_cache in (("k", k, cache.k), ("v", v, cache.v)):
             shape = *rows, *of_cache.shape[2:]
-            narrows = q.dtype in DTYPES and of_cache.dtype in BYTE_DTYPES
-            dtype = q.dtype if narrows else of_cache.dtype
-            check_like(name, Layout.of(x), shape, dtype, of_cache.device)
+            check_like(name, Layout.of(x), shape, _dtype_of_new(q, k, of_cache), of_cache.device)
         return cls(k, v, cu_seqlens)
 
     @property
@@ -335,6 +335,13 @@ class _New:
         if self.k.dtype != cache.k.dtype:
             kind |= {"k_descale": descales.k_descale, "v_descale": descales.v_descale}
         append.append(self.k, self.v, cache.k, cache.v, *where, *angles, **kind)
+
+
+def _dtype_of_new(q: Tensor, k: Tensor, cache: Tensor) -> torch.dtype:
+    """What k and v are to have: beside 16-bit q its dtype; else that of the cache, or 16 bits."""
+    if q.dtype in DTYPES:
+        return q.dtype if cache.dtype in BYTE_DTYPES else cache.dtype
+    return k.dtype if k.dtype in DTYPES and cache.dtype in WIDENED_DTYPES else cache.dtype
 
 
 @dataclass(frozen=True)
@@ -353,16 +360,22 @@ class _Rotary:
             if x is None:
                 raise ValueError(f"rotary_{name} is None but rotary_{other} is a tensor")
         check_tensors(rotary_cos=cos, rotary_sin=sin)
-        if q.dtype in BYTE_DTYPES:
-            raise ValueError(f"rotary_cos is a tensor but q has dtype {q.dtype}, expected None")
+        if q.dtype in BYTE_DTYPES and q.dtype not in WIDENED_DTYPES:
+            raise ValueError(
+                f"rotary_cos is a tensor but q has dtype {q.dtype}, expected None: rotate q and k "
+                "before they are quantised"
+            )
         half, unit = cos.shape[-1], ROTARY_UNIT // 2
         if cos.dim() != 2 or half % unit or 2 * half > q.shape[-1] or 0 in cos.shape:
             raise ValueError(
                 f"rotary_cos has shape {tuple(cos.shape)}, expected (positions, n / 2) with n a "
                 f"multiple of {ROTARY_UNIT} up to {q.shape[-1]}, the head dim of q"
             )
-        check_like("rotary_cos", Layout.of(cos), cos.shape, q.dtype, q.device)
-        check_like("rotary_sin", Layout.of(sin), cos.shape, q.dtype, q.device)
+        dtype = q.dtype
+        if q.dtype in BYTE_DTYPES and cos.dtype in OUT_DTYPES:  # finer than FA3 has them
+            dtype = cos.dtype
+        check_like("rotary_cos", Layout.of(cos), cos.shape, dtype, q.device)
+        check_like("rotary_sin", Layout.of(sin), cos.shape, dtype, q.device)
         name = "cache_seqlens" if seqlens is None else "rotary_seqlens"
         seqlens = cache.seqlens if seqlens is None else seqlens
         if seqlens is None:

@@ -57,8 +57,8 @@ def get_scheduler_metadata(  # noqa: PLR0913 - the signature is FA3's
     same to the bit. Nothing waits for the device, so that a CUDA graph which holds this call makes
     a new list of other lengths at each replay.
 
-    max_seqlen_q: the number of queries of each sequence, or with cu_seqlens_q (batch_size + 1,) at
-        least that of the longest.
+    max_seqlen_q: the number of queries of each sequence, or with cu_seqlens_q (batch_size + 1,)
+        what the call is given: tiles have fewer rows where no sequence has many.
     max_seqlen_k: at least the most keys of a sequence, new ones included: with num_splits=0 the
         number of splits goes by it.
     cache_seqlens: (batch_size,) int32 on the device of the call, or an int for all.
@@ -71,7 +71,8 @@ def get_scheduler_metadata(  # noqa: PLR0913 - the signature is FA3's
 
     Returns a tensor of int32, which knows what it was made for: a call that it does not fit is
     refused. A copy does not know, and is trusted if it is large enough; beside one num_splits has
-    to be given.
+    to be given. Calls that share it must follow each other, as those of one stream do: where a
+    kernel hands tiles out while it runs, the counter is in there.
 
     Raises: as flash_attn_with_kvcache.
     """
@@ -202,7 +203,7 @@ def _plan_of(  # noqa: PLR0913
         return _Plan(None, Tiles.of(problem, None, 1, 0), heads.group)
     dispatch.forward(problem.signature, target)
     longest = heads.rows(max_q), max_k
-    rows = ops.rows_of(problem, None)  # as a call sees it that is told the number of splits
+    rows = ops.rows_of(problem, longest)
     config, num_ctas, number = ops.layout_of(problem, target, num_splits, longest, rows)
     from .kernels.scheduler import L2_BUDGET
     from .kernels.simple.metadata import ListSignature  # imports the DSL, as the kernel does

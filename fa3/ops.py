@@ -82,7 +82,7 @@ def plan_of(  # noqa: PLR0913
     """Check a call and find its kernel; the cache makes this free for a layout seen before.
 
     q, k, v, out, sink and each of descales and lengths are the fields of a `Layout`, or None;
-    options: of `Options`; longest: max_seqlen_q and max_seqlen_k where num_splits is 0.
+    options: of `Options`; longest: max_seqlen_q and max_seqlen_k, as far as a plan depends on them.
     """
     layouts = {"q": Layout(*q), "k": Layout(*k), "v": Layout(*v)}
     out = None if out is None else Layout(*out)
@@ -277,9 +277,15 @@ def _plan_for(  # noqa: PLR0913
         out_dtype,
         EQUAL if lengths is EQUAL else tuple(map(fields, lengths)),
         num_splits,
-        longest if num_splits == 0 else None,
+        longest if num_splits == 0 else _few(longest),
         *options,
     )
+
+
+def _few(longest: tuple) -> tuple | None:
+    """All that a plan with a known number of splits has of it: whether queries are few."""
+    rows = longest[0]
+    return (tuning.FEW_ROWS, None) if rows is not None and rows <= tuning.FEW_ROWS else None
 
 
 NO_LENGTHS = (None,) * 5  # FwdArguments.cu_seqlens_q to page_table

@@ -26,6 +26,8 @@ from .launch import cache, dispatch, jit
 
 GPU_SMS = 132  # of which no compiled code depends
 CAPACITY = 256  # rows of a cache
+CHUNK = 128  # of a prompt: more than fit a tile for few queries
+COUNTS = 1, 4, CHUNK  # of the queries of a step
 
 
 class Wanted(NamedTuple):
@@ -135,13 +137,13 @@ def calls_of(args: argparse.Namespace) -> list[Callable[[], Any]]:
 
     Raises ValueError or TypeError for what no call can be.
     """
+    if args.cache_dtype and not args.cache:
+        raise ValueError("--cache-dtype goes with --cache")
     found = []
     for head_dim, dtype in itertools.product(args.head_dim, args.dtype):
         named = vars(args) | {"head_dim": head_dim, "dtype": dtype}
         call = Call.of(argparse.Namespace(**named))
         found += _cached(call, args) if args.cache else _direct(call, args)
-    if args.cache_dtype and not args.cache:
-        raise ValueError("--cache-dtype goes with --cache")
     return found
 
 
@@ -199,45 +201,70 @@ def _packed_scales(descale: torch.Tensor, scales: str) -> torch.Tensor:
 
 
 def _cached(call: Call, args: argparse.Namespace) -> list[Callable[[], Any]]:
-    """Calls of flash_attn_with_kvcache: of one query and of a few, with new keys and without."""
+    """Calls of flash_attn_with_kvcache: of one query, of a few and of many, with new keys and
+    without; and the lists of tiles that may be made ahead of them."""
     if call.is_backward or args.quantize or args.varlen:
         raise ValueError("--cache does not go with --backward, --quantize or --varlen")
-    (q, k, v), descales = call.tensors(Lengths(4, CAPACITY, 2))
-    cached = {"cache_seqlens": torch.full((1,), CAPACITY - 8, dtype=torch.int32)}
+    (q, k, v), descales = call.tensors(Lengths(CHUNK, CAPACITY, 2))
+    new_k, new_v = k[:, :, :1], v[:, :, :1]
+    k, v = (_cache_of(x, args) for x in (new_k, new_v))
+    cached = {"cache_seqlens": torch.full((1,), CAPACITY - CHUNK, dtype=torch.int32)}
     if args.page_size:
-        pages = CAPACITY // args.page_size or 1
-        cached["page_table"] = torch.arange(pages, dtype=torch.int32)[None]
-        k, v = (x.new_zeros(pages, args.page_size, 1, x.shape[-1]) for x in (k, v))
-    else:
-        k, v = k[:, :, :1], v[:, :, :1]
-    new_k, new_v = (x[:1] for x in (k, v))
-    if args.cache_dtype:  # what joins it is in 16 bits still
-        if call.dtype.itemsize == 1:
-            raise ValueError(
-                "--cache-dtype goes with 16-bit tensors: expected --dtype bf16 or fp16"
-            )
-        k, v = (x.to(DTYPES[args.cache_dtype]) for x in (k, v))
-        descales = None, torch.ones(1, 1), torch.ones(1, 1)
+        cached["page_table"] = torch.arange(len(k), dtype=torch.int32)[None]
     options = _options(call) | cached
     if call.has_sink:
         options["learnable_sink"] = torch.zeros(2)
     descales = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False))
     for name, x in descales.items():
-        if x is not None and (
-            name != "q_descale" or x.dim() == 2
-        ):  # only blocks of queries have a scale per head of q
+        if name != "q_descale" or x.dim() == 2:  # only blocks of queries have a scale per head of q
             descales[name] = x[:, :1]
 
     def run(s_q: int, appends: bool, num_splits: int) -> None:
         new = {}
         if appends:
-            new = {"k": new_k[:, :s_q], "v": new_v[:, :s_q]}
+            new = {name: x[:1, :s_q] for name, x in (("k", new_k), ("v", new_v))}
         interface_cache.flash_attn_with_kvcache(
             q[:, :s_q], k, v, **new, **options, **descales, num_splits=num_splits
         )
 
-    kinds = itertools.product((1, 4), (False, True), (1, 2))
-    return [lambda kind=kind: run(*kind) for kind in kinds]
+    kinds = itertools.product(COUNTS, (False, True), (1, 2))
+    calls = [lambda kind=kind: run(*kind) for kind in kinds]
+    return calls + _lists(call, args, k.dtype, cached["cache_seqlens"])
+
+
+def _cache_of(rows: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """For k or v (1, CAPACITY, 1, d)."""
+    if args.cache_dtype:
+        if rows.itemsize == 1:
+            raise ValueError(
+                "--cache-dtype goes with 16-bit tensors: expected --dtype bf16 or fp16"
+            )
+        rows = rows.to(DTYPES[args.cache_dtype])
+    if not args.page_size:
+        return rows
+    return rows.new_zeros(CAPACITY // args.page_size or 1, args.page_size, 1, rows.shape[-1])
+
+
+def _lists(call: Call, args: argparse.Namespace, kv_dtype, seqlens) -> list[Callable[[], Any]]:
+    """Calls of get_scheduler_metadata, which knows one dtype of k and v, and scales per head."""
+    if call.dtype == torch.int8 or (call.dtype.itemsize == 1 and args.scales != "head"):
+        return []
+    sizes = CAPACITY, 2, 1, call.head_dim, seqlens, call.dtype, call.head_dim_v
+    given = call.options
+
+    def run(s_q: int, num_splits: int) -> None:
+        metadata.get_scheduler_metadata(
+            *(1, s_q, *sizes),
+            page_size=args.page_size or None,
+            causal=given.causal,
+            window_size=(given.window_left, given.window_right),
+            has_softcap=given.softcap > 0,
+            num_splits=num_splits,
+            pack_gqa=False if call.has_sink else None,
+            kv_dtype=kv_dtype,
+        )
+
+    return [lambda kind=kind: run(*kind) for kind in itertools.product(COUNTS, (1, 2))]
 
 
 def build(kernel: Wanted) -> float:

@@ -15,11 +15,14 @@ from fa3.inspect.cli import inspect
 from fa3.kernels.signature import Signature
 from fa3.kernels.sm90.rows import CHUNK, COLUMNS, ROWS, RowLayout
 from fa3.launch import jit, tuning
+from fa3.reference.append import codes, rotated
 
 from .accuracy import assert_accurate, assert_lse
 from .cache_cases import GATHERED, CacheCase, Call, bits, covering
 from .cases import Bordered
 from .conftest import HOPPER
+
+E4M3 = torch.float8_e4m3fn
 
 
 def _check(case: CacheCase, device) -> None:
@@ -213,6 +216,56 @@ def test_one_byte_caches(pages, device):
 def test_one_byte_caches_are_the_same_under_every_schedule(device):
     paged, _ = _one_byte(5, device)
     emulator.compare_schedules(lambda: [paged()], range(2), checks=emulator.ALL_CHECKS)
+
+
+@pytest.mark.parametrize("kind", ["halves", "interleaved"])
+def test_codes_are_rotated_as_numbers(kind, device):
+    """24 pairs of columns: a chunk of 16 codes would be in both halves of them."""
+    q, k, v = (torch.randn(2, 5, 2, 64).to(E4M3).to(device) for _ in "qkv")
+    angles = torch.randn(40, 24).to(device)
+    cos, sin = angles.cos().to(E4M3), angles.sin().to(E4M3)
+    seqlens, table = (
+        torch.tensor([9, 30]).int().to(device),
+        torch.arange(2).int().to(device)[:, None],
+    )
+    k[0, 0, 0, :2], cos[9, 0], sin[9, 0] = 448, 1, -1  # 896, which no code reaches
+    caches = [torch.zeros(2, 48, 2, 64, device=device).to(E4M3) for _ in "kv"]
+    more = table, seqlens, None, cos, sin, None, kind == "interleaved"
+    append.append(k, v, *caches, *more)
+    turned = append.rotate(q, cos, sin, seqlens, None, kind == "interleaved")
+    for i, first in enumerate(seqlens.tolist()):
+        rows = slice(first, first + 5)
+        for given, x in ((turned[i], q[i]), (caches[0][i, rows], k[i])):
+            wanted = codes(rotated(x.float(), cos[rows], sin[rows], kind))
+            assert torch.equal(bits(given), bits(wanted))
+        assert torch.equal(bits(caches[1][i, rows]), bits(v[i]))
+        assert not caches[0][i, :first].float().any()
+
+
+def test_new_rows_beside_one_byte_queries(plain_torch):
+    """In 16 bits they are narrowed, in those of the cache stored as they are: the same codes."""
+    append._run_of.cache_clear()
+    call = Call(CacheCase(num_new=3, cache="e4m3"), torch.device("cpu"))
+    q, results = call.queries().to(E4M3), []
+    for x in (call.new_k, call.new_v):
+        x.copy_(x.to(E4M3))
+    call.descales["k_descale"].fill_(1.0), call.descales["v_descale"].fill_(1.0)
+    for given in (call.arguments(), call.arguments()):
+        if results:
+            given |= {name: given[name].to(E4M3) for name in ("k", "v")}
+        out, _ = fa3.flash_attn_with_kvcache(q, **given)
+        results.append((out, bits(call.k_cache.tensor).clone(), bits(call.v_cache.tensor).clone()))
+    append._run_of.cache_clear()
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_what_is_not_e4m3_is_not_rotated(plain_torch):
+    q = torch.zeros(1, 1, 2, 64).to(torch.int8)
+    k_cache, v_cache = torch.zeros(1, 8, 2, 64).to(torch.int8), torch.zeros(1, 8, 2, 64).to(E4M3)
+    angles = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(8, 16))
+    with pytest.raises(ValueError, match=r"rotary_cos .*int8.*before they are quantised"):
+        fa3.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=3, **angles)
 
 
 SCHEDULED = CacheCase(num_queries=(1, 70), num_new=3, rotary="halves", lengths=(300, 60))

@@ -64,6 +64,23 @@ def test_no_bit_changes(case, num_splits, device):
     assert HOPPER or counts == [counts[0], *[counts[0] - 1] * 3]
 
 
+def test_few_queries_have_the_same_bits_beside_many(device):
+    """Where all have few, tiles have 64 rows, and so have those of the list."""
+    call = Call(CacheCase(num_queries=(3, 60), lengths=(333, 200)), device)
+    tiles, results = [], []
+    for ends in ((0, 3, 63), (0, 3, 23)):
+        changes = {"cu_seqlens_q": torch.tensor(ends).int().to(device)}
+        changes["max_seqlen_q"] = ends[2] - ends[1]
+        metadata, q = _metadata(call, 3, **changes), call.queries()[: ends[-1]]
+        given = call.arguments() | changes | {"num_splits": 3}
+        out, _ = fa3.flash_attn_with_kvcache(q, **given)
+        listed, _ = fa3.flash_attn_with_kvcache(q, **given, scheduler_metadata=metadata)
+        assert torch.equal(out, listed)
+        tiles.append(getattr(metadata, ATTRIBUTE).tile_m)
+        results.append(out[:3])
+    assert tiles == [192, 64] and torch.equal(*results)
+
+
 def test_varlen_func_takes_it(device):
     call = Call(CacheCase(num_queries=(1, 70)), device)
     given = call.arguments()

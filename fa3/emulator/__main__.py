@@ -30,12 +30,16 @@ EQUIVALENT = [
     ),
     ("(forward|fp8)-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
-        ("gathered-causal", what, "K's arrival comes ahead of that of the V waited for beside it")
-        for what in (
-            "wait attend.py:attend: key = k.wait_and_advance()",
-            "barrier gather.py:_arrive: cute.arch.sync_warp()",
+        (case, what, "K's arrival comes ahead of that of the V waited for beside it")
+        for case, what in (
+            (
+                "(gathered|widened)-causal",
+                "wait attend.py:attend: key = k.wait_and_advance()",
+            ),
+            ("gathered-causal", "barrier gather.py:_arrive: cute.arch.sync_warp()"),
         )
     ),
+    ("widened-.*", "fence widen.py:_widen:", "K's: the same warps' fence of that V comes later"),
     *(
         ("backward-.*", what, why)
         for what, why in (
@@ -130,8 +134,10 @@ def _ragged(lengths_q, lengths_k, dtype="bfloat16", d=128, **options) -> Callabl
     return case
 
 
-def _cached(page_size, lengths_q, lengths_k, dtype="bfloat16", d=128, **options):
-    """The forward kernel on packed queries and caches in pages."""
+def _cached(  # noqa: PLR0913
+    page_size, lengths_q, lengths_k, dtype="bfloat16", cache=None, d=128, **options
+):
+    """The forward kernel on packed queries and caches in pages; cache: their dtype, if not q's."""
 
     def case() -> Run:
         import torch
@@ -145,8 +151,10 @@ def _cached(page_size, lengths_q, lengths_k, dtype="bfloat16", d=128, **options)
         for row, count in zip(table, counts, strict=True):
             row[:count] = torch.tensor([next(pages) for _ in range(count)])
         shape = sum(counts), page_size, 1, d
+        kinds = dtype, cache or dtype, cache or dtype
         q, k, v = (
-            torch.randn(n).to(getattr(torch, dtype)) for n in ((sum(lengths_q), 2, d), shape, shape)
+            torch.randn(n).to(getattr(torch, kind))
+            for n, kind in zip(((sum(lengths_q), 2, d), shape, shape), kinds, strict=True)
         )
         arguments = {
             "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0).int(),
@@ -229,6 +237,12 @@ CASES: dict[str, Callable[[], Run]] = {
     "paged-causal": _cached(16, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-causal": _cached(5, (200, 0, 3, 70), (600, 40, 250, 0), causal=True),
     "gathered-fp8": _cached(1, (200, 0, 70), (600, 40, 250), dtype="float8_e4m3fn"),
+    "widened-causal": _cached(
+        *(16, (200, 0, 3, 70), (600, 40, 250, 0)),
+        cache="float8_e4m3fn",
+        causal=True,
+        sm_margin=131,  # one CTA, so that slots of the board are used again
+    ),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
     "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),

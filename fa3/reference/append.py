@@ -35,7 +35,11 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
         rows = x[entry, start:end]
         if signature.rotary:
             position = (first[i] + index * advances).clamp(0, cos.shape[0] - 1)
-            rows = rotated(rows, cos[position], sin[position], signature.rotary)
+            angles = cos[position], sin[position], signature.rotary
+            if signature.dtype == "e4m3":
+                rows = codes(rotated(rows.view(torch.float8_e4m3fn).float(), *angles))
+            else:
+                rows = rotated(rows, *angles)
         if not signature.appends:
             y[entry, start:end] = rows
             continue
@@ -53,8 +57,12 @@ def run(  # noqa: PLR0913 - the arguments are the kernel's
 
 def narrowed(x: Tensor, scale: Tensor) -> Tensor:
     """x (n, h, d) and scale (h,) -> codes of e4m3 as bytes: the nearest ones."""
-    codes = (x.float() / scale[:, None]).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
-    return codes.view(torch.uint8)
+    return codes(x.float() / scale[:, None])
+
+
+def codes(x: Tensor) -> Tensor:
+    """fp32 -> e4m3 as bytes."""
+    return x.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:

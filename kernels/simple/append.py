@@ -4,6 +4,7 @@ Row j of sequence i goes to position seqlens[i] + j of its cache, which is in th
 pages[i, position // page_size].  A row that finds no room, or no page, is dropped.  Keys are
 rotated on the way (RoFormer, arXiv 2104.09864); queries by a launch of their own, to a new tensor.
 Where the cache has bytes, a value becomes the nearest code, which times its scale is the value.
+Codes of e4m3 are rotated as the numbers that they are: a head has one scale.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..arithmetic import maximum, minimum
 from ..elements import ELEMENT
 from ..sequence import RaggedSpans
 from ..views import four_bytes
+from ..widened import widened
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,22 @@ class Rotary:
     @cute.jit
     def _turn_pairs(self, position, first, values: cute.Tensor, is_turned):
         if is_turned:
+            numbers = _numbers(values)
             for i in cutlass.range_constexpr(cute.size(values) // 2):
                 cos, sin = self._at(position, first + i)
-                x, y = Float32(values[2 * i]), Float32(values[2 * i + 1])
-                values[2 * i] = (x * cos - y * sin).to(values.element_type)
-                values[2 * i + 1] = (x * sin + y * cos).to(values.element_type)
+                x, y = numbers[2 * i], numbers[2 * i + 1]
+                numbers[2 * i], numbers[2 * i + 1] = x * cos - y * sin, x * sin + y * cos
+            _set(values, numbers)
 
     @cute.jit
     def _turn_halves(self, row: cute.Tensor, position, first, other, sign, values: cute.Tensor):
         """first: the column of the angle; other: that of what the chunk turns together with."""
         if first < self.cos.shape[1]:
-            others = load_chunk(row, other, cute.size(values))
+            numbers, others = _numbers(values), _numbers(load_chunk(row, other, cute.size(values)))
             for i in cutlass.range_constexpr(cute.size(values)):
                 cos, sin = self._at(position, first + i)
-                turned = Float32(values[i]) * cos + sign * Float32(others[i]) * sin
-                values[i] = turned.to(values.element_type)
+                numbers[i] = numbers[i] * cos + sign * others[i] * sin
+            _set(values, numbers)
 
     def _at(self, position, column) -> tuple[Float32, Float32]:
         return tuple(Float32(x[position, column]) for x in (self.cos, self.sin))
@@ -113,7 +116,8 @@ class Append:
         signature = self.signature
         entries, length, heads, pages, page_size = (cute.sym_int32() for _ in range(5))
         d, dv = (cute.sym_int32(divisibility=signature.chunk) for _ in range(2))
-        element = cutlass.Uint8 if signature.dtype == "byte" else ELEMENT[signature.dtype]
+        has_bytes = signature.dtype in ("e4m3", "byte")
+        element = cutlass.Uint8 if has_bytes else ELEMENT[signature.dtype]
 
         def tensor(*shape, element=element):
             unit = CHUNK_BYTES * 8 // element.width
@@ -124,12 +128,14 @@ class Append:
             return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
 
         def table(element, *shape):
-            return make_fake_tensor(element, shape, (cute.sym_int64(), 1), assumed_align=2)
+            alignment = element.width // 8
+            return make_fake_tensor(element, shape, (cute.sym_int64(), 1), assumed_align=alignment)
 
         angles = (None, None, None, None)
         if signature.rotary:
             positions, half = cute.sym_int32(), cute.sym_int32(divisibility=4)
-            cos, sin = (table(element, positions, half) for _ in range(2))
+            of_angle = Float32 if has_bytes else element
+            cos, sin = (table(of_angle, positions, half) for _ in range(2))
             angles = cos, sin, numbers(), Int32(0)
         places, scales = (None,) * 5, (None, None)
         if signature.appends:
@@ -235,10 +241,26 @@ def store_chunk(row: cute.Tensor, column, values: cute.Tensor):
 def _narrowed(values: cute.Tensor, scale: Float32) -> cute.Tensor:
     """The codes of values, as bytes."""
     codes = cute.make_rmem_tensor(cute.size(values), cutlass.Uint8)
-    words = cute.recast_tensor(codes, Int32)
-    for i in range(cute.size(words)):
-        words[i] = four_bytes(*(Float32(values[4 * i + j]) / scale for j in range(4)), "e4m3")
+    _set(codes, [x / scale for x in _numbers(values)])
     return codes
+
+
+def _numbers(values: cute.Tensor) -> list[Float32]:
+    """Of 16-bit registers, or of codes of e4m3."""
+    if values.element_type is cutlass.Uint8:
+        values = widened(values, cutlass.Float16)
+    return [Float32(values[i]) for i in range(cute.size(values))]
+
+
+def _set(values: cute.Tensor, numbers: list[Float32]):
+    """The other way, rounded."""
+    if values.element_type is not cutlass.Uint8:
+        for i, x in enumerate(numbers):
+            values[i] = x.to(values.element_type)
+        return
+    words = cute.recast_tensor(values, Int32)
+    for i in range(cute.size(words)):
+        words[i] = four_bytes(*numbers[4 * i : 4 * i + 4], "e4m3")
 
 
 def _chunk(row: cute.Tensor, column, size: int) -> cute.Tensor:

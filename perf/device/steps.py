@@ -40,6 +40,7 @@ STEPS = (
     ),
     _row("outputs", "outputs of small cases, to commit", "outputs:work", 60, 50),
     _row("sweep", "speed beside every peer, what decides", "speed:work", 240, 60),
+    _row("serving", "steps of generation beside every peer", "serving:work", 90, 45),
     _row("probe", "constants of the timing model", "probe:work", 40, 30),
     _row("tune", "candidate configs, the furthest behind first", "tune:work", 150, 60),
     _row("sanitizer", "compute-sanitizer on small cases", "sanitize:work", 240, 110),

@@ -20,6 +20,7 @@ from perf.device import (
     first,
     probe,
     sanitize,
+    serving,
     speed,
     steady,
     tune,
@@ -61,6 +62,32 @@ def test_sweep_with_a_case_that_broke_its_process(tmp_path):
     assert not good
     assert "over 35 of 36 rows" in text
     assert "fa3: its process ended" in text
+
+
+def test_serving_leaves_a_file_and_a_line_per_case(tmp_path, plain_torch):
+    """A small case as the step measures it, under its name; the clock is a stand-in."""
+    items = [{"item": speed.MACHINE, "seconds": 0.1, **asdict(SYNTHETIC)}]
+    small = serving.serving.Step("decode", "bf16", batch=2, keys=40, group=2, page_size=16)
+    clock = {"sample": lambda call, n: [2.0] * n, "device": "cpu", "copied": 1000}
+    rows = serving.measured(small, **clock)["rows"]
+    assert [row["backend"] for row in rows] == ["fa3", "fa3-cpp", "sdpa"]
+    assert rows[0]["us"] == 2000 and not rows[0]["note"]
+    for case in serving.cases():
+        named = [row | _facts(case) for row in rows]
+        items.append({"item": str(case), "rows": named, "seconds": 1.0})
+    json.dumps(items)  # which a log does
+    good, text = serving.summarise(items, tmp_path)
+    assert good and len(text.splitlines()) == len(serving.cases()) == 10
+    assert text.startswith(
+        "decode, bf16, batch 1, 131072 keys, group 8, pages of 64: fa3 2000.0 us"
+    )
+    assert len(read_csv(tmp_path / serving.CSV, serving.serving.Step)) == 30
+    assert not serving.summarise(items[:-1], tmp_path)[0]
+
+
+def _facts(case) -> dict:
+    names = "kind", "dtype", "batch", "keys", "group", "page_size"
+    return {name: getattr(case, name) for name in names}
 
 
 def test_what_decides_is_swept_first_and_the_rest_adds_to_it(tmp_path):
@@ -274,6 +301,7 @@ def test_summaries_name_what_failed(tmp_path):
     for summarise in (
         accuracy.summarise_values,
         environment.summarise_ceilings,
+        serving.summarise,
         first.summarise,
         compiling.summarise_build,
         compiling.summarise_first_calls,

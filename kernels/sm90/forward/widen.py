@@ -16,12 +16,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from ...widened import widened
 from ..rings import FwdRings
 from ..rows import RowLayout
 
 WIDENING_WARPS = 3  # 1 .. 3 of the producer warpgroup
 CHUNK = 16  # elements
-UNPACK = "cvt.rn.f16x2.e4m3x2 {$w0}, low; cvt.rn.f16x2.e4m3x2 {$w1}, high;"
 
 
 @cute.jit
@@ -110,28 +110,3 @@ def _store_widened(wide: Rows, stage, first_row, byte: int, halves: list, loaded
     for half, within in enumerate(halves):
         part = cute.make_tensor(made.iterator + 8 * half, cute.make_layout(8))
         cute.autovec_copy(part, wide.chunk(stage, first_row, byte, within, 8))
-
-
-def widened(source: cute.Tensor, dtype: type) -> cute.Tensor:
-    """e4m3 registers -> 16-bit registers in the same order."""
-    target = cute.make_rmem_tensor(cute.size(source), dtype)
-    words, pairs = cute.recast_tensor(source, Int32), cute.recast_tensor(target, Int32)
-    for i in range(cute.size(words)):
-        halves = cute.arch.inline_ptx(
-            f"{{ .reg .b16 low, high; mov.b32 {{low, high}}, {{$r0}}; {UNPACK} }}",
-            write_only_types=[Int32, Int32],
-            read_only_args=[words[i]],
-        )
-        for j, half in enumerate(halves):
-            pairs[2 * i + j] = half if dtype is cutlass.Float16 else _to_bf16(half)
-    return target
-
-
-def _to_bf16(pair: Int32) -> Int32:
-    """Two fp16 -> two bf16, exact for what came of e4m3."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b16 low, high; .reg .f32 a, b; mov.b32 {low, high}, {$r0};"
-        " cvt.f32.f16 a, low; cvt.f32.f16 b, high; cvt.rn.bf16x2.f32 {$w0}, b, a; }",
-        write_only_types=[Int32],
-        read_only_args=[pair],
-    )
