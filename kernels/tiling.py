@@ -8,6 +8,7 @@ from typing import Any
 
 from .arithmetic import ceil_div, minimum
 from .blocks import BlockRange, Window
+from .ctas import HOPPER_CTAS
 from .query_blocks import QueryRange
 from .signature import MaskKind
 
@@ -25,6 +26,7 @@ class QueryTiles:
     tile_m: int
     tile_n: int
     is_dynamic: bool = False  # a tile goes to the CTA that asks first (sm90/tile_queue.py)
+    max_ctas: int = HOPPER_CTAS  # that a list is dealt to, at most
 
     in_order = False
     has_rank = False
@@ -69,6 +71,7 @@ class KeyTiles:
     tile_m: int
     tile_n: int
     in_order: bool = False  # tiles of a sequence and a head are to be dealt by ascending keys
+    max_ctas: int = HOPPER_CTAS  # as that of QueryTiles
 
     is_dynamic = False
 

@@ -8,8 +8,13 @@ import torch
 import fa3
 from fa3.inspect.cli import inspect
 from fa3.inspect.elf import Cubin
+from fa3.kernels.bwd_signature import BwdSignature
+from fa3.kernels.ctas import MAX_CTAS
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
+from fa3.kernels.simple.deal import WARP
+from fa3.kernels.sm80.backward.plan import BwdPlan
 from fa3.kernels.sm80.config import SMEM_OF_SM, Sm80Config
+from fa3.kernels.sm80.forward.kernel import FwdPlan
 from fa3.launch import dispatch, jit, tuning
 from perf import static, variants
 
@@ -117,6 +122,24 @@ def test_every_signature_has_a_config_that_fits():
             config.check(signature, smem)
             used.add(config)
     assert used == set(itertools.chain(*tuning.FORWARD_SM80.values()))
+
+
+# SMs of the largest GPU of a capability, or of any that comes near.
+SMS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (10, 0): 160, (12, 0): 188}
+
+
+@pytest.mark.parametrize("capability", SMS, ids=str)
+def test_a_list_of_tiles_has_room_for_all_ctas(capability):
+    """On an A100 with two per SM 216."""
+    for d, dv in itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES):
+        signature = Signature("bf16", d, dv, "full")
+        config = tuning.forward(signature, capability)
+        tiling = FwdPlan(signature, config).tiling
+        assert SMS[capability] * config.ctas_per_sm <= tiling.max_ctas <= MAX_CTAS
+        assert tiling.max_ctas % WARP == 0
+        signature = BwdSignature("bf16", *tuning.backward_tiles(d, dv), "full")
+        tiling = BwdPlan(signature, tuning.backward(signature, capability)).tiling
+        assert SMS[capability] <= tiling.max_ctas <= MAX_CTAS
 
 
 def test_a_config_that_no_kernel_can_have():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import check_fields, check_memory
+from ..ctas import MAX_CTAS
 from ..signature import Signature
 
 # Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
@@ -18,6 +19,7 @@ A100 = SMEM_OF_SM[8, 0]
 REGISTERS_OF_SM = 65_536
 MAX_REGISTERS = 255  # of a thread
 ROWS = 16  # of a fragment
+MAX_SMS = 192  # no GPU that runs these kernels has more than 188
 
 
 def block_columns(width: int) -> int:
@@ -44,6 +46,11 @@ class Sm80Config:
     @property
     def num_threads(self) -> int:
         return 32 * self.num_warps
+
+    @property
+    def max_ctas(self) -> int:
+        """On any GPU, as far as a list of tiles has room for them."""
+        return min(self.ctas_per_sm * MAX_SMS, MAX_CTAS)
 
     def is_dynamic(self, signature: Signature) -> bool:
         """As that of FwdConfig: its tiles are dealt ahead."""

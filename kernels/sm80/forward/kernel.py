@@ -91,7 +91,8 @@ class FwdPlan:
 
     @property
     def tiling(self) -> QueryTiles:
-        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n)
+        sizes = self.tile_m, self.tile_n
+        return QueryTiles(self.signature.mask, *sizes, max_ctas=self.config.max_ctas)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
