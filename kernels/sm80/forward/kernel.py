@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import Int32
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
@@ -81,13 +82,34 @@ class FwdPlan:
         return min(self.config.q_in_registers, self.head_dim)
 
     @property
+    def keys_per_warp(self) -> int:
+        """Of a block."""
+        return self.tile_n // self.config.warps_per_row
+
+    @property
+    def columns_per_warp(self) -> int:
+        """Of O."""
+        return self.head_dim_v // self.config.warps_per_row
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.config.warps_per_row > 1
+
+    @property
     def row_groups(self) -> int:
         """Of a warp."""
         return self.config.rows_per_warp // ROWS
 
     def first_rows(self, warp) -> tuple:
         """Of the warp's row groups, in the tile."""
-        return tuple(ROWS * (warp + self.config.num_warps * m) for m in range(self.row_groups))
+        config = self.config
+        warps = config.num_warps // config.warps_per_row
+        warp = warp // config.warps_per_row
+        return tuple(ROWS * (warp + warps * m) for m in range(self.row_groups))
+
+    def part(self, warp):
+        """Which part of a block's keys and of O's columns the warp has."""
+        return warp % 2 if self.has_pairs else 0
 
     @property
     def tiling(self) -> QueryTiles:
@@ -126,6 +148,7 @@ class Space:
     q: cute.Pointer  # and O
     k: cute.Pointer
     v: cute.Pointer
+    pairs: cute.Pointer | None  # what pairs of warps exchange, in Int32
 
     @staticmethod
     def of(plan: FwdPlan) -> "Space":
@@ -134,7 +157,12 @@ class Space:
 
         allocator, stages = SmemAllocator(), plan.config.num_stages
         q = space(max(plan.q.elements, plan.o.elements))
-        return Space(q, space(stages * plan.k.elements), space(stages * plan.v.elements))
+        k, v = space(stages * plan.k.elements), space(stages * plan.v.elements)
+        pairs = None
+        if plan.has_pairs:
+            words = plan.config.pair_bytes // 4
+            pairs = allocator.allocate_array(Int32, words, byte_alignment=16)
+        return Space(q, k, v, pairs)
 
 
 class ForwardSm80:
@@ -216,7 +244,8 @@ class ForwardSm80:
         rows = []
         for m in cutlass.range_constexpr(plan.row_groups):
             place = self._place(tile, sequence, m)
-            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (place.lane % 4))
+            column = 2 * (place.lane % 4) + place.part * plan.keys_per_warp
+            mask = Mask(work.window_of(tile), plan.tile_n, place.row, column)
             factors = SoftmaxScale(scalars.scale_log2)
             scores = Scores.of(plan, scalars, factors, mask, softmaxes[m])
             rows.append(Rows(scores, softmaxes[m]))
@@ -237,10 +266,12 @@ class ForwardSm80:
         plan, totals, sink = self.plan, Totals.empty(), tensors.sink_of(tile)
         for m in cutlass.range_constexpr(plan.row_groups):
             acc_O, place = products.groups[m].acc_O, self._place(tile, sequence, m)
-            softmaxes[m].finish(acc_O, totals, sink)
+            softmaxes[m].finish(acc_O, totals, sink, products.pair)
             queries = sequence.queries
-            totals.store_lse(tensors.lse, queries, tile.head, place.row, place.lane)
-            store_output(tensors.o, acc_O, plan.o, space.q, place)
+            # Of a pair the first warp stores it: the lanes of the other one seem to have no row.
+            lane = place.lane | place.part
+            totals.store_lse(tensors.lse, queries, tile.head, place.row, lane)
+            store_output(tensors.o, acc_O, plan.o, space.q, place, products.pair)
 
     @cute.jit
     def _wait_for_space_of_o(self):
@@ -258,7 +289,8 @@ class ForwardSm80:
         """Of the m-th row group."""
         lane, warp = _lane_and_warp()
         first = self.plan.first_rows(warp)[m]
-        return Place(tile, sequence, lane, tile.m_block * self.plan.tile_m, first)
+        first_row, part = tile.m_block * self.plan.tile_m, self.plan.part(warp)
+        return Place(tile, sequence, lane, first_row, first, part)
 
     def _loads(self, tensors: FwdTensors, tile: WorkTile, sequence, blocks, space: Space, thread):
         plan, queries, keys = self.plan, sequence.queries, sequence.keys
