@@ -1,7 +1,8 @@
 """FlashAttention-2 forward for Ampere and Ada: host side, shared memory, the tiles of a CTA.
 
 All warps of a CTA do the same, each for 16 or 32 query rows of its own; only K and V are shared,
-and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), per step:
+and nothing of S, P or O leaves a warp's registers, unless two warps share their rows (pair.py).
+With one stage (load.py), per step:
 
     all         | barrier |           | barrier |                            | barrier
     copies      |         | V_n       |         | K_(n-1)                    |
@@ -11,10 +12,10 @@ and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), p
 
 Registers of a thread, rows_per_warp = 32: O dv, S tile_n, P tile_n / 2 (its S is free by then),
 a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows, and half as many as the
-columns of Q that stay.
+columns of Q that stay.  A warp of a pair has half of O's columns and of S's.
 
 Shared memory over tensor cycles on sm_80 is 16 / rows_per_warp, plus Q where it does not stay in
-registers, plus the copies.
+registers, plus the copies, plus P between warps of a pair.
 
 Sources: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -277,11 +278,13 @@ class ForwardSm80:
     def _wait_for_space_of_o(self):
         """A warp's rows of O lie where its rows of Q were, unless their chunks lie differently.
 
-        With one stage all warps have met since their last S = Q K^T.
+        With one stage all warps have met since their last S = Q K^T; and the two of a pair, who
+        share rows, meet as they finish their sums.
         """
         plan = self.plan
         if cutlass.const_expr(plan.q.columns == plan.o.columns or plan.config.num_stages == 1):
-            cute.arch.sync_warp()
+            if cutlass.const_expr(not plan.has_pairs):
+                cute.arch.sync_warp()
         else:
             cute.arch.sync_threads()
 
