@@ -209,11 +209,12 @@ def _plan_of(  # noqa: PLR0913
     from .kernels.simple.metadata import ListSignature  # imports the DSL, as the kernel does
 
     is_dynamic = config.is_dynamic(problem.signature)
-    signature = ListSignature(problem.mask.kind, config.tile_m, config.tile_n, is_dynamic)
+    sizes = config.tile_m, config.tile_n, is_dynamic, config.max_ctas
+    signature = ListSignature(problem.mask.kind, *sizes)
     tiles = Tiles.of(problem, config, number, num_ctas)
     scalars = (
         *(problem.s_q, problem.s_k, batch, problem.h_q * number, h_k),
-        *(problem.mask.left, problem.mask.right, num_ctas),
+        *(problem.mask.left, problem.mask.right, num_ctas * config.ctas_per_sm),
         max(1, L2_BUDGET // ((d + dv) * kv_dtype.itemsize)),
         *(heads.group, number),
     )

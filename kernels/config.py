@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .ctas import HOPPER_CTAS
 from .signature import Signature
 
 SMEM_LIMIT = 232_448  # bytes of dynamic shared memory per CTA on sm_90 (227 KiB)
@@ -56,6 +57,9 @@ class FwdConfig:
     spared_registers: int = 0  # that a consumer's thread leaves to those of the producer
     schedule: ScheduleKind | None = None  # None: dynamic where tiles differ in length
     cluster: int = 1  # CTAs that share what they load of K and V (rings.Ring)
+
+    ctas_per_sm = 1
+    max_ctas = HOPPER_CTAS  # that a list of tiles is dealt to
 
     @property
     def tile_m(self) -> int:

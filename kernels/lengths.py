@@ -11,7 +11,8 @@ from cutlass.cute.runtime import make_fake_tensor
 from .arguments import FwdArguments
 from .arithmetic import maximum, minimum
 from .bwd_arguments import BwdArguments
-from .scheduler import L2_BUDGET, MAX_CTAS, TileList, TileOrder
+from .ctas import MAX_CTAS
+from .scheduler import L2_BUDGET, TileList, TileOrder
 from .sequence import PagedSpans, RaggedSequences, RaggedSpans, Sequences, ragged_view
 from .simple.list_arguments import ListArguments
 from .simple.rounds import Slots

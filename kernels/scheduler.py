@@ -22,10 +22,10 @@ import cutlass
 import cutlass.cute as cute
 
 from .arithmetic import clamp, maximum, minimum
+from .ctas import MAX_CTAS
 
 L2_BUDGET = 32 << 20  # bytes of K and V that may live in L2 at once; H100 has 50 MiB
 MIN_WAVES = 2  # of a round: a long tile of the first is made up for by a short one of the second
-MAX_CTAS = 160  # that a TileList has room for; no Hopper GPU has more than 144 SMs
 ENTRY = 4  # int32 per tile of a TileList: one load
 FIRST_ENTRY = MAX_CTAS + ENTRY  # int32 ahead of them: where each CTA's tiles begin, and all end
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -94,15 +95,18 @@ class OnlineSoftmax:
         return cute.arch.vote_any_sync(_reaches_limit(acc_S, self.state[0], self.limit))
 
     @cute.jit
-    def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None):
+    def move(self, acc_S: cute.Tensor, acc_O: cute.Tensor | None, pair: Any = None):
         """Rows with a score beyond the limit take it as maximum: correct y, the sum and O.
 
         Far rows get what their y lack.  The warp's other rows stay as they are, to the bit: a
         row's result is its own.  acc_O is None at a tile's first block, where there is no O yet.
+        pair: None, or who has the rows' other columns (sm80/forward/pair.py).
         """
         rows_S = rows_and_columns(acc_S)
         for r in cutlass.range_constexpr(2):
             top = cute.arch.warp_reduction_max(_maximum(rows_S[r, None]), threads_in_group=4)
+            if cutlass.const_expr(pair is not None):
+                top = pair.largest(top)
             change, correction = self.far[r], Float32(1.0)
             moved = self.limit - self.headroom - top
             moves = top != -Float32.inf
@@ -144,15 +148,18 @@ class OnlineSoftmax:
         return cute.math.exp2(y, fastmath=True)
 
     @cute.jit
-    def finish(self, acc_O: cute.Tensor, totals: Totals, sink: Float32 | None):
+    def finish(self, acc_O: cute.Tensor, totals: Totals, sink: Float32 | None, pair: Any = None):
         """Normalise O, and write what both rows come to.
 
         A row that saw no key has sum 0: O = 0, lse = -inf.
         sink: None, or a score (natural units, not scaled) without a value that joins the sum.
+        pair: as of move().
         """
         rows = rows_and_columns(acc_O)
         for r in cutlass.range_constexpr(2):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
+            if cutlass.const_expr(pair is not None):
+                total = pair.sum(total)
             is_empty = total == 0.0
             log2_sum = cute.math.log2(total, fastmath=True)
             log2_denominator = log2_sum - self.shift[r] - self.far[r]

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arithmetic import ceil_div, minimum
 from .blocks import BlockRange, Window
+from .ctas import HOPPER_CTAS
 from .query_blocks import QueryRange
 from .signature import MaskKind
 
@@ -26,6 +27,7 @@ class QueryTiles:
     tile_n: int
     is_dynamic: bool = False  # a tile goes to the CTA that asks first (sm90/tile_queue.py)
     cluster: int = 1  # CTAs that get as many tiles of a head, one each
+    max_ctas: int = HOPPER_CTAS  # that a list is dealt to, at most
 
     in_order = False
     has_rank = False
@@ -70,6 +72,7 @@ class KeyTiles:
     tile_m: int
     tile_n: int
     in_order: bool = False  # tiles of a sequence and a head are to be dealt by ascending keys
+    max_ctas: int = HOPPER_CTAS  # as that of QueryTiles
 
     is_dynamic = False
     cluster = 1

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from fa3.kernels.ctas import HOPPER_CTAS
 from fa3.kernels.scheduler import Schedule, TileList
 from fa3.kernels.sequence import RaggedSequences, RaggedSpans
 from fa3.kernels.signature import MaskKind
@@ -29,13 +30,14 @@ class ListConfig:
     tile_m: int = 128
     tile_n: int = 128
     is_dynamic: bool = False  # then there is a list, and nobody walks
+    max_ctas: int = HOPPER_CTAS
 
 
 def tiling_of(signature: ListSignature, config: ListConfig) -> QueryTiles | KeyTiles:
     sizes = signature.mask, config.tile_m, config.tile_n
     if signature.tiles == "queries":
-        return QueryTiles(*sizes, config.is_dynamic)
-    return KeyTiles(*sizes, in_order=signature.tiles == "keys in order")
+        return QueryTiles(*sizes, config.is_dynamic, config.max_ctas)
+    return KeyTiles(*sizes, signature.tiles == "keys in order", config.max_ctas)
 
 
 class ListAndWalk:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from fa3 import emulator
 from fa3.kernels.blocks import Window
-from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET, MAX_CTAS
-from fa3.kernels.simple.deal import BANDS
+from fa3.kernels.ctas import HOPPER_CTAS, MAX_CTAS
+from fa3.kernels.scheduler import ENTRY, FIRST_ENTRY, L2_BUDGET
+from fa3.kernels.simple.deal import bands_of
 from fa3.kernels.simple.rounds import CLASSES, Rounds, Run, Slots, Totals, capacity
 from fa3.kernels.tiling import KeyTiles, QueryTiles
 from fa3.launch import dispatch, jit
@@ -45,6 +46,7 @@ class Ragged:
     max_ctas: int = SMS
     rows_in_l2: int = ROWS_IN_L2
     tiles: str = "queries"
+    limit: int = HOPPER_CTAS  # QueryTiles.max_ctas
 
     @property
     def signature(self) -> ListSignature:
@@ -52,7 +54,7 @@ class Ragged:
 
     @property
     def tiling(self) -> QueryTiles | KeyTiles:
-        return tiling_of(self.signature, ListConfig(TILE, TILE))
+        return tiling_of(self.signature, ListConfig(TILE, TILE, max_ctas=self.limit))
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -69,7 +71,7 @@ class Ragged:
 
     @property
     def num_ctas(self) -> int:
-        return min(self.max_ctas, self.slots.count * self.num_heads, MAX_CTAS)
+        return min(self.max_ctas, self.slots.count * self.num_heads, self.limit)
 
     @functools.cached_property
     def costs(self) -> dict[tuple[int, int], int]:
@@ -134,7 +136,7 @@ def deal(batch: Ragged) -> list[list[tuple[int, int, int]]]:
             done = 0
             while done < len(items):
                 cost = costs[items[done][0]] * run.heads_at_once
-                ctas = next_ctas(loads, cost)[: len(items) - done]
+                ctas = next_ctas(loads, cost, batch.limit)[: len(items) - done]
                 for cta, (pair, part) in zip(ctas, items[done:], strict=False):
                     head, count = run.heads_of(part)
                     tiles[cta] += [(*pair, h) for h in range(head, head + count)]
@@ -155,11 +157,12 @@ def in_order(batch: Ragged) -> list[tuple[int, int, int]]:
     return tiles
 
 
-def next_ctas(loads: list[int], cost: int) -> list[int]:
+def next_ctas(loads: list[int], cost: int, limit: int) -> list[int]:
     """All that have less than the one with least would then have, about in the order of what."""
     least = min(loads)
-    bands = [(load - least) * BANDS // cost for load in loads]
-    return sorted((i for i, band in enumerate(bands) if band < BANDS), key=bands.__getitem__)
+    num_bands = bands_of(limit)
+    bands = [(load - least) * num_bands // cost for load in loads]
+    return sorted((i for i, band in enumerate(bands) if band < num_bands), key=bands.__getitem__)
 
 
 def longest_first(costs: list[int]) -> int:
@@ -357,7 +360,8 @@ def run_kernel(
     memory = torch.full((size + GUARD,), -1, dtype=torch.int32, device=device)
     found = torch.full((batch.slots.count * heads, COLUMNS), -1, dtype=torch.int32, device=device)
     kind = dispatch.target_of(device).kind
-    run = jit.compile(KERNEL, batch.signature, ListConfig(TILE, TILE, is_dynamic), kind)
+    config = ListConfig(TILE, TILE, is_dynamic, batch.limit)
+    run = jit.compile(KERNEL, batch.signature, config, kind)
     rows = [sum(batch.lengths_q), sum(batch.lengths_k)]
     rows[batch.tiles != "queries"] = batch.rows
     run(
@@ -388,6 +392,9 @@ KERNEL_CASES = {
     "decode": Ragged((1,) * 70, tuple(uniform(70, 9000)), 8, 8, "causal"),
     "more CTAs than tiles": Ragged((200,), (99,), 8, 8, "full"),
     "more CTAs than a list is for": Ragged((3000,), (99,), 8, 2, "full", max_ctas=200),
+    "two CTAs per SM": Ragged(
+        tuple(uniform(90, 700)), tuple(uniform(90, 2000)), 3, 1, max_ctas=376, limit=MAX_CTAS
+    ),
     "dense q": Ragged((17, 0, 384, 200), (500, 60, 0, 4000), 4, 4, "local", 384, max_ctas=5),
     "no query": Ragged((0, 0), (5, 0), 2, 2, "full"),
     "no key": Ragged((400, 1), (0, 0), 2, 1, "causal", max_ctas=3),

@@ -8,8 +8,14 @@ import torch
 import fa3
 from fa3.inspect.cli import inspect
 from fa3.inspect.elf import Cubin
+from fa3.inspect.model.ampere import Bound
+from fa3.kernels.bwd_signature import BwdSignature
+from fa3.kernels.ctas import MAX_CTAS
 from fa3.kernels.signature import HEAD_DIM_TILES, Signature
+from fa3.kernels.simple.deal import WARP
+from fa3.kernels.sm80.backward.plan import BwdPlan
 from fa3.kernels.sm80.config import SMEM_OF_SM, Sm80Config
+from fa3.kernels.sm80.forward.kernel import FwdPlan
 from fa3.launch import dispatch, jit, tuning
 from perf import static, variants
 
@@ -28,7 +34,7 @@ DENSE = [
     (LARGE, Case("bf16", 128, 128, s_q=140, s_k=100, causal=True, softmax_scale=0.3)),
     (SMALL, Case("fp16", 104, 120, s_q=33, s_k=150, h_q=3, h_k=1, layout="sbhd", softcap=5.0)),
     (LARGE, Case("fp16", 192, 128, s_q=129, s_k=140, layout="expanded", batch=2, h_q=1, h_k=1)),
-    (LARGE, Case("fp16", 184, 192, s_q=140, s_k=130, causal=True, h_q=1, h_k=1)),
+    (LARGE, Case("bf16", 184, 192, s_q=140, s_k=130, causal=True, h_q=1, h_k=1)),
     (SMALL, Case("bf16", 64, 184, s_q=20, s_k=80, window=(9, 0), sink="batch")),
     (LARGE, Case("bf16", 256, 256, s_q=40, s_k=150, causal=True, h_q=1, h_k=1)),
     (SMALL, Case("fp16", 248, 200, s_q=130, s_k=65, num_ctas=1, h_q=2, h_k=1)),
@@ -59,7 +65,9 @@ def test_sequences_of_different_lengths(capability, case, device, ampere):
 
 @pytest.mark.skipif(HOPPER, reason="schedules are the emulator's")
 @pytest.mark.parametrize(
-    ("capability", "head_dim"), [(LARGE, 64), (SMALL, 96)], ids=["two stages", "one stage"]
+    ("capability", "head_dim"),
+    [(LARGE, 64), (SMALL, 96), (LARGE, 256)],
+    ids=["two stages", "one stage", "pairs of warps"],
 )
 def test_every_schedule_gives_the_same(capability, head_dim, device, ampere):
     """Several tiles per CTA, several blocks per tile."""
@@ -119,6 +127,24 @@ def test_every_signature_has_a_config_that_fits():
     assert used == set(itertools.chain(*tuning.FORWARD_SM80.values()))
 
 
+# SMs of the largest GPU of a capability, or of any that comes near.
+SMS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (10, 0): 160, (12, 0): 188}
+
+
+@pytest.mark.parametrize("capability", SMS, ids=str)
+def test_a_list_of_tiles_has_room_for_all_ctas(capability):
+    """On an A100 with two per SM 216."""
+    for d, dv in itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES):
+        signature = Signature("bf16", d, dv, "full")
+        config = tuning.forward(signature, capability)
+        tiling = FwdPlan(signature, config).tiling
+        assert SMS[capability] * config.ctas_per_sm <= tiling.max_ctas <= MAX_CTAS
+        assert tiling.max_ctas % WARP == 0
+        signature = BwdSignature("bf16", *tuning.backward_tiles(d, dv), "full")
+        tiling = BwdPlan(signature, tuning.backward(signature, capability)).tiling
+        assert SMS[capability] <= tiling.max_ctas <= MAX_CTAS
+
+
 def test_a_config_that_no_kernel_can_have():
     signature = Signature("bf16", 128, 128, "full")
     for name, value in (
@@ -128,6 +154,7 @@ def test_a_config_that_no_kernel_can_have():
         ("num_stages", 3),
         ("ctas_per_sm", 0),
         ("q_in_registers", 40),
+        ("warps_per_row", 4),
     ):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
             Sm80Config(**({"tile_n": 64} | {name: value})).check(signature)
@@ -154,6 +181,8 @@ def test_nothing_spills(variant, device):
     report = found.report
     assert report.resources.sm == int(variant.arch[3:])
     assert report.resources.frame == 0
+    floors = Bound.of(report, variant.target.capability, is_backward=False).floors
+    assert floors["shared memory"] <= floors["tensor cores"]
     slots = report.steady.straight.per_exponential
     assert slots < FLASH_ATTENTION_2[variant.signature.head_dim]
     assert static.worse(static.read()[variant.name], static.Line.of(found)) == []

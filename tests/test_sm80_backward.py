@@ -212,6 +212,14 @@ def test_a_config_that_no_kernel_can_have(changes, words):
         Sm80BwdConfig(**({"tile_m": 64, "tile_n": 128} | changes)).check(signature)
 
 
+def test_too_few_queries_for_all_warps():
+    """Of 32 x 96 elements of dQ."""
+    signature = BwdSignature("bf16", 96, 128, "full")
+    words = "tile_m is 32, expected 64: 8 warps cannot split 32 queries of dQ with 96"
+    with pytest.raises(ValueError, match=words):
+        Sm80BwdConfig(tile_m=32, tile_n=128).check(signature)
+
+
 def test_a_config_that_needs_too_much_memory():
     signature = BwdSignature("bf16", 128, 128, "full")
     with pytest.raises(ValueError, match="needs 148480 bytes.*the limit is 101376"):

@@ -28,6 +28,11 @@ EQUIVALENT = [
         "barrier tile_queue.py:write:",
         "only lists of tiles are read by other lanes than the one that writes and arrives",
     ),
+    (
+        "forward-.*",
+        "barrier kernel.py:_wait_for_space_of_o: cute.arch.sync_warp()",
+        "of Ampere: ldmatrix, which reads what O then takes the place of, is a warp's instruction",
+    ),
     ("(forward|fp8)-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
         (case, what, "K's arrival comes ahead of that of the V waited for beside it")

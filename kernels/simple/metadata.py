@@ -7,6 +7,7 @@ from cutlass import Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from ..arithmetic import minimum
+from ..ctas import HOPPER_CTAS
 from ..sequence import RaggedSequences, RaggedSpans
 from ..signature import MaskKind
 from ..tiling import QueryTiles
@@ -21,6 +22,7 @@ class ListSignature:
     tile_m: int
     tile_n: int
     is_dynamic: bool = False  # of the call's kernel
+    max_ctas: int = HOPPER_CTAS  # QueryTiles.max_ctas
 
 
 class ListQueries:
@@ -28,7 +30,11 @@ class ListQueries:
 
     def __init__(self, signature: ListSignature, config: None = None):
         self.tiling = QueryTiles(
-            signature.mask, signature.tile_m, signature.tile_n, signature.is_dynamic
+            signature.mask,
+            signature.tile_m,
+            signature.tile_n,
+            signature.is_dynamic,
+            signature.max_ctas,
         )
 
     def example_args(self) -> tuple:

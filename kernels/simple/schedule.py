@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 
 from ..arithmetic import ceil_div, maximum, minimum
 from ..blocks import Window
-from ..scheduler import MAX_CTAS
+from ..ctas import MAX_CTAS
 from ..sequence import Sequence
 from ..tiling import KeyTiles, QueryTiles
 from .deal import WARP, Hands, deal
@@ -65,7 +65,7 @@ class ListTiles:
             call.slots.count,
             call.num_heads,
             call.num_heads_kv,
-            call.num_ctas,
+            self._num_ctas(call),
             call.rows_in_l2,
         )
         self._classify(call, rounds, thread)
@@ -83,6 +83,10 @@ class ListTiles:
                 self._deal(call, rounds, in_class, begins, num_items, lane)
             cute.arch.sync_threads()
             self._write(call, begins, num_items[0], thread)
+
+    def _num_ctas(self, call: ListArguments):
+        """That tiles are dealt to."""
+        return minimum(call.num_ctas, self.tiling.max_ctas)
 
     @cute.jit
     def _weigh(self, call: ListArguments, totals: cute.Tensor, thread):
@@ -192,7 +196,8 @@ class ListTiles:
         lane,
     ):
         """By one warp, whose lanes have a few neighbouring CTAs each."""
-        hands = Hands.empty(call.num_ctas, lane)
+        num_ctas = self._num_ctas(call)
+        hands = Hands.empty(self.tiling.max_ctas, num_ctas, lane)
         items = Int32(0)
         for chunk in cutlass.range(rounds.num_chunks, unroll=1):
             pairs = in_class[chunk, lane]
@@ -208,7 +213,7 @@ class ListTiles:
                     is_dealt = (lane < cost_class) | is_later
                     count = cutlass.select_(is_dealt, Int32(0), pairs)
                     count = cute.arch.warp_redux_sync(count, "add")
-                    sizes = count, first_head, heads, num_pairs * heads, call.num_ctas
+                    sizes = count, first_head, heads, num_pairs * heads, num_ctas
                     run = Run.of(cost_class, *sizes)
                     deal(call, run, first_pair, items, hands)
                     items += run.num_items

@@ -69,6 +69,13 @@ class Sm80BwdConfig:
         """Per block of queries, if deterministic."""
         return 1
 
+    def _splits_dq(self, head_dim: int) -> bool:
+        try:
+            self.dq_warps(head_dim)
+        except ValueError:
+            return False
+        return True
+
     def dq_warps(self, head_dim: int) -> tuple[int, int]:
         """How all warps split a block of dQ: along queries, and along channels."""
         warps = 2 * SIDE_WARPS
@@ -98,6 +105,7 @@ class Sm80BwdConfig:
         yield "key_warps", self.key_warps in (2, 4), "2 or 4"
         yield "num_stages", self.num_stages in (1, 2), "1 or 2"
         yield "tile_m", self.tile_m in (32, 64), "32 or 64"
+        yield "tile_m", self._splits_dq(d), f"64: 8 warps cannot split 32 queries of dQ with {d}"
         unit = ROWS * self.key_warps
         keys = range(unit, 129, unit)
         yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 128"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import check_fields, check_memory
+from ..ctas import MAX_CTAS
 from ..signature import Signature
 
 # Shared memory by compute capability: of an SM, and what a CTA may have of it.  The driver keeps
@@ -18,6 +19,7 @@ A100 = SMEM_OF_SM[8, 0]
 REGISTERS_OF_SM = 65_536
 MAX_REGISTERS = 255  # of a thread
 ROWS = 16  # of a fragment
+MAX_SMS = 192  # no GPU that runs these kernels has more than 188
 
 
 def block_columns(width: int) -> int:
@@ -35,15 +37,21 @@ class Sm80Config:
     num_stages: int = 1  # of K and of V
     ctas_per_sm: int = 2
     q_in_registers: int = 0  # columns of Q that are operands in registers all the time, at most
+    warps_per_row: int = 1  # 2: pairs of warps share their rows (forward/pair.py)
 
     @property
     def tile_m(self) -> int:
         """Query rows per CTA."""
-        return self.num_warps * self.rows_per_warp
+        return self.num_warps * self.rows_per_warp // self.warps_per_row
 
     @property
     def num_threads(self) -> int:
         return 32 * self.num_warps
+
+    @property
+    def max_ctas(self) -> int:
+        """On any GPU, as far as a list of tiles has room for them."""
+        return min(self.ctas_per_sm * MAX_SMS, MAX_CTAS)
 
     def is_dynamic(self, signature: Signature) -> bool:
         """As that of FwdConfig: its tiles are dealt ahead."""
@@ -75,6 +83,9 @@ class Sm80Config:
         keys = range(unit, 257, unit)
         yield "tile_n", self.tile_n in keys, f"a multiple of {unit} from {unit} to 256"
         yield "num_stages", self.num_stages in (1, 2), "1 or 2"
+        yield "warps_per_row", self.warps_per_row in (1, 2), "1 or 2"
+        part = ROWS * self.warps_per_row
+        yield "tile_n", self.tile_n % part == 0, f"a multiple of {part}"
         threads = self.num_threads * self.ctas_per_sm
         widths = range(0, 257, 16)
         yield "q_in_registers", self.q_in_registers in widths, "a multiple of 16 from 0 to 256"
@@ -89,4 +100,11 @@ class Sm80Config:
         """Dynamic shared memory of a CTA.  O takes the place of Q."""
         d, dv = signature.head_dim, signature.head_dim_v
         stages = self.num_stages * self.tile_n * (d + dv)
-        return 2 * (self.tile_m * max(d, dv) + stages)
+        return 2 * (self.tile_m * max(d, dv) + stages) + self.pair_bytes
+
+    @property
+    def pair_bytes(self) -> int:
+        """For what pairs of warps exchange: P, and a word per thread."""
+        if self.warps_per_row == 1:
+            return 0
+        return 2 * self.tile_m * self.tile_n + 4 * self.num_threads

@@ -73,13 +73,15 @@ class SharedOperand:
 
     @staticmethod
     def of(
-        layout: TileLayout, pointer: cute.Pointer, lane, first_row=0, is_k: bool = False
+        layout: TileLayout, pointer: cute.Pointer, lane, first_row=0, is_k: bool = False, part=0
     ) -> "SharedOperand":
         """is_k: the matrices' order is (k, k + 8) for 8 rows, then for the next 8; else the other.
 
         That is what makes a fragment of K; Q and V, which is transposed, take the other.
+        part: 1 is the second half of each column block, 0 the first one, or all.
         """
         row, chunk = (lane // 16 * 8 + lane % 8, lane // 8 % 2) if is_k else (lane % 16, lane // 16)
+        chunk = chunk + part * (layout.chunks // 2)
         base = kept(Int32(pointer.toint()) + 2 * layout.offset(first_row + row, chunk))
         return SharedOperand(layout, base)
 

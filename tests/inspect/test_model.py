@@ -373,6 +373,14 @@ def test_the_command_predicts_a_shipped_kernel(device, tmp_path, capsys):
     assert steady.count(" MMA  |") == inspection.config.num_mma_warpgroups
 
 
+def test_the_command_bounds_a_kernel_of_ampere(device, tmp_path, capsys):
+    signature = Signature("bf16", 64, 64, "causal")
+    path = cli.dump(cli.inspect(signature, target=cli.TARGETS["sm_80"]), tmp_path)[1]
+    assert cli.main(["predict", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "TFLOPs/s of an A100" in out and "floors" in out
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "no.cubin"
     assert cli.main(["predict", str(path)]) == 1

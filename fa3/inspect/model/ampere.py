@@ -111,6 +111,8 @@ def _steps(program: Program, loop: MainLoop) -> Iterable[Instruction]:
 
 def _shared_bytes(step: Instruction) -> int:
     """That a warp moves through shared memory."""
+    if step.predicate == "@!PT":  # never: it only holds a place
+        return 0
     if step.base in CHUNKS:
         return 16 * LANES
     return step.bytes * LANES if step.base in ("LDS", "STS") else 0

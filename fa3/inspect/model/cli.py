@@ -1,4 +1,7 @@
-"""`python -m fa3 predict FILE.cubin ...`: the speed of the attention kernels in cubins."""
+"""`python -m fa3 predict FILE.cubin ...`: the speed of the attention kernels in cubins.
+
+Of kernels for 8.x a bound, which the options do not change.
+"""
 
 import argparse
 import functools
@@ -6,9 +9,11 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from ..report import analyse
 from . import whatif
+from .ampere import GPUS, Bound
 from .machine import CLOCK, TAIL, Machine
-from .predict import Settings, predict
+from .predict import Settings, predict_report
 from .producer import AHEAD, WARPS
 from .report import text, timeline
 from .simulate import ITERATIONS
@@ -88,7 +93,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         chosen = settings(args)
         for path in args.cubin:
-            prediction = predict(path.read_bytes(), args.kernel, chosen)
+            report = analyse(path.read_bytes(), args.kernel)
+            capability = divmod(report.resources.sm, 10)
+            if capability in GPUS:
+                print("\n".join(Bound.of(report, capability, bool(report.beside)).lines()))
+                continue
+            prediction = predict_report(report, chosen)
             if args.trace:
                 for x in prediction.traces[-1]:
                     c = x.control

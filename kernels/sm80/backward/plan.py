@@ -9,6 +9,7 @@ from ...elements import ELEMENT
 from ...lengths import EqualLengths, RaggedLengths
 from ...tiling import KeyTiles
 from ..bwd_config import SIDE_WARPS, Sm80BwdConfig
+from ..config import MAX_SMS
 from ..copies import TileLayout
 from ..mma import ROWS
 
@@ -52,7 +53,8 @@ class BwdPlan:
     @property
     def tiling(self) -> KeyTiles:
         signature, config = self.signature, self.config
-        return KeyTiles(signature.mask, config.tile_m, config.tile_n, signature.deterministic)
+        sizes = config.tile_m, config.tile_n
+        return KeyTiles(signature.mask, *sizes, signature.deterministic, MAX_SMS)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:

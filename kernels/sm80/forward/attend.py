@@ -42,7 +42,7 @@ def attend(products: Products, rows: tuple, loads: Loads, blocks: BlockRange):
             if moves:
                 for m in cutlass.range_constexpr(len(rows)):
                     group = products.groups[m]
-                    rows[m].softmax.move(group.acc_S, group.acc_O)
+                    rows[m].softmax.move(group.acc_S, group.acc_O, products.pair)
             for m in cutlass.range_constexpr(len(rows)):
                 rows[m].softmax.exponentiate(products.groups[m].acc_S)
             products.convert()
@@ -55,7 +55,7 @@ def _apply(products: Products, rows: tuple, fetched: tuple, n_block, is_masked: 
     moves = cutlass.Boolean(False)
     for group, part in zip(rows, products.groups, strict=True):
         moves = group.scores.apply(part.acc_S, fetched, n_block, is_masked) | moves
-    return moves
+    return moves if products.pair is None else products.pair.any(moves)
 
 
 def _phases(blocks: BlockRange) -> tuple[tuple[Phase, bool], ...]:

@@ -1,7 +1,8 @@
 """FlashAttention-2 forward for Ampere and Ada: host side, shared memory, the tiles of a CTA.
 
 All warps of a CTA do the same, each for 16 or 32 query rows of its own; only K and V are shared,
-and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), per step:
+and nothing of S, P or O leaves a warp's registers, unless two warps share their rows (pair.py).
+With one stage (load.py), per step:
 
     all         | barrier |           | barrier |                            | barrier
     copies      |         | V_n       |         | K_(n-1)                    |
@@ -11,10 +12,10 @@ and nothing of S, P or O leaves a warp's registers.  With one stage (load.py), p
 
 Registers of a thread, rows_per_warp = 32: O dv, S tile_n, P tile_n / 2 (its S is free by then),
 a step's fragments of Q and K or V about 40; half of O, S and P for 16 rows, and half as many as the
-columns of Q that stay.
+columns of Q that stay.  A warp of a pair has half of O's columns and of S's.
 
 Shared memory over tensor cycles on sm_80 is 16 / rows_per_warp, plus Q where it does not stay in
-registers, plus the copies.
+registers, plus the copies, plus P between warps of a pair.
 
 Sources: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import Int32
 from cutlass.memory import SmemAllocator
 
 from ...arguments import FwdArguments
@@ -81,17 +83,39 @@ class FwdPlan:
         return min(self.config.q_in_registers, self.head_dim)
 
     @property
+    def keys_per_warp(self) -> int:
+        """Of a block."""
+        return self.tile_n // self.config.warps_per_row
+
+    @property
+    def columns_per_warp(self) -> int:
+        """Of O."""
+        return self.head_dim_v // self.config.warps_per_row
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.config.warps_per_row > 1
+
+    @property
     def row_groups(self) -> int:
         """Of a warp."""
         return self.config.rows_per_warp // ROWS
 
     def first_rows(self, warp) -> tuple:
         """Of the warp's row groups, in the tile."""
-        return tuple(ROWS * (warp + self.config.num_warps * m) for m in range(self.row_groups))
+        config = self.config
+        warps = config.num_warps // config.warps_per_row
+        warp = warp // config.warps_per_row
+        return tuple(ROWS * (warp + warps * m) for m in range(self.row_groups))
+
+    def part(self, warp):
+        """Which part of a block's keys and of O's columns the warp has."""
+        return warp % 2 if self.has_pairs else 0
 
     @property
     def tiling(self) -> QueryTiles:
-        return QueryTiles(self.signature.mask, self.tile_m, self.tile_n)
+        sizes = self.tile_m, self.tile_n
+        return QueryTiles(self.signature.mask, *sizes, max_ctas=self.config.max_ctas)
 
     @property
     def lengths(self) -> EqualLengths | RaggedLengths:
@@ -125,6 +149,7 @@ class Space:
     q: cute.Pointer  # and O
     k: cute.Pointer
     v: cute.Pointer
+    pairs: cute.Pointer | None  # what pairs of warps exchange, in Int32
 
     @staticmethod
     def of(plan: FwdPlan) -> "Space":
@@ -133,7 +158,12 @@ class Space:
 
         allocator, stages = SmemAllocator(), plan.config.num_stages
         q = space(max(plan.q.elements, plan.o.elements))
-        return Space(q, space(stages * plan.k.elements), space(stages * plan.v.elements))
+        k, v = space(stages * plan.k.elements), space(stages * plan.v.elements)
+        pairs = None
+        if plan.has_pairs:
+            words = plan.config.pair_bytes // 4
+            pairs = allocator.allocate_array(Int32, words, byte_alignment=16)
+        return Space(q, k, v, pairs)
 
 
 class ForwardSm80:
@@ -215,7 +245,8 @@ class ForwardSm80:
         rows = []
         for m in cutlass.range_constexpr(plan.row_groups):
             place = self._place(tile, sequence, m)
-            mask = Mask(work.window_of(tile), plan.tile_n, place.row, 2 * (place.lane % 4))
+            column = 2 * (place.lane % 4) + place.part * plan.keys_per_warp
+            mask = Mask(work.window_of(tile), plan.tile_n, place.row, column)
             factors = SoftmaxScale(scalars.scale_log2)
             scores = Scores.of(plan, scalars, factors, mask, softmaxes[m])
             rows.append(Rows(scores, softmaxes[m]))
@@ -236,20 +267,24 @@ class ForwardSm80:
         plan, totals, sink = self.plan, Totals.empty(), tensors.sink_of(tile)
         for m in cutlass.range_constexpr(plan.row_groups):
             acc_O, place = products.groups[m].acc_O, self._place(tile, sequence, m)
-            softmaxes[m].finish(acc_O, totals, sink)
+            softmaxes[m].finish(acc_O, totals, sink, products.pair)
             queries = sequence.queries
-            totals.store_lse(tensors.lse, queries, tile.head, place.row, place.lane)
-            store_output(tensors.o, acc_O, plan.o, space.q, place)
+            # Of a pair the first warp stores it: the lanes of the other one seem to have no row.
+            lane = place.lane | place.part
+            totals.store_lse(tensors.lse, queries, tile.head, place.row, lane)
+            store_output(tensors.o, acc_O, plan.o, space.q, place, products.pair)
 
     @cute.jit
     def _wait_for_space_of_o(self):
         """A warp's rows of O lie where its rows of Q were, unless their chunks lie differently.
 
-        With one stage all warps have met since their last S = Q K^T.
+        With one stage all warps have met since their last S = Q K^T; and the two of a pair, who
+        share rows, meet as they finish their sums.
         """
         plan = self.plan
         if cutlass.const_expr(plan.q.columns == plan.o.columns or plan.config.num_stages == 1):
-            cute.arch.sync_warp()
+            if cutlass.const_expr(not plan.has_pairs):
+                cute.arch.sync_warp()
         else:
             cute.arch.sync_threads()
 
@@ -257,7 +292,8 @@ class ForwardSm80:
         """Of the m-th row group."""
         lane, warp = _lane_and_warp()
         first = self.plan.first_rows(warp)[m]
-        return Place(tile, sequence, lane, tile.m_block * self.plan.tile_m, first)
+        first_row, part = tile.m_block * self.plan.tile_m, self.plan.part(warp)
+        return Place(tile, sequence, lane, first_row, first, part)
 
     def _loads(self, tensors: FwdTensors, tile: WorkTile, sequence, blocks, space: Space, thread):
         plan, queries, keys = self.plan, sequence.queries, sequence.keys

@@ -10,28 +10,31 @@ from ...views import convert
 from ..mma import (
     SharedOperand,
     accumulator,
+    columns_of,
     fragment_a,
     fragment_b,
     multiply,
     operand,
     warp_mma,
 )
+from .pair import Pair
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """16 query rows of a warp; a thread has two of them."""
 
-    acc_S: cute.Tensor  # ((2, 2, tile_n / 8), 1, 1) fp32 registers
-    acc_O: cute.Tensor  # ((2, 2, dv / 8), 1, 1) fp32 registers
-    p: cute.Tensor  # ((2, 2, 2), 1, tile_n / 16) 16-bit registers
+    acc_S: cute.Tensor  # ((2, 2, keys / 8), 1, 1) fp32 registers
+    acc_O: cute.Tensor  # ((2, 2, columns / 8), 1, 1) fp32 registers
+    p: cute.Tensor  # ((2, 2, 2), 1, keys / 16) 16-bit registers
     q: cute.Tensor | None  # ((2, 2, 2), 1, n / 16) 16-bit registers: the first columns of Q
 
     @staticmethod
     def of(plan) -> "RowGroup":
-        acc_S, acc_O = accumulator(plan.tile_n), accumulator(plan.head_dim_v)
+        keys, columns = plan.keys_per_warp, plan.columns_per_warp
         q = operand(plan.q_in_registers, plan.element) if plan.q_in_registers else None
-        return RowGroup(acc_S, acc_O, operand(plan.tile_n, plan.element), q)
+        p = operand(keys, plan.element)
+        return RowGroup(accumulator(keys), accumulator(columns), p, q)
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,22 @@ class Products:
     mma: cute.MmaAtom
     q: SharedOperand  # of the warp's rows
     k: SharedOperand
-    v: SharedOperand
+    v: tuple[SharedOperand, ...]  # the warp's keys, and those of the other warp of its rows
     groups: tuple[RowGroup, ...]
+    pair: Pair | None
 
     @staticmethod
     def of(plan, lane, warp, space) -> "Products":
+        part, keys = plan.part(warp), plan.keys_per_warp
+        first_keys = [keys * (part ^ i) for i in range(plan.config.warps_per_row)]
         return Products(
             plan,
             warp_mma(plan.element),
             SharedOperand.of(plan.q, space.q, lane, plan.first_rows(warp)[0]),
-            SharedOperand.of(plan.k, space.k, lane, is_k=True),
-            SharedOperand.of(plan.v, space.v, lane),
+            SharedOperand.of(plan.k, space.k, lane, first_keys[0], is_k=True),
+            tuple(SharedOperand.of(plan.v, space.v, lane, x, part=part) for x in first_keys),
             tuple(RowGroup.of(plan) for _ in range(plan.row_groups)),
+            Pair.of(plan, space.pairs, lane, warp) if plan.has_pairs else None,
         )
 
     def start(self):
@@ -75,7 +82,7 @@ class Products:
         for group in self.groups:
             group.acc_S.fill(0.0)
         for k in range(0, self.plan.head_dim, 16):
-            words = [w for n in range(0, self.plan.tile_n, 16) for w in keys.load(n, k)]
+            words = [w for n in range(0, self.plan.keys_per_warp, 16) for w in keys.load(n, k)]
             b = fragment_b(words, element)
             for group, row in zip(self.groups, self.plan.first_rows(0), strict=True):
                 multiply(self.mma, group.acc_S, self._q(group, row, k), b)
@@ -88,14 +95,20 @@ class Products:
 
     def output(self, stage):
         """O += P V"""
-        values, width = self.v.at(stage), self.plan.head_dim_v
-        for k in range(0, self.plan.tile_n, 16):
-            words = [w for n in range(0, width, 16) for w in values.load(k, n, transpose=True)]
-            b = fragment_b(words, self.plan.element)
-            for group in self.groups:
-                multiply(self.mma, group.acc_O, group.p[None, None, k // 16], b)
+        columns = columns_of(self.plan.v, self.plan.config.warps_per_row)
+        parts = tuple(group.p for group in self.groups)
+        for i, values in enumerate(self.v):
+            if i > 0:
+                self.pair.take(parts)
+            for k in range(0, self.plan.keys_per_warp, 16):
+                words = [w for n in columns for w in values.at(stage).load(k, n, transpose=True)]
+                b = fragment_b(words, self.plan.element)
+                for group, p in zip(self.groups, parts, strict=True):
+                    multiply(self.mma, group.acc_O, p[None, None, k // 16], b)
 
     def convert(self):
         """P -> operand"""
         for group in self.groups:
             convert(group.acc_S, group.p)
+        if self.pair is not None:
+            self.pair.give(tuple(group.p for group in self.groups))

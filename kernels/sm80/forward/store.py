@@ -12,6 +12,7 @@ from ...sequence import Sequence
 from ...views import convert
 from ..copies import CHUNK, TileLayout, kept
 from ..mma import ROWS
+from .pair import Pair
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Place:
     lane: Any
     first_row: Any  # query of the tile's first row
     offset: Any  # of the group's first row in the tile
+    part: Any  # of the columns of O that the warp has
 
     @property
     def row(self):
@@ -32,7 +34,12 @@ class Place:
 
 @cute.jit
 def store_output(
-    mO: cute.Tensor, acc_O: cute.Tensor, layout: TileLayout, space: cute.Pointer, place: Place
+    mO: cute.Tensor,
+    acc_O: cute.Tensor,
+    layout: TileLayout,
+    space: cute.Pointer,
+    place: Place,
+    pair: Pair | None,
 ):
     """16 rows of O; the caller sees to it that no other warp has something where they go.
 
@@ -44,17 +51,23 @@ def store_output(
     acc_16 = cute.make_rmem_tensor_like(acc_O, space.value_type)
     convert(acc_O, acc_16)
     pairs = cute.recast_tensor(acc_16, Int32)  # (row, 8 columns)
-    for j in cutlass.range_constexpr(layout.width // CHUNK):
+    parts = layout.width // (2 * cute.size(acc_O))
+    chunks = layout.chunks // parts  # of the warp, in each column block
+    for j in cutlass.range_constexpr(layout.blocks * chunks):
         for r in cutlass.range_constexpr(2):
             row = place.offset + 8 * r + lane // 4
-            at = layout.offset(row, j % layout.chunks, j // layout.chunks) + 2 * (lane % 4)
+            chunk = j % chunks + place.part * chunks
+            at = layout.offset(row, chunk, j // chunks) + 2 * (lane % 4)
             _word(space + at)[0] = pairs[2 * j + r]
-    cute.arch.sync_warp()
+    if cutlass.const_expr(pair is None):
+        cute.arch.sync_warp()
+    else:
+        pair.meet()
 
     step = 32 // layout.chunks
     row, chunk = lane // layout.chunks, lane % layout.chunks
-    for i in cutlass.range_constexpr(ROWS // step):
-        local = place.offset + row + i * step
+    for i in cutlass.range_constexpr(ROWS // step // parts):
+        local = place.offset + row + (i * parts + place.part) * step
         query = place.first_row + local
         if query < queries.length:
             for block in cutlass.range_constexpr(layout.blocks):
