@@ -36,7 +36,7 @@ class ListConfig:
 def tiling_of(signature: ListSignature, config: ListConfig) -> QueryTiles | KeyTiles:
     sizes = signature.mask, config.tile_m, config.tile_n
     if signature.tiles == "queries":
-        return QueryTiles(*sizes, config.is_dynamic, config.max_ctas)
+        return QueryTiles(*sizes, config.is_dynamic, max_ctas=config.max_ctas)
     return KeyTiles(*sizes, signature.tiles == "keys in order", config.max_ctas)
 
 

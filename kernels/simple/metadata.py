@@ -34,7 +34,7 @@ class ListQueries:
             signature.tile_m,
             signature.tile_n,
             signature.is_dynamic,
-            signature.max_ctas,
+            max_ctas=signature.max_ctas,
         )
 
     def example_args(self) -> tuple:
