@@ -33,7 +33,7 @@ EQUIVALENT = [
         "barrier kernel.py:_wait_for_space_of_o: cute.arch.sync_warp()",
         "of Ampere: ldmatrix, which reads what O then takes the place of, is a warp's instruction",
     ),
-    ("(forward|fp8)-.*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
+    (".*", "barrier tile_queue.py:read:", "lanes meet again before Q is given back"),
     *(
         (case, what, "K's arrival comes ahead of that of the V waited for beside it")
         for case, what in (
