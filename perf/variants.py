@@ -72,9 +72,10 @@ def with_scores() -> list[Signature]:
 def of_caches() -> list[Signature]:
     """Every config of 16-bit q beside a cache of bytes, and what split and paged kernels risk.
 
-    Mostly kernels that the tests of accuracy run.
+    Mostly kernels that the tests of accuracy run, and those with configs of their own.
     """
     paged = {"is_ragged": True, "widens": "e4m3"}
+    of_bytes = Signature("e4m3", 256, 256, "local", QUANTISED["one scale"], is_ragged=True)
     return [
         Signature("bf16", 64, 64, "causal", page_rows=16, packs_heads=True, **paged),
         Signature("bf16", 96, 96, "full", page_rows=16, **paged).split(),
@@ -83,6 +84,8 @@ def of_caches() -> list[Signature]:
         Signature("fp16", 192, 192, "local", page_rows=64, **paged).split(),
         Signature("fp16", 256, 256, "causal", page_rows=128, packs_heads=True, **paged),
         Signature("e4m3", 96, 96, "local", QUANTISED["block scales"]).split(),
+        replace(of_bytes, page_rows=16),
+        replace(of_bytes, page_rows=1),
     ]
 
 

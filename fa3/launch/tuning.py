@@ -53,6 +53,9 @@ FORWARD_FP8 = {
     (256, 256): {
         "any": FwdConfig(tile_n=96, o_slice=64),  # 921
         "blocks": FwdConfig(tile_n=64, o_slice=64),  # 818
+        # Fetched tiles or gathered rows beside, the transposing warps spill.
+        "ragged local": FwdConfig(tile_n=96, o_slice=64, schedule="static"),
+        "gathered local": FwdConfig(tile_n=64, o_slice=64),
     },
 }
 
@@ -211,7 +214,10 @@ def _forward_sm90(signature: Signature) -> FwdConfig:
     # TMA brings pages in parts that divide a block: more keys at a time of 128 than of 176.
     config = row["any"] if signature.page_rows else row.get(signature.mask) or row["any"]
     config = row.get("split", config) if signature.is_split else config
-    config = row.get("gathered", config) if signature.gathers else config
+    if signature.is_ragged:
+        config = row.get(f"ragged {signature.mask}", config)
+    if signature.gathers:
+        config = row.get(f"gathered {signature.mask}") or row.get("gathered", config)
     v_block = 0 if signature.quantised is None else signature.quantised.v_block
     if v_block % config.tile_n:  # a tile would reach over two scales of v
         config = row.get("blocks", config)
