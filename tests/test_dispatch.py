@@ -198,7 +198,8 @@ def test_no_tile_of_one_byte_inputs_reaches_over_two_scales():
 )
 def test_every_row_of_the_table_is_used(table, signatures):
     others = [signature.split() for signature in signatures]
-    others += [replace(signature, is_ragged=True, page_rows=1) for signature in signatures]
+    for page_rows in (0, 1):
+        others += [replace(x, is_ragged=True, page_rows=page_rows) for x in signatures]
     used = [tuning.forward(signature) for signature in signatures + others]
     for row in table.values():
         for config in row.values():
