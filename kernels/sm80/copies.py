@@ -64,7 +64,7 @@ class RowCopy:
     stride: Int64  # bytes from row to row
     row: Int32  # of the thread's first chunk
     length: Int32  # rows of the matrix that count
-    last_size: Int32  # bytes to read of a chunk of the last column block: 0 beyond the true width
+    sizes: tuple  # bytes to read of a chunk, by column block: 16, or 0 beyond the true width
     target: Int32  # address of the thread's first chunk in shared memory
 
     @staticmethod
@@ -74,22 +74,27 @@ class RowCopy:
 
     @staticmethod
     @cute.jit
-    def of(layout: TileLayout, num_threads: int, thread, matrix, length, pointer, offset):
+    def of(
+        layout: TileLayout, num_threads: int, thread, matrix, length, pointer, offset, may_lack=1
+    ):
         """matrix: (rows, width) in global memory; pointer: to the tile, or to its first stage.
 
         offset: `thread_offset(layout, thread)`, which tiles of the same columns share.
+        may_lack: only so many last column blocks may lie beyond the true width; one, where the
+            tile is the narrowest that holds it.
         """
         chunks, element = layout.chunks, 2
         row, chunk = thread // chunks, thread % chunks
-        # All but the last column block lie within the true width, as that of a narrower tile does.
-        is_inside = (layout.blocks - 1) * layout.columns + chunk * CHUNK < matrix.shape[1]
-        last_size = Int32(16) if is_inside else Int32(0)
+        sizes = [Int32(16)] * layout.blocks
+        for block in cutlass.range_constexpr(max(0, layout.blocks - may_lack), layout.blocks):
+            is_inside = block * layout.columns + chunk * CHUNK < matrix.shape[1]
+            sizes[block] = Int32(16) if is_inside else Int32(0)
         stride = Int64(matrix.stride[0]) * element
         source = matrix.iterator.toint() + Int64(row) * stride + chunk * CHUNK * element
         source = kept_address(source)
         target = Int32(pointer.toint()) + offset
         step = num_threads // chunks
-        return RowCopy(layout, step, source, stride, row, length, last_size, target)
+        return RowCopy(layout, step, source, stride, row, length, tuple(sizes), target)
 
     @cute.jit
     def issue(self, tile, stage, is_partial: cutlass.Constexpr[bool]):
@@ -106,7 +111,7 @@ class RowCopy:
             if cutlass.const_expr(is_partial):
                 is_inside = first + i * self.step + self.row < self.length
             for block in cutlass.range_constexpr(layout.blocks):
-                size = self.last_size if block == layout.blocks - 1 else Int32(16)
+                size = self.sizes[block]
                 if cutlass.const_expr(is_partial):
                     size = size if is_inside else Int32(0)
                 to = target + (block * layout.rows + i * self.step) * layout.columns * 2

@@ -196,8 +196,7 @@ class BackwardSm80:
             (plan.k, tensors.k, space.k) if side.makes_p else (plan.v, tensors.v, space.v)
         )
         matrix = keys.matrix(tensor, tile.head_kv)
-        offset = 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
-        copy = RowCopy.of(layout, SIDE, thread, matrix, keys.length, pointer, offset)
+        copy = _copy(layout, thread, matrix, keys.length, pointer)
         copy.issue(tile.n_block, 0, is_partial=True)
         commit()
         side.start()
@@ -257,10 +256,9 @@ class BackwardSm80:
         stats = tensors.row_stats.iterator + numbers * plan.config.tile_m
         first_block = tensors.first_block(queries, head, plan.config.tile_m)
         matrix = queries.matrix(tensor, head)
-        offset = 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
         return Loads(
             plan.config.num_stages,
-            RowCopy.of(layout, SIDE, thread, matrix, queries.length, pointer, offset),
+            _copy(layout, thread, matrix, queries.length, pointer),
             StatsCopy.of(plan.config.tile_m, stats, first_block, space.stats[numbers], thread),
             blocks.m_min,
         )
@@ -314,6 +312,12 @@ class BackwardSm80:
         first = tile.n_block * config.tile_n
         store_rows(matrix, layout, pointer, first, keys.length, _thread(), SIDE)
         cute.arch.sync_threads()  # no warp reads dK or dV any more
+
+
+def _copy(layout, thread, matrix, length, pointer) -> RowCopy:
+    """By one side's threads. A row of the tables may serve head dims far below its tile's."""
+    offset = 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
+    return RowCopy.of(layout, SIDE, thread, matrix, length, pointer, offset, layout.blocks)
 
 
 def _thread():
