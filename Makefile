@@ -27,8 +27,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: test demo lint sweep device evidence figures docs clean
 
+# Neighbours in a file share kernels: each worker takes a run of them, not every other one.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/python docs/examples/minilm.py $(DEMO_FLAGS)

@@ -97,7 +97,8 @@ def compared() -> list[Signature]:
         # Without a mask in blocks; with either of the others each kind of scales in turn.
         quantised = kinds[(i + j) % len(kinds)] if j else kinds[0]
         found.append(Signature(quantised.k, *dims, mask, quantised))
-    return found
+    own_config = Signature("e4m3", 64, 64, "full", QUANTISED["one scale"])
+    return [*found, own_config]
 
 
 def backward() -> list[Variant]:

@@ -37,8 +37,7 @@ def test_one_instruction_is_taken_out_at_a_time():
 
 def test_a_sample_of_the_kernels_mutants_is_caught(device, capsys):
     """The same draws every time; all of them: python -m fa3.emulator mutants."""
-    samples = {"forward-causal": 7, "fp8-causal": 5, "ragged-causal": 2, "ragged-fp8": 5}
-    samples["backward-full"] = 4
+    samples = {"forward-causal": 4, "fp8-causal": 3, "ragged-fp8": 3, "backward-full": 3}
     for kernel, sample in samples.items():
         assert cli.main(["mutants", "--kernel", kernel, "--sample", str(sample)]) == 0
         *lines, last = capsys.readouterr().out.splitlines()
