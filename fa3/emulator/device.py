@@ -177,6 +177,10 @@ class Device:
             self._modules[digest] = parse(text)
         return self._modules[digest].kernels[name]
 
+    def forget_executed(self, ptx: str) -> None:
+        """`executed` of this PTX text begins anew."""
+        self._modules.pop(hashlib.sha256(ptx.encode()).digest(), None)
+
     def executed(self, ptx: str) -> set[int]:
         """Lines, from 1, of the instructions of a PTX text that were ever run (unedited)."""
         module, lines = self._modules.get(hashlib.sha256(ptx.encode()).digest()), set()

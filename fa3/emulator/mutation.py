@@ -94,10 +94,16 @@ class Judge:
         self._run = run
         self._checks = tuple(c for c in settings.names(checks) if c != "late")
         self._schedules = [("eager", 0), ("late", 0), *(("random", seed) for seed in seeds)]
-        texts: dict[str, None] = {}
-        self._expected = self._outputs("eager", 0, lambda ptx: texts.setdefault(ptx) or ptx)
+        device, texts = installed_device(), []
+
+        def note(ptx: str) -> str:
+            if ptx not in texts:
+                texts.append(ptx)
+                device.forget_executed(ptx)  # by other calls
+            return ptx
+
+        self._expected = self._outputs("eager", 0, note)
         self.mutants = [m for ptx in texts for m in mutants(ptx)]
-        device = installed_device()
         self._executed = {ptx: device.executed(ptx) for ptx in texts}
 
     def reaches(self, mutant: Mutant) -> bool:

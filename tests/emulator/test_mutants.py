@@ -1,9 +1,10 @@
 """Mutation runs: what is taken out of a kernel, and that it is noticed."""
 
 import pytest
+import torch
 
 from fa3.emulator import __main__ as cli
-from fa3.emulator.mutation import mutants
+from fa3.emulator.mutation import Judge, mutants
 
 from .ptx_runner import HEADER
 
@@ -33,6 +34,20 @@ def test_one_instruction_is_taken_out_at_a_time():
         assert changed == [m.line]
     waits = found[2].edited().split("\n")[found[2].line]
     assert waits == "    $WAIT: setp.eq.u32 %p1, 0, 0;", "the wait succeeds at once"
+
+
+def test_a_mutant_is_reached_if_the_call_itself_reaches_it(device):
+    """Whatever other calls of the kernel did before: one of more key blocks runs its loop."""
+    import fa3
+
+    def reached(s_k: int) -> int:
+        q, k = torch.randn(1, 64, 1, 64).bfloat16(), torch.randn(1, s_k, 1, 64).bfloat16()
+        judge = Judge(lambda: [fa3.flash_attn_func(q, k, k)], seeds=())
+        return sum(map(judge.reaches, judge.mutants))
+
+    few = reached(100)
+    assert few < reached(400)
+    assert few == reached(100)
 
 
 def test_a_sample_of_the_kernels_mutants_is_caught(device, capsys):
