@@ -176,10 +176,21 @@ def _decode_memory(op: Op, x: Instruction, machine: Machine) -> None:
 def _barrier_kind(x: Instruction, consumers: int) -> str:
     """A barrier whose number is in a register goes round the consumers; one with an immediate
     number and all their threads is a meeting point; those with the producer are free."""
-    number, threads = (x.operands.replace(" ", "").split(",") + ["0x0"])[:2]
-    ring = number.startswith("R") and int(threads, 0) % 128 == 0
+    number, threads = _barrier(x)
+    ring = is_ring(x)
     if x.opcode.startswith("BAR.ARV"):
         return "pass" if ring else "control"
     if ring:
         return "turn"
     return "meet" if int(threads, 0) == consumers * 128 else "control"
+
+
+def is_ring(x: Instruction) -> bool:
+    """A named barrier of whole warpgroups whose number is in a register."""
+    number, threads = _barrier(x)
+    return number.startswith("R") and int(threads, 0) % 128 == 0
+
+
+def _barrier(x: Instruction) -> list[str]:
+    """Number and threads of a BAR."""
+    return (x.operands.replace(" ", "").split(",") + ["0x0"])[:2]

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+from ..flow import Flow
 from ..loops import MainLoop
 from ..report import Report, analyse
 from .machine import CLOCK, RIVALS, SMS, TAIL, Machine
-from .ops import decode
+from .ops import decode, is_ring
 from .producer import AHEAD, WARPS, Beside, Transpose, loaded_per_step, transpose, v_bytes
 from .simulate import ITERATIONS, Result, kv_bytes, simulate
 from .trace import Trace, trace
@@ -144,7 +145,8 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
         made = (kv_bytes if found.widens else v_bytes)(traces[0])
         steps = found.share(made, settings.transposers)
         producer = Beside(steps, settings.transposers, settings.ahead)
-    result = simulate(traces, settings.machine, settings.iterations, producer)
+    all_begin = _all_begin(report)
+    result = simulate(traces, settings.machine, settings.iterations, producer, all_begin)
     return Prediction(report, settings, traces, found, producer, result)
 
 
@@ -167,6 +169,17 @@ def traces_of(report: Report, settings: Settings) -> list[Trace]:
             steps = edit(steps)
         traces.append(steps)
     return traces
+
+
+def _all_begin(report: Report) -> bool:
+    """Every warpgroup passes on a turn ahead of its loop, where in a ping-pong only one does."""
+    flow, loop = Flow(report.program), report.steady
+    header = flow.block_of(loop.head)
+    return any(
+        flow.dominates(flow.block_of(i), header)
+        for i, x in enumerate(report.program.code[: loop.head])
+        if x.opcode.startswith("BAR.ARV") and is_ring(x) and not x.predicate
+    )
 
 
 def _parts(report: Report) -> list[MainLoop]:

@@ -81,9 +81,13 @@ def simulate(
     machine: Machine,
     iterations: int = ITERATIONS,
     producer: Beside | None = None,
+    all_begin: bool = False,
 ) -> Result:
-    """The median of runs from several starting skews between the warpgroups, and their spread."""
-    runs = [Simulation(traces, machine, k, producer).run(iterations) for k in SKEWS]
+    """The median of runs from several starting skews between the warpgroups, and their spread.
+
+    all_begin: as of Simulation.
+    """
+    runs = [Simulation(traces, machine, k, producer, all_begin).run(iterations) for k in SKEWS]
     runs.sort(key=lambda r: r.cycles)
     middle = runs[len(runs) // 2]
     middle.spread = (runs[-1].cycles - runs[0].cycles) / middle.cycles
@@ -103,6 +107,7 @@ class Simulation:
     machine: Machine
     skew: int
     producer: Beside | None = None
+    all_begin: bool = False  # no warp's first turn waits for another's; else warp 0's alone
     now: float = 0.0
     last: int = 0  # the warp that issued last
     limit: int = 0  # iterations of one warp
@@ -218,8 +223,8 @@ class Simulation:
         return warp.groups[-1 - keep].end + self.machine.mma_drain
 
     def _turn_comes(self, w: int) -> float:
-        """Ping-pong: my turn follows my predecessor's; the first warpgroup's first is free."""
-        need = self.warps[w].turns + (w > 0)
+        """A warpgroup's turn follows its predecessor's, that one's same turn or the one before."""
+        need = self.warps[w].turns + (w > 0 and not self.all_begin)
         if not self.ring or not need:
             return 0
         log = self.passes[w - 1]
