@@ -17,7 +17,7 @@ from .call import lengths as lengths_
 from .call.layout import Layout, check_last_stride, check_like, odd_dimension, tma_strides
 from .call.lengths import EQUAL, Lengths
 from .call.problem import DTYPES, LOG2_E, Options, Problem
-from .kernels.bwd_arguments import BwdArguments
+from .kernels.bwd_arguments import PARTS, BwdArguments
 from .kernels.bwd_signature import BwdSignature
 from .launch import dispatch, jit, tuning
 from .reference import backward as reference_backward
@@ -167,13 +167,15 @@ def _workspace(problem: Problem, signature: BwdSignature, config: tuning.AnyBwdC
 
         rows = problem.s_k, problem.h_k, sequences.k_is_packed
         tiles = (capacity(config.tile_n, sequences.batch, *rows),), torch.int32
-    stats, sums = ((*blocks, 2 * tile_m), torch.float32), None
+    stats, sums, parts = ((*blocks, 2 * tile_m), torch.float32), None, None
+    if config.delta_in_parts:
+        parts = (*blocks, PARTS * tile_m), torch.bfloat16
     if signature.with_dq:
         sums = (*blocks, tile_m * signature.head_dim), torch.float32
-    return stats, sums, counters, tiles
+    return stats, parts, sums, counters, tiles
 
 
-_NO_WORKSPACE = (None,) * 4
+_NO_WORKSPACE = (None,) * 5
 
 
 def _set_to_zero(arguments: Sequence) -> None:

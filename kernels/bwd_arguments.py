@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+NUM_PARTS = 3  # 16-bit numbers whose sum is delta
+PARTS = 8  # room for them in delta_parts, per query
+
 
 @dataclass(frozen=True)
 class BwdArguments:
@@ -24,6 +27,7 @@ class BwdArguments:
     dv: Any  # (b, s_k, h_k, dv); or None
     # Workspace, contiguous.
     row_stats: Any  # (b, h_q, m_blocks, 2 * tile_m) fp32: of the rows of a block lse, then delta
+    delta_parts: Any  # (b, h_q, m_blocks, 8 * tile_m) bf16, as Prepare writes them; or None
     dq_sums: Any  # (b, h_q, m_blocks, tile_m * tile_d) fp32, beside dq
     dq_counters: Any  # (b, h_q, m_blocks, warpgroups) int32, if deterministic; or None
     cu_seqlens_q: Any

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .bwd_signature import BwdSignature
 from .config import BARRIER_BYTES, SMEM_LIMIT, check_fields, check_memory
 
+DELTA_DEPTH = 16  # k of one wgmma: parts of delta, and zeros
 ACCUMULATORS = 208  # registers of a consumer thread for accumulators and operands
 
 
@@ -23,7 +24,7 @@ class BwdConfig:
     tile_n: int = 128  # keys per CTA
     num_mma_warpgroups: int = 2
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
-    num_stages: int = 2  # of the rings of Q and dO; buffers of dS, and of P where it has some
+    num_stages: int = 2  # of the rings of Q and dO; of shared channels buffers of dS and P, too
     dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
     splits_products: bool = False  # a warpgroup makes P and dV, the other one dS and dK
     do_stages: int = 0  # of the ring of dO; 0: num_stages
@@ -43,7 +44,14 @@ class BwdConfig:
     @property
     def ds_buffers(self) -> int:
         """Of dS, and of P where it has some."""
-        return 1 if self.splits_products else self.num_stages
+        if self.splits_products:
+            return 1
+        return 2 if self.splits_keys else self.num_stages
+
+    @property
+    def delta_in_parts(self) -> bool:
+        """The product that makes dP subtracts delta, of which it takes three 16-bit parts."""
+        return self.splits_keys
 
     def channels(self, head_dim: int) -> int:
         """Columns of dK or dV that a warpgroup has."""
@@ -67,11 +75,11 @@ class BwdConfig:
 
     @property
     def producer_registers(self) -> int:
-        return {1: 56, 2: 24}[self.num_mma_warpgroups]
+        return 24
 
     @property
     def consumer_registers(self) -> int:
-        return {1: 256, 2: 240}[self.num_mma_warpgroups]
+        return 240
 
     @property
     def dq_counters(self) -> int:
@@ -92,7 +100,7 @@ class BwdConfig:
     def _rules(self, signature: BwdSignature) -> Iterator[tuple[str, bool, str]]:
         """Name of a field, whether it is right, and what is."""
         warpgroups, d, dv = self.num_mma_warpgroups, signature.head_dim, signature.head_dim_v
-        yield "num_mma_warpgroups", warpgroups in (1, 2), "1 or 2"
+        yield "num_mma_warpgroups", warpgroups == 2, "2"
         yield "tile_m", self.tile_m in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
         if self.splits_products:
             yield "tile_m", self.tile_m == 64, "64 with splits_products"
@@ -137,4 +145,7 @@ class BwdConfig:
         ds = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)  # and P
         dq = 2 * self.tile_m * signature.head_dim * self.dq_room // self.dq_copies
         dq *= self.dq_in_bulk and signature.with_dq
-        return 2 * (keys + q + do + self.ds_buffers * ds + dq) + BARRIER_BYTES
+        delta = 0
+        if self.delta_in_parts:  # in place of fp32, and what it is multiplied by
+            delta = self.stages_of_do * self.tile_m * (DELTA_DEPTH - 2) + 64 * DELTA_DEPTH
+        return 2 * (keys + q + do + self.ds_buffers * ds + dq + delta) + BARRIER_BYTES

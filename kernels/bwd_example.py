@@ -3,10 +3,10 @@
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from .bwd_arguments import LENGTHS, BwdArguments
+from .bwd_arguments import LENGTHS, PARTS, BwdArguments
 
 
 def backward_example(plan: Any) -> tuple:
@@ -31,6 +31,11 @@ def backward_example(plan: Any) -> tuple:
         shape, strides = (batch, heads_q, m_blocks, width), (*strides, width, 1)
         return make_fake_tensor(Float32, shape, strides, assumed_align=16)
 
+    def parts(width):
+        strides = (cute.sym_int64(divisibility=8) for _ in range(2))
+        shape, strides = (batch, heads_q, m_blocks, width), (*strides, width, 1)
+        return make_fake_tensor(BFloat16, shape, strides, assumed_align=16)
+
     def counters(width):
         strides = (cute.sym_int64(), cute.sym_int64(), width, 1)
         return make_fake_tensor(Int32, (batch, heads_q, m_blocks, width), strides, assumed_align=4)
@@ -47,6 +52,7 @@ def backward_example(plan: Any) -> tuple:
         dk=tensor(batch_k, s_k, heads_k, d) if signature.with_dkv else None,
         dv=tensor(batch_k, s_k, heads_k, dv) if signature.with_dkv else None,
         row_stats=blocks(2 * tile_m),
+        delta_parts=parts(PARTS * tile_m) if plan.config.delta_in_parts else None,
         dq_sums=blocks(tile_m * signature.head_dim) if signature.with_dq else None,
         dq_counters=counters(plan.config.dq_counters) if signature.deterministic else None,
         **dict(zip(LENGTHS, plan.lengths.example(), strict=True)),

@@ -52,6 +52,7 @@ class BwdWork:
     scalars: BwdScalars
     heads_per_group: Any
     stats: cute.Tensor  # BwdTensors.row_stats
+    parts: cute.Tensor | None  # BwdTensors.delta_parts
     sums: cute.Tensor | None  # BwdTensors.dq_sums
     counters: cute.Tensor | None  # BwdTensors.dq_counters
 
@@ -65,6 +66,7 @@ class BwdWork:
             scalars,
             q.shape[2] // k.shape[2],
             tensors.row_stats,
+            tensors.delta_parts,
             tensors.dq_sums,
             tensors.dq_counters,
         )
@@ -97,12 +99,15 @@ class BwdWork:
         return QueryRange.of(window, tile.n_block, tile_m=config.tile_m, tile_n=config.tile_n)
 
     def row_stats(self, tile: KeyTile, head) -> tuple[cute.Tensor, cute.Tensor]:
-        """lse and delta of a query head, (tile_m, m_blocks) each."""
+        """lse and delta of a query head, (tile_m, m_blocks) each; or delta's parts, as they lie."""
         tile_m = self.plan.config.tile_m
         queries = self.sequence_of(tile).queries
         both = queries.workspace(self.stats, head, tile_m)  # (2 * tile_m, m_blocks)
         layout = cute.make_layout((tile_m, both.shape[1]), stride=both.stride)
-        return tuple(cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
+        lse, delta = (cute.make_tensor(both.iterator + i * tile_m, layout) for i in range(2))
+        if self.parts is not None:
+            delta = queries.workspace(self.parts, head, tile_m)  # (8 * tile_m, m_blocks)
+        return lse, delta
 
     def dq_sums(self, tile: KeyTile, head) -> tuple[cute.Tensor | None, cute.Tensor | None]:
         """Sums and counters of a query head, where there are some: (numbers, m_blocks) each."""

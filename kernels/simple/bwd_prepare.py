@@ -2,6 +2,9 @@
 
     delta = rowsum(dO * O) - dlse        lse in base 2
 
+For kernels that subtract delta by a product (BwdConfig.delta_in_parts) it is split into a sum of
+three numbers of 16 bits, 8 each, so that nothing of it is lost: one row of a wgmma operand.
+
 Rows that do not exist or see no key get lse = inf and delta = 0, so that their P and dS are 0.
 """
 
@@ -10,9 +13,9 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float32, Int32
 
-from ..bwd_arguments import BwdArguments
+from ..bwd_arguments import NUM_PARTS, PARTS, BwdArguments
 from ..sequence import RaggedSequences, Sequences
 from ..tensors import permute
 
@@ -30,6 +33,7 @@ class PrepareTensors:
     lse: cute.Tensor  # (s_q, h_q, b) fp32
     dlse: cute.Tensor  # (s_q, h_q, b or 0) fp32
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
+    delta_parts: cute.Tensor | None  # (8 * tile_m, m_blocks, h_q, b) bf16
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (n, m_blocks, h_q, b) Int32
 
@@ -40,7 +44,7 @@ class PrepareTensors:
 
         out, dout = (permute(t, [1, 3, 2, 0]) for t in (x.out, x.dout))
         lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
-        workspace = (reversed_modes(t) for t in (x.row_stats, x.dq_sums, x.dq_counters))
+        workspace = (reversed_modes(t) for t in (x.row_stats, x.delta_parts, x.dq_sums, x.dq_counters))
         return PrepareTensors(out, dout, lse, dlse, *workspace)
 
 
@@ -92,6 +96,8 @@ class Prepare:
             if column == 0:
                 stats[row] = log2_sum
                 stats[self.tile_m + row] = delta
+                if cutlass.const_expr(tensors.delta_parts is not None):
+                    _split(delta, tensors.delta_parts[None, block, head, entry], row)
         self._clear(tensors.dq_sums, (block, head, entry), thread)
         if cutlass.const_expr(tensors.dq_counters is not None):
             counters = tensors.dq_counters[None, block, head, entry]
@@ -108,6 +114,17 @@ class Prepare:
         for i in range(cute.size(sums) // step):
             target = cute.make_tensor(sums.iterator + i * step + 4 * thread, cute.make_layout(4))
             cute.autovec_copy(zeros, target)
+
+
+def _split(number: Float32, target: cute.Tensor, row):
+    """number = the sum of the PARTS elements of a row of the target; behind its parts are zeros."""
+    parts = cute.make_rmem_tensor(PARTS, BFloat16)
+    parts.fill(0.0)
+    for i in range(NUM_PARTS):
+        parts[i] = number.to(BFloat16)
+        number -= parts[i].to(Float32)
+    place = cute.make_tensor((target.iterator + PARTS * row).align(16), cute.make_layout(PARTS))
+    cute.autovec_copy(parts, place)
 
 
 def _dot(a: cute.Tensor, b: cute.Tensor, row, column) -> Float32:

@@ -65,6 +65,10 @@ class Sm80BwdConfig:
         )
 
     @property
+    def delta_in_parts(self) -> bool:
+        return False
+
+    @property
     def dq_counters(self) -> int:
         """Per block of queries, if deterministic."""
         return 1

@@ -135,11 +135,16 @@ def issue_gemm(
     accumulate: bool,
 ):
     """acc (+)= a b^T as one committed group; the caller fences before and waits for it."""
+    issue_part(tiled_mma, acc, a, b, accumulate)
+    warpgroup.commit_group()
+
+
+def issue_part(tiled_mma: cute.TiledMma, acc, a, b, accumulate: bool):
+    """The same as a part of a group that the caller commits."""
     atom = cute.make_mma_atom(tiled_mma.op)  # a copy of its own: set() below must not leak out
     for k in range(cute.size(a, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, accumulate or k > 0)
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
-    warpgroup.commit_group()
 
 
 def accumulator(columns: int) -> cute.Tensor:

@@ -7,7 +7,7 @@ state
 
 - a block that the straight way round leaves out (see fa3.inspect.loops: no matrix product, next to
   no exponentials), such as the rescaling of O that only a new maximum needs, is jumped over, unless
-  it holds a named barrier that the others count on;
+  it holds a named barrier that the others count on, or a copy that adds to memory;
 - a block that waits for K or V is executed by the first warpgroup only.
 
 `rescale_always=True` executes the first kind in every iteration, as a kernel without the branch
@@ -75,4 +75,5 @@ def _waits(program: Program, positions: range) -> bool:
 
 
 def _skippable(program: Program, positions: range, straight: set[int]) -> bool:
-    return not any(i in straight or program.code[i].base == "BAR" for i in positions)
+    kept = ("BAR", "UBLKRED")
+    return not any(i in straight or program.code[i].base in kept for i in positions)

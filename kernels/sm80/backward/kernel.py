@@ -70,6 +70,8 @@ class BwdTensors:
     dq_counters: cute.Tensor | None  # (1, m_blocks, h_q, b) Int32
     lengths: Any  # lengths.GivenLengths, of ragged sequences
 
+    delta_parts = None  # for what asks either architecture's
+
     def first_block(self, queries: Any, head, tile_m: int):
         """Of a query head of a sequence, in the workspace."""
         _, m_blocks, heads, _ = self.row_stats.shape

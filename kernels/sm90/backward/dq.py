@@ -84,17 +84,27 @@ class DqSums:
         return DqSums(work.plan, sums, counters, window, tile.n_block, m_max, thread, buffer)
 
     @cute.jit
-    def add(self, acc_dQ: cute.Tensor, m_block: Int32, part: cutlass.Constexpr[int] = 0):
-        """This thread's part of a slice of a block's dQ; slices follow each other."""
+    def add(
+        self,
+        acc_dQ: cute.Tensor,
+        m_block: Int32,
+        part: cutlass.Constexpr[int] = 0,
+        is_made: Any = True,
+    ):
+        """This thread's part of a slice of a block's dQ; slices follow each other.
+
+        is_made: whether it is of a block.  A buffer is written all the same, as branches cost more.
+        """
         config = self.plan.config
         begins_in_order = self.counters is not None and part == 0
         if cutlass.const_expr(begins_in_order):
             if m_block + 1 < self.m_max:
                 self._let_next(m_block + 1)
         if cutlass.const_expr(self.buffer is None):
-            if cutlass.const_expr(begins_in_order):
-                self._wait(m_block)
-            self._add_from_registers(acc_dQ, m_block, part)
+            if is_made:
+                if cutlass.const_expr(begins_in_order):
+                    self._wait(m_block)
+                self._add_from_registers(acc_dQ, m_block, part)
         else:
             block = self.sums[None, m_block].iterator
             first = self._warp * (WARP * cute.size(acc_dQ) * config.dq_slices)
@@ -106,9 +116,10 @@ class DqSums:
             for i in cutlass.range_constexpr(copies):
                 number = part * copies + i
                 self._to_buffer(acc_dQ.iterator + i * count, count, number)
-                if cutlass.const_expr(begins_in_order and i == 0):
-                    self._wait(m_block)
-                self._add_in_bulk(own + 4 * number * (WARP * count), count, number)
+                if is_made:
+                    if cutlass.const_expr(begins_in_order and i == 0):
+                        self._wait(m_block)
+                    self._add_in_bulk(own + 4 * number * (WARP * count), count, number)
 
     @cute.jit
     def finish(self, m_min: Int32):

@@ -33,6 +33,7 @@ section 3.1.
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
@@ -49,7 +50,7 @@ from ...simple.bwd_clear import Clear, Gradients
 from ...simple.bwd_prepare import Prepare, PrepareTensors
 from ...tensors import permute
 from ..tma import tma_load, tma_store
-from .differentiate import differentiate
+from .differentiate import differentiate, differentiate_channels
 from .dq import DqSums, wait_for_dq
 from .finish import Finish
 from .load import load
@@ -90,6 +91,7 @@ class BackwardSm90:
             dk=None if dk is None else tma_store(view(dk, 0), smem.k, plan.k_tile),
             dv=None if dv is None else tma_store(view(dv, 0), smem.v, plan.v_tile),
             row_stats=given.row_stats,
+            delta_parts=given.delta_parts,
             dq_sums=given.dq_sums,
             dq_counters=given.dq_counters,
             lengths=lengths,
@@ -114,6 +116,7 @@ class BackwardSm90:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
         rings = BwdRings.of(plan, SmemAllocator())
+        rings.start(cute.arch.thread_idx()[0])
         work = self._work(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -156,7 +159,11 @@ class BackwardSm90:
         thread = cute.arch.thread_idx()[0] - WARPGROUP
         lane = thread % 32
         warp = cute.arch.make_warp_uniform(thread // 32)
-        frag = BwdFragments.of(plan, rings, warp // 4)
+        own = warp // 4
+        frag = BwdFragments.of(plan, rings, own)
+        buffer = Int32(0)  # of dS of the next step
+        if cutlass.const_expr(plan.config.splits_keys and plan.signature.with_dq):
+            plan.barriers.hand_on_ds(own, buffer)
         k, v, q, do = (ring.consumer() for ring in (rings.k, rings.v, rings.q, rings.do))
         tile = work.first()
         while tile.is_valid:
@@ -168,7 +175,14 @@ class BackwardSm90:
             for i in cutlass.range(work.heads_per_group, unroll=1):
                 head = tile.head_kv * work.heads_per_group + i
                 sums = DqSums.of(work, tile, head, thread, rings.dq)
-                q, do = differentiate(frag, rings, q, do, blocks, scores, sums, thread)
+                if cutlass.const_expr(plan.config.splits_keys):
+                    q, do, buffer = differentiate(
+                        frag, rings, q, do, blocks, scores, sums, thread, buffer
+                    )
+                else:
+                    q, do = differentiate_channels(
+                        frag, rings, q, do, blocks, scores, sums, thread
+                    )
                 if cutlass.const_expr(sums is not None):
                     sums.finish(blocks.m_min)
             keys = work.sequence_of(tile).keys

@@ -30,6 +30,15 @@ class BwdBarriers:
         """Their parts of dK and dV are in shared memory."""
         self._wait(3)
 
+    def wait_for_ds(self, warpgroup, buffer):
+        """The other one's dS of the step before is written, and it has done with this buffer."""
+        cute.arch.barrier(barrier_id=6 + 2 * buffer + warpgroup, number_of_threads=2 * WARPGROUP)
+
+    def hand_on_ds(self, warpgroup, buffer):
+        """To the other one, what it waits for ahead of its dS of the next step, in `buffer`."""
+        number = 6 + 2 * buffer + (1 - warpgroup)
+        cute.arch.barrier_arrive(barrier_id=number, number_of_threads=2 * WARPGROUP)
+
     def p_written(self):
         """P is in shared memory, where warpgroups split the products."""
         self._wait(6)

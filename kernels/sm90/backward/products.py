@@ -11,14 +11,18 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32
+from cutlass import BFloat16, Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from ...barriers import WARPGROUP
+from ...bwd_config import DELTA_DEPTH
 from ...elements import ELEMENT
 from ...views import convert, rows_and_columns
-from ..wgmma import issue_gemm
+from ..wgmma import issue_gemm, issue_part
+
+
+ONE_WARPGROUP = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class BwdMma:
     """Each warpgroup makes its part of every product: rows (keys), or columns of all rows."""
 
     scores: cute.TiledMma  # S^T = K Q^T and dP^T = V dO^T
+    delta: cute.TiledMma | None  # dP^T = -1 delta^T, of one warpgroup; None: delta is subtracted
     dv: cute.TiledMma  # dV += P^T dO
     dk: cute.TiledMma  # dK += dS^T Q
     dq: cute.TiledMma  # dQ = dS K
@@ -38,8 +43,10 @@ class BwdMma:
         sources = warpgroup.OperandSource
         by_keys = sources.RMEM if config.splits_keys else sources.SMEM
         d, dv, dtype = signature.head_dim, signature.head_dim_v, signature.dtype
+        parts = ("bf16", k_major, k_major, ONE_WARPGROUP, config.score_columns)
         return BwdMma(
             scores=product(dtype, k_major, k_major, own, config.score_columns),
+            delta=product(*parts) if config.delta_in_parts else None,
             dv=product(dtype, k_major, mn_major, own, config.channels(dv), by_keys),
             dk=product(dtype, k_major, mn_major, own, config.channels(d), by_keys),
             dq=dq_mma(signature, config),
@@ -93,6 +100,13 @@ class BwdSmem:
         )
 
 
+def parts_layout(rows: int, num_stages: int) -> cute.Layout:
+    """(rows, DELTA_DEPTH, num_stages), not swizzled: the first 8 columns of all rows, the others."""
+    kind = warpgroup.SmemLayoutAtomKind.K_INTER
+    atom = warpgroup.make_smem_layout_atom(kind, BFloat16)
+    return cute.tile_to_shape(atom, (rows, DELTA_DEPTH, num_stages), (0, 1, 2))
+
+
 def _rows(element, shape, part: int) -> cute.ComposedLayout:
     """(rows, columns, stages), swizzled so that parts of `part` columns are operands, too."""
     kind = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element, part)
@@ -123,7 +137,9 @@ class BwdFragments:
     q_by_rows: cute.Tensor  # (MMA, 1, tile_m / 16, num_stages) descriptors
     do_by_rows: cute.Tensor  # (MMA, 1, tile_m / 16, num_stages) descriptors
     k_by_rows: cute.Tensor  # (MMA, 1, tile_n / 16) descriptors
-    ds: cute.Tensor  # (MMA, 1, tile_n / 16, num_stages) descriptors, for dQ
+    ds: cute.Tensor  # (MMA, 1, tile_n / 16, ds_buffers) descriptors, for dQ
+    minus_one: cute.Tensor | None  # (MMA, 1, 1) descriptors
+    delta: cute.Tensor | None  # (MMA, 1, 1, num_stages) descriptors
     p_by_keys: cute.Tensor  # registers ((2, 2, 2), 1, tile_m / 16); or as ds_by_keys
     ds_by_keys: cute.Tensor  # the same registers; or (MMA, 1, tile_m / 16, num_stages) descriptors
     p_buffer: cute.Tensor | None  # (tile_n, tile_m, num_stages)
@@ -155,9 +171,17 @@ class BwdFragments:
                 return product.make_fragment_A(product.partition_shape_A((tile_n, tile_m)))
             return product.make_fragment_A(product.partition_A(buffer))
 
+        minus_one = delta = None
+        if mma.delta is not None:
+            own = mma.delta.get_slice(0)
+            minus_one = own.make_fragment_A(own.partition_A(rings.minus_one))
+            delta = own.make_fragment_B(own.partition_B(rings.delta))
+
         return BwdFragments(
             plan=plan,
             mma=mma,
+            minus_one=minus_one,
+            delta=delta,
             k=scores.make_fragment_A(scores.partition_A(k)),
             v=scores.make_fragment_A(scores.partition_A(v)),
             q=scores.make_fragment_B(scores.partition_B(q)),
@@ -187,18 +211,23 @@ class BwdFragments:
         issue_gemm(self.mma.scores, self.acc_S, self.k, self.q[None, None, None, stage], False)
 
     def issue_dp(self, stage):
-        """dP^T = V dO^T, asynchronously."""
-        issue_gemm(self.mma.scores, self.acc_dP, self.v, self.do[None, None, None, stage], False)
+        """dP^T = V dO^T, asynchronously; less delta, if that comes in parts."""
+        if self.delta is not None:
+            delta = self.delta[None, None, None, stage]
+            issue_part(self.mma.delta, self.acc_dP, self.minus_one, delta, False)
+        do = self.do[None, None, None, stage]
+        issue_gemm(self.mma.scores, self.acc_dP, self.v, do, self.delta is not None)
 
-    def differentiate(self, delta: cute.Tensor):
+    def differentiate(self, delta: cute.Tensor | None = None):
         """dP -> dS in place, of what KeyScores left in acc_S.
 
-        delta: (tile_m / 4,) of this thread's columns.
+        delta: (tile_m / 4,) of this thread's columns; None: dP is less it.
         """
         p, dp = rows_and_columns(self.acc_S), rows_and_columns(self.acc_dP)
         for i in range(cute.size(dp, mode=[1])):
             for r in range(2):
-                dp[r, i] = p[r, i] * (dp[r, i] - delta[i])
+                slope = dp[r, i] if delta is None else dp[r, i] - delta[i]
+                dp[r, i] = p[r, i] * slope
 
     def hand_over_p(self, acc_P: cute.Tensor, buffer, thread) -> cute.Tensor | None:
         """P^T in 16 bits, as issue_dv() takes it; None if nobody will."""
@@ -209,13 +238,17 @@ class BwdFragments:
         self._write(self._converted(acc_P, acc_P), self.p_buffer, buffer, thread)
         return self.p_by_keys[None, None, None, buffer]
 
+    def rounded_ds(self) -> cute.Tensor:
+        """dS^T in 16 bits, as issue_dk() takes it from registers."""
+        return self._converted(self.acc_dP, self.ds_by_keys)
+
+    def write_ds(self, ds: cute.Tensor, buffer, thread):
+        """To shared memory, for dQ, where asynchronous reads will see it."""
+        self._write(ds, self.ds_buffer, buffer, thread)
+        cute.arch.fence_view_async_shared()
+
     def hand_over_ds(self, buffer, thread) -> cute.Tensor:
-        """dS^T in 16 bits, as issue_dk() takes it; and in shared memory for dQ."""
-        if self.plan.config.splits_keys:
-            ds = self._converted(self.acc_dP, self.ds_by_keys)
-            if self.plan.signature.with_dq:
-                self._write(ds, self.ds_buffer, buffer, thread)
-            return ds
+        """dS^T in 16 bits in shared memory, as issue_dk() takes it, and for dQ."""
         self._write(self._converted(self.acc_dP, self.acc_dP), self.ds_buffer, buffer, thread)
         return self.ds_by_keys[None, None, None, buffer]
 

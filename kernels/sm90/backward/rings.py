@@ -4,21 +4,24 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, pipeline
+from cutlass import BFloat16, Float32, pipeline
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
+from ...barriers import WARPGROUP
+from ...bwd_arguments import NUM_PARTS, PARTS
+from ...bwd_config import DELTA_DEPTH
 from ..rings import Ring, swizzled
 from .dq import dq_buffer
-from .products import BwdSmem
+from .products import BwdSmem, parts_layout
 
 
 @dataclass(frozen=True)
 class RowsRing:
-    """A ring of row blocks; each stage has a number per row, too: lse of Q, delta of dO."""
+    """A ring of row blocks; each stage has numbers of the rows, too: lse of Q, delta of dO."""
 
     ring: Ring  # (tile_m, columns, num_stages)
-    numbers: cute.Tensor  # (tile_m, num_stages) fp32
+    numbers: cute.Tensor  # (tile_m, num_stages) fp32; or (8 * tile_m, num_stages) of delta's parts
 
     @staticmethod
     def of(buffer: cute.Tensor, numbers: cute.Tensor, barriers, num_consumer_warps) -> "RowsRing":
@@ -34,7 +37,7 @@ class RowsRing:
             producer_group=one,
             consumer_group=warps,
             tx_count=cute.size_in_bytes(buffer.element_type, stage)
-            + cute.size_in_bytes(Float32, column),
+            + cute.size_in_bytes(numbers.element_type, column),
             defer_sync=True,
         )
         return RowsRing(Ring(buffer, made), numbers)
@@ -50,9 +53,9 @@ class RowsRing:
         return self.ring.consumer()
 
     def filler(self, operand, tile_shape, span, head, stats: cute.Tensor):
-        """fill(block, handle): the rows by TMA, their numbers of stats (tile_m, blocks) in bulk."""
+        """fill(block, handle): the rows by TMA, their numbers of stats (count, blocks) in bulk."""
         fill_rows = self.ring.filler(operand, tile_shape, span, head, 0)
-        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), self.numbers.element_type)
 
         @cute.jit
         def fill(block, handle):
@@ -96,6 +99,8 @@ class BwdRings:
     ds: cute.Tensor  # (tile_m, tile_n, ds_buffers)
     p: cute.Tensor | None  # the same, where the warpgroups share the keys
     dq: cute.Tensor | None  # dq.DqSums.buffer
+    minus_one: cute.Tensor | None  # (64, DELTA_DEPTH) bf16: times the parts of a query minus delta
+    delta: cute.Tensor | None  # (tile_m, DELTA_DEPTH, num_stages) bf16: do.numbers, beside zeros
 
     @staticmethod
     def of(plan, allocator: SmemAllocator) -> "BwdRings":
@@ -110,23 +115,60 @@ class BwdRings:
         def barriers(num_stages):
             return allocator.allocate_array(cutlass.Int64, 2 * num_stages)
 
-        def rows(buffer):
+        def numbers(element, layout):
+            pointer = allocator.allocate_array(element, cute.cosize(layout), byte_alignment=128)
+            return cute.make_tensor(pointer, layout)
+
+        def rows(buffer, numbers):
             num_stages = cute.size(buffer, mode=[2])
-            numbers = cute.make_layout((config.tile_m, num_stages))
-            pointer = allocator.allocate_array(Float32, cute.size(numbers), byte_alignment=128)
-            made = cute.make_tensor(pointer, numbers)
-            return RowsRing.of(buffer, made, barriers(num_stages), num_warps)
+            return RowsRing.of(buffer, numbers, barriers(num_stages), num_warps)
 
         # What is aligned to 1024 bytes comes first, or gaps would be left.
         k, v, q, do, ds = (
             space(x) for x in (layouts.k, layouts.v, layouts.q, layouts.do, layouts.ds)
         )
+        lse = numbers(Float32, cute.make_layout((config.tile_m, config.num_stages)))
+        minus_one = parts = None
+        if config.delta_in_parts:
+            minus_one = numbers(BFloat16, parts_layout(64, 1))[None, None, 0]
+            parts = numbers(BFloat16, parts_layout(config.tile_m, config.stages_of_do))
+            written, stage = PARTS * config.tile_m, DELTA_DEPTH * config.tile_m
+            layout = cute.make_layout((written, config.stages_of_do), stride=(1, stage))
+            delta = cute.make_tensor(parts.iterator, layout)
+        else:
+            delta = numbers(Float32, cute.make_layout((config.tile_m, config.stages_of_do)))
         return BwdRings(
             p=None if config.splits_keys else space(layouts.ds),
             dq=dq_buffer(plan, allocator),
             k=Ring.of(k, barriers(1), 1),
             v=Ring.of(v, barriers(1), 1),
-            q=rows(q),
-            do=rows(do),
+            q=rows(q, lse),
+            do=rows(do, delta),
             ds=ds,
+            minus_one=minus_one,
+            delta=parts,
         )
+
+    @cute.jit
+    def start(self, thread):
+        """What is read before anybody wrote it, by the CTA's threads ahead of a barrier of them."""
+        if cutlass.const_expr(self.minus_one is not None):
+            rows = cute.size(self.minus_one, mode=[0])
+            if thread < rows:
+                for column in cutlass.range_constexpr(DELTA_DEPTH):
+                    number = -1.0 if column < NUM_PARTS else 0.0
+                    self.minus_one[thread, column] = Float32(number).to(BFloat16)
+            if thread < cute.size(self.delta, mode=[0]):
+                for stage in cutlass.range_constexpr(cute.size(self.delta, mode=[2])):
+                    for column in cutlass.range_constexpr(PARTS, DELTA_DEPTH):
+                        self.delta[thread, column, stage] = Float32(0.0).to(BFloat16)
+            # The first product of dQ is of no block: of the buffer that no step has filled.
+            zeros = cute.make_rmem_tensor(8, self.ds.element_type)
+            zeros.fill(0.0)
+            size = cute.size(self.ds, mode=[0]) * cute.size(self.ds, mode=[1])
+            first = self.ds[None, None, 1].iterator + 8 * thread
+            if thread < WARPGROUP:
+                for i in cutlass.range_constexpr(size // (8 * WARPGROUP)):
+                    place = (first + 8 * WARPGROUP * i).align(16)
+                    cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(8)))
+            cute.arch.fence_view_async_shared()

@@ -26,11 +26,8 @@ from ...scores import KeyScores
 from ...views import convert, rows_and_columns
 from ..wgmma import issue_gemm
 from .dq import DqSums
-from .products import dq_mma, product, store, transposed
+from .products import ONE_WARPGROUP, dq_mma, product, store, transposed
 from .rings import BwdRings
-
-ONE_WARPGROUP = (1, 1, 1)
-
 
 @dataclass(frozen=True)
 class SideMma:

@@ -19,6 +19,7 @@ class BwdTensors:
     dk: TmaOperand | None  # (s_k, d, h_k, b)
     dv: TmaOperand | None  # (s_k, dv, h_k, b)
     row_stats: cute.Tensor  # (2 * tile_m, m_blocks, h_q, b) fp32
+    delta_parts: cute.Tensor | None  # (8 * tile_m, m_blocks, h_q, b) bf16
     dq_sums: cute.Tensor | None  # (tile_m * tile_d, m_blocks, h_q, b) fp32
     dq_counters: cute.Tensor | None  # (warpgroups, m_blocks, h_q, b) Int32
     lengths: Any  # lengths.GivenLengths, of ragged sequences
