@@ -120,7 +120,8 @@ class Prediction:
         rates = []
         for steal, slow, clock in RIVALS:
             machine = replace(self.settings.machine, steal=steal, slow=slow)
-            result = simulate(self.traces, machine, self.settings.iterations, self.producer)
+            changed = replace(self.settings, machine=machine)
+            result = _simulate(self.report, self.traces, changed, self.producer)
             rates.append(self._rate(result, clock))
         return rates
 
@@ -145,9 +146,15 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
         made = (kv_bytes if found.widens else v_bytes)(traces[0])
         steps = found.share(made, settings.transposers)
         producer = Beside(steps, settings.transposers, settings.ahead)
-    all_begin = _all_begin(report)
-    result = simulate(traces, settings.machine, settings.iterations, producer, all_begin)
+    result = _simulate(report, traces, settings, producer)
     return Prediction(report, settings, traces, found, producer, result)
+
+
+def _simulate(
+    report: Report, traces: list[Trace], settings: Settings, producer: Beside | None
+) -> Result:
+    all_begin = _all_begin(report)
+    return simulate(traces, settings.machine, settings.iterations, producer, all_begin)
 
 
 def traces_of(report: Report, settings: Settings) -> list[Trace]:
