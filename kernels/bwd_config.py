@@ -24,6 +24,9 @@ class BwdConfig:
     tile_n: int = 128  # keys per CTA
     num_mma_warpgroups: int = 2
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
+    k_in_registers: bool = False  # S^T = K Q^T reads K from there; a warpgroup has its own keys
+    v_in_registers: bool = False  # the same of dP^T = V dO^T
+    packs_ds: bool = False  # in bf16 dS is a product of pairs of 16 bits
     num_stages: int = 2  # of the rings of Q and dO; of shared channels buffers of dS and P, too
     dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
     splits_products: bool = False  # a warpgroup makes P and dV, the other one dS and dK

@@ -55,8 +55,7 @@ def differentiate(
                 warpgroup.fence()
                 frag.issue_dv(p, dout.index)
             warpgroup.wait_group(0 + dv_early)
-            frag.differentiate()
-            ds = frag.rounded_ds()
+            ds = frag.rounded_ds(p)
             if cutlass.const_expr(with_dq):
                 plan.barriers.wait_for_ds(own, buffer)
                 frag.write_ds(ds, buffer, thread)

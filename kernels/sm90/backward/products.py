@@ -11,8 +11,8 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass import BFloat16, Float32, Uint32
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from ...barriers import WARPGROUP
@@ -29,7 +29,8 @@ ONE_WARPGROUP = (1, 1, 1)
 class BwdMma:
     """Each warpgroup makes its part of every product: rows (keys), or columns of all rows."""
 
-    scores: cute.TiledMma  # S^T = K Q^T and dP^T = V dO^T
+    scores: cute.TiledMma  # S^T = K Q^T
+    dp: cute.TiledMma  # dP^T = V dO^T
     delta: cute.TiledMma | None  # dP^T = -1 delta^T, of one warpgroup; None: delta is subtracted
     dv: cute.TiledMma  # dV += P^T dO
     dk: cute.TiledMma  # dK += dS^T Q
@@ -44,8 +45,13 @@ class BwdMma:
         by_keys = sources.RMEM if config.splits_keys else sources.SMEM
         d, dv, dtype = signature.head_dim, signature.head_dim_v, signature.dtype
         parts = ("bf16", k_major, k_major, ONE_WARPGROUP, config.score_columns)
+        of_k, of_v = (
+            sources.RMEM if x else sources.SMEM
+            for x in (config.k_in_registers, config.v_in_registers)
+        )
         return BwdMma(
-            scores=product(dtype, k_major, k_major, own, config.score_columns),
+            scores=product(dtype, k_major, k_major, own, config.score_columns, of_k),
+            dp=product(dtype, k_major, k_major, own, config.score_columns, of_v),
             delta=product(*parts) if config.delta_in_parts else None,
             dv=product(dtype, k_major, mn_major, own, config.channels(dv), by_keys),
             dk=product(dtype, k_major, mn_major, own, config.channels(d), by_keys),
@@ -130,8 +136,10 @@ class BwdFragments:
 
     plan: cutlass.Constexpr[Any]
     mma: BwdMma
-    k: cute.Tensor  # (MMA, 1, d / 16) descriptors
-    v: cute.Tensor  # (MMA, 1, dv / 16) descriptors
+    k: cute.Tensor  # (MMA, 1, d / 16) descriptors, or 16-bit registers
+    v: cute.Tensor  # (MMA, 1, dv / 16) descriptors, or 16-bit registers
+    k_buffer: cute.Tensor  # (tile_n, d)
+    v_buffer: cute.Tensor  # (tile_n, dv)
     q: cute.Tensor  # (MMA, 1, d / 16, num_stages) descriptors
     do: cute.Tensor  # (MMA, 1, dv / 16, num_stages) descriptors
     q_by_rows: cute.Tensor  # (MMA, 1, tile_m / 16, num_stages) descriptors
@@ -153,8 +161,8 @@ class BwdFragments:
     def of(plan, rings, warpgroup_index) -> "BwdFragments":
         mma = BwdMma.of(plan.signature, plan.config)
         first_thread = warpgroup_index * WARPGROUP
-        scores, dv, dk, dq = (
-            x.get_slice(first_thread) for x in (mma.scores, mma.dv, mma.dk, mma.dq)
+        scores, dp, dv, dk, dq = (
+            x.get_slice(first_thread) for x in (mma.scores, mma.dp, mma.dv, mma.dk, mma.dq)
         )
         k, v = (ring.buffer[None, None, 0] for ring in (rings.k, rings.v))
         q, do = rings.q.buffer, rings.do.buffer
@@ -182,10 +190,12 @@ class BwdFragments:
             mma=mma,
             minus_one=minus_one,
             delta=delta,
-            k=scores.make_fragment_A(scores.partition_A(k)),
-            v=scores.make_fragment_A(scores.partition_A(v)),
+            k=_fragment(scores, k, plan.config.k_in_registers),
+            v=_fragment(dp, v, plan.config.v_in_registers),
+            k_buffer=k,
+            v_buffer=v,
             q=scores.make_fragment_B(scores.partition_B(q)),
-            do=scores.make_fragment_B(scores.partition_B(do)),
+            do=dp.make_fragment_B(dp.partition_B(do)),
             q_by_rows=dk.make_fragment_B(dk.partition_B(transposed(q))),
             do_by_rows=dv.make_fragment_B(dv.partition_B(transposed(do))),
             k_by_rows=dq.make_fragment_B(dq.partition_B(transposed(rings.k.buffer)[None, None, 0])),
@@ -206,6 +216,13 @@ class BwdFragments:
             self.acc_dV.fill(0.0)
             self.acc_dK.fill(0.0)
 
+    def load_keys(self, thread):
+        """What of K and V of a tile registers hold."""
+        if self.plan.config.k_in_registers:
+            _load(self.mma.scores, self.k_buffer, self.k, thread)
+        if self.plan.config.v_in_registers:
+            _load(self.mma.dp, self.v_buffer, self.v, thread)
+
     def issue_scores(self, stage):
         """S^T = K Q^T, asynchronously."""
         issue_gemm(self.mma.scores, self.acc_S, self.k, self.q[None, None, None, stage], False)
@@ -216,7 +233,7 @@ class BwdFragments:
             delta = self.delta[None, None, None, stage]
             issue_part(self.mma.delta, self.acc_dP, self.minus_one, delta, False)
         do = self.do[None, None, None, stage]
-        issue_gemm(self.mma.scores, self.acc_dP, self.v, do, self.delta is not None)
+        issue_gemm(self.mma.dp, self.acc_dP, self.v, do, self.delta is not None)
 
     def differentiate(self, delta: cute.Tensor | None = None):
         """dP -> dS in place, of what KeyScores left in acc_S.
@@ -238,9 +255,24 @@ class BwdFragments:
         self._write(self._converted(acc_P, acc_P), self.p_buffer, buffer, thread)
         return self.p_by_keys[None, None, None, buffer]
 
-    def rounded_ds(self) -> cute.Tensor:
-        """dS^T in 16 bits, as issue_dk() takes it from registers."""
-        return self._converted(self.acc_dP, self.ds_by_keys)
+    def rounded_ds(self, p: cute.Tensor | None) -> cute.Tensor:
+        """dS^T in 16 bits, as issue_dk() takes it from registers, of acc_dP = dP - delta.
+
+        p: what hand_over_p() returned.
+        """
+        if not self.plan.packs_ds:
+            self.differentiate()
+            return self._converted(self.acc_dP, self.ds_by_keys)
+        ds = self._converted(self.acc_dP, self.ds_by_keys)
+        pairs = cute.make_layout(cute.size(ds) // 2)
+        p, dp = (cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), pairs) for x in (p, ds))
+        for i in range(cute.size(pairs)):
+            dp[i] = cute.arch.inline_ptx(
+                "mul.rn.bf16x2 {$w0}, {$r0}, {$r1};",
+                write_only_types=[Uint32],
+                read_only_args=[p[i], dp[i]],
+            )
+        return ds
 
     def write_ds(self, ds: cute.Tensor, buffer, thread):
         """To shared memory, for dQ, where asynchronous reads will see it."""
@@ -282,6 +314,21 @@ class BwdFragments:
         """((2, 2, columns / 8), 1, 1) fp32 registers: this warpgroup's part of dQ."""
         shape = (self.plan.config.tile_m, self.plan.signature.head_dim)
         return cute.make_rmem_tensor(self.mma.dq.partition_shape_C(shape), Float32)
+
+
+def _fragment(mma: cute.ThrMma, buffer: cute.Tensor, in_registers: bool) -> cute.Tensor:
+    """The first operand: registers, or descriptors of the buffer."""
+    if in_registers:
+        return mma.make_fragment_A(mma.partition_shape_A(buffer.shape))
+    return mma.make_fragment_A(mma.partition_A(buffer))
+
+
+def _load(mma: cute.TiledMma, buffer: cute.Tensor, fragment: cute.Tensor, thread):
+    """shared memory -> ldmatrix -> registers."""
+    op = warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4)
+    atom = cute.make_copy_atom(op, fragment.element_type)
+    copy = cute.make_tiled_copy_A(atom, mma).get_slice(thread)
+    cute.copy(copy, copy.partition_S(buffer), copy.retile(fragment))
 
 
 def store(
