@@ -26,7 +26,7 @@ class BwdConfig:
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
     k_in_registers: bool = False  # S^T = K Q^T reads K from there; a warpgroup has its own keys
     v_in_registers: bool = False  # the same of dP^T = V dO^T
-    packs_ds: bool = False  # in bf16 dS is a product of pairs of 16 bits
+    delta_in_parts: bool = False  # the product that makes dP subtracts delta, in three 16-bit parts
     num_stages: int = 2  # of the rings of Q and dO; of shared channels buffers of dS and P, too
     dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
     splits_products: bool = False  # a warpgroup makes P and dV, the other one dS and dK
@@ -50,11 +50,6 @@ class BwdConfig:
         if self.splits_products:
             return 1
         return 2 if self.splits_keys else self.num_stages
-
-    @property
-    def delta_in_parts(self) -> bool:
-        """The product that makes dP subtracts delta, of which it takes three 16-bit parts."""
-        return self.splits_keys
 
     def channels(self, head_dim: int) -> int:
         """Columns of dK or dV that a warpgroup has."""
@@ -124,6 +119,9 @@ class BwdConfig:
             expected = f"less: accumulators are {count} registers, of {ACCUMULATORS}"
             yield "tile_m", count <= ACCUMULATORS, expected
         yield "dv_early", self.splits_keys or not self.dv_early, "False where P has no registers"
+        for name in ("k_in_registers", "v_in_registers", "delta_in_parts"):
+            own = self.splits_keys or not getattr(self, name)
+            yield name, own, "False where warpgroups share the keys"
         whole = self.dq_channels(d) % 16 == 0 and self.dq_slices > 0
         yield "dq_slices", whole, "parts of 16 columns of dQ"
         yield "dq_copies", self.dq_copies % self.dq_slices == 0, "a multiple of dq_slices"

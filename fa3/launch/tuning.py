@@ -75,9 +75,13 @@ FORWARD_WIDENED = {
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
-    (64, 64): BwdConfig(tile_m=128, dq_in_bulk=True),  # 546; dv_early spills
-    (96, 96): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 575
-    (128, 128): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),  # 656
+    (64, 64): BwdConfig(  # 602; dv_early spills
+        tile_m=128, k_in_registers=True, delta_in_parts=True, dq_in_bulk=True
+    ),
+    (96, 96): BwdConfig(  # 659
+        tile_m=64, dv_early=True, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
+    ),
+    (128, 128): BwdConfig(tile_m=64, dv_early=True, delta_in_parts=True, dq_in_bulk=True),  # 698
     (192, 128): BwdConfig(64, 96, splits_products=True, dq_in_bulk=True),  # 597
     (192, 192): BwdConfig(64, 96, splits_products=True, do_stages=1, dq_in_bulk=True),  # 642
     (256, 256): BwdConfig(  # 558; space for 3 of 8 parts of dQ
@@ -92,7 +96,7 @@ BACKWARD = {
 }
 # With softcap, where these do not do: 128 queries spill, and dS takes more of P than its 16 bits.
 BACKWARD_SOFTCAP = {
-    (64, 64): BwdConfig(tile_m=64, dv_early=True, dq_in_bulk=True),
+    (64, 64): BwdConfig(tile_m=64, dv_early=True, delta_in_parts=True, dq_in_bulk=True),
     (192, 128): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),
     (192, 192): BwdConfig(tile_m=64, tile_n=64, dq_in_bulk=True),
     (256, 256): BwdConfig(tile_m=64, tile_n=64),  # no space for dQ

@@ -55,7 +55,9 @@ def differentiate(
                 warpgroup.fence()
                 frag.issue_dv(p, dout.index)
             warpgroup.wait_group(0 + dv_early)
-            ds = frag.rounded_ds(p)
+            delta = _delta(frag, rings, scores, dout.index)
+            frag.differentiate(delta)
+            ds = frag.rounded_ds()
             if cutlass.const_expr(with_dq):
                 plan.barriers.wait_for_ds(own, buffer)
                 frag.write_ds(ds, buffer, thread)
@@ -105,8 +107,7 @@ def differentiate_channels(
 
     P and dS go through shared memory, to buffers that have the indices of the stages of Q.
     """
-    plan, column = frag.plan, scores.mask.column
-    with_dq = plan.signature.with_dq
+    plan, with_dq = frag.plan, frag.plan.signature.with_dq
     for phase in blocks.phases():
         m_block = phase.m_end - 1
         while m_block >= phase.m_begin:
@@ -119,7 +120,7 @@ def differentiate_channels(
             acc_P = _exponentiate(frag, rings, scores, query.index, m_block, phase.is_masked)
             p = frag.hand_over_p(acc_P, query.index, thread)
             warpgroup.wait_group(0)
-            frag.differentiate(rings.do.of_thread(dout.index, column, plan.config.score_columns))
+            frag.differentiate(_delta(frag, rings, scores, dout.index))
             ds = frag.hand_over_ds(query.index, thread)
             cute.arch.fence_view_async_shared()
             plan.barriers.ds_written()
@@ -146,3 +147,11 @@ def _exponentiate(
     lse = rings.q.of_thread(stage, scores.mask.column, frag.plan.config.score_columns)
     scores.apply(frag.acc_S, m_block, is_masked)
     return scores.exponentiate(frag.acc_S, lse)
+
+
+def _delta(frag: BwdFragments, rings: BwdRings, scores: KeyScores, stage) -> cute.Tensor | None:
+    """Of this thread's columns, if dP is not less it already."""
+    config = frag.plan.config
+    if config.delta_in_parts:
+        return None
+    return rings.do.of_thread(stage, scores.mask.column, config.score_columns)

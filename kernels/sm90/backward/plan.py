@@ -73,13 +73,6 @@ class BwdPlan:
         return ELEMENT[self.signature.dtype]
 
     @property
-    def packs_ds(self) -> bool:
-        """dS is a product of pairs of bf16, P and dP rounded; else of fp32."""
-        signature = self.signature
-        can = signature.dtype == "bf16" and signature.score is None and signature.with_dkv
-        return self.config.packs_ds and can
-
-    @property
     def num_consumers(self) -> int:
         """Threads."""
         return WARPGROUP * self.config.num_mma_warpgroups

@@ -11,7 +11,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Uint32
+from cutlass import BFloat16, Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -255,24 +255,9 @@ class BwdFragments:
         self._write(self._converted(acc_P, acc_P), self.p_buffer, buffer, thread)
         return self.p_by_keys[None, None, None, buffer]
 
-    def rounded_ds(self, p: cute.Tensor | None) -> cute.Tensor:
-        """dS^T in 16 bits, as issue_dk() takes it from registers, of acc_dP = dP - delta.
-
-        p: what hand_over_p() returned.
-        """
-        if not self.plan.packs_ds:
-            self.differentiate()
-            return self._converted(self.acc_dP, self.ds_by_keys)
-        ds = self._converted(self.acc_dP, self.ds_by_keys)
-        pairs = cute.make_layout(cute.size(ds) // 2)
-        p, dp = (cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint32), pairs) for x in (p, ds))
-        for i in range(cute.size(pairs)):
-            dp[i] = cute.arch.inline_ptx(
-                "mul.rn.bf16x2 {$w0}, {$r0}, {$r1};",
-                write_only_types=[Uint32],
-                read_only_args=[p[i], dp[i]],
-            )
-        return ds
+    def rounded_ds(self) -> cute.Tensor:
+        """dS^T in 16 bits, as issue_dk() takes it from registers."""
+        return self._converted(self.acc_dP, self.ds_by_keys)
 
     def write_ds(self, ds: cute.Tensor, buffer, thread):
         """To shared memory, for dQ, where asynchronous reads will see it."""
