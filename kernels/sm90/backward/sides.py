@@ -9,6 +9,7 @@ channels in the rows both operands of each come from there.  dS is made of P in 
 
 P and dS have one buffer each and a barrier of both warpgroups: who arrives to say that it has
 written P has finished the products of the step before that read dS, and the other way round.
+Behind the barrier of P each knows, too, that what the other one has waited for is there.
 
 One wgmma.fence serves a step, ahead of the sums: by then the threads have read the scores of this
 step and dQ of the one before.
@@ -179,10 +180,11 @@ def make_p_and_dv(
             scores.apply(side.acc_scores, m_block, phase.is_masked)
             side.write(scores.exponentiate(side.acc_scores, lse), side.p_buffer, thread)
             side.plan.barriers.p_written()
-            query.release()
-            dout = do.wait_and_advance()
+            dout = do.current_handle()  # full: the other side has waited for it
+            do.advance()
             warpgroup.fence()
             side.issue_sums(dout.index)
+            query.release()
             side.plan.barriers.ds_written()
             _add_dq(side, dq_sums, m_block, dout)
             m_block -= 1
@@ -211,7 +213,8 @@ def make_ds_and_dk(
         side.differentiate(side.read_p(thread), delta)
         side.write(side.acc_scores, side.ds_buffer, thread)
         side.plan.barriers.ds_written()
-        query = q.wait_and_advance()
+        query = q.current_handle()  # full, as dO there
+        q.advance()
         warpgroup.fence()
         side.issue_sums(query.index)
         _add_dq(side, dq_sums, blocks.m_max - 1 - j, query)
