@@ -114,7 +114,8 @@ class BwdConfig:
             yield "tile_n", self.tile_n in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
             enough = "at least 2, as one barrier guards a step"
             yield "num_stages", self.num_stages >= 2, enough
-            yield "do_stages", self.stages_of_do >= 2, enough
+            expected = "that of num_stages without splits_products, as dO is released with Q"
+            yield "do_stages", self.stages_of_do == self.num_stages, expected
         for count in self._accumulators(d, dv):
             expected = f"less: accumulators are {count} registers, of {ACCUMULATORS}"
             yield "tile_m", count <= ACCUMULATORS, expected

@@ -82,8 +82,8 @@ BACKWARD = {
         tile_m=64, dv_early=True, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
     ),
     (128, 128): BwdConfig(tile_m=64, dv_early=True, delta_in_parts=True, dq_in_bulk=True),  # 698
-    (192, 128): BwdConfig(64, 96, splits_products=True, dq_in_bulk=True),  # 597
-    (192, 192): BwdConfig(64, 96, splits_products=True, do_stages=1, dq_in_bulk=True),  # 642
+    (192, 128): BwdConfig(64, 96, splits_products=True, dq_in_bulk=True),  # 590
+    (192, 192): BwdConfig(64, 96, splits_products=True, do_stages=1, dq_in_bulk=True),  # 641
     (256, 256): BwdConfig(  # 558; space for 3 of 8 parts of dQ
         *(64, 80),
         splits_products=True,

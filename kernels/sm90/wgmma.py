@@ -133,18 +133,18 @@ def issue_gemm(
     a: cute.Tensor,  # (MMA, MMA_M, MMA_K)
     b: cute.Tensor,  # (MMA, MMA_N, MMA_K)
     accumulate: bool,
+    commits: bool = True,
 ):
-    """acc (+)= a b^T as one committed group; the caller fences before and waits for it."""
-    issue_part(tiled_mma, acc, a, b, accumulate)
-    warpgroup.commit_group()
+    """acc (+)= a b^T as one committed group, or as part of the next one.
 
-
-def issue_part(tiled_mma: cute.TiledMma, acc, a, b, accumulate: bool):
-    """The same as a part of a group that the caller commits."""
+    The caller fences before and waits for it.
+    """
     atom = cute.make_mma_atom(tiled_mma.op)  # a copy of its own: set() below must not leak out
     for k in range(cute.size(a, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, accumulate or k > 0)
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+    if commits:
+        warpgroup.commit_group()
 
 
 def accumulator(columns: int) -> cute.Tensor:

@@ -35,7 +35,8 @@ def differentiate(
     buffer: of dS of the next step; the one after it takes the other.  Each product of dQ is a turn
     of both: see BwdBarriers.wait_for_ds.
 
-    One wgmma.fence serves the products that follow each other: what they use is ready by then.
+    One wgmma.fence serves the products that follow each other: what they use is ready by then.  S
+    and dP follow those of the step before: threads had read theirs by then.
     """
     plan, own = frag.plan, thread // WARPGROUP
     with_dq, with_dkv = plan.signature.with_dq, plan.signature.with_dkv
@@ -44,7 +45,6 @@ def differentiate(
         m_block = phase.m_end - 1
         while m_block >= phase.m_begin:
             query = q.wait_and_advance()
-            warpgroup.fence()
             frag.issue_scores(query.index)
             dout = do.wait_and_advance()
             frag.issue_dp(dout.index)
@@ -69,15 +69,14 @@ def differentiate(
                 frag.issue_dv(p, dout.index)
             frag.issue_dk(ds, query.index)
             if cutlass.const_expr(with_dq):
-                warpgroup.wait_group(with_dkv * (2 - dv_early))
+                warpgroup.wait_group(0 + with_dkv)
                 buffer = 1 - buffer
                 plan.barriers.hand_on_ds(own, buffer)
                 dq_sums.add(acc_dQ, m_block + 1, is_made=m_block + 1 < blocks.m_max)
             else:
                 cute.arch.sync_warp()  # all lanes have read lse: one releases for them
             warpgroup.wait_group(0)
-            query.release()
-            dout.release()
+            query.release()  # and dO: load()
             m_block -= 1
     if cutlass.const_expr(with_dq):
         if blocks.m_min < blocks.m_max:
@@ -112,7 +111,6 @@ def differentiate_channels(
         m_block = phase.m_end - 1
         while m_block >= phase.m_begin:
             query = q.wait_and_advance()
-            warpgroup.fence()
             frag.issue_scores(query.index)
             dout = do.wait_and_advance()
             frag.issue_dp(dout.index)
@@ -131,8 +129,7 @@ def differentiate_channels(
                 acc_dQ = frag.new_dq()
                 frag.issue_dq(acc_dQ, query.index)
             warpgroup.wait_group(0 + with_dq)
-            query.release()
-            dout.release()
+            query.release()  # and dO: load()
             if cutlass.const_expr(with_dq):
                 warpgroup.wait_group(0)
                 dq_sums.add(acc_dQ, m_block)

@@ -55,9 +55,12 @@ def dq_of_thread(block: cute.Tensor, count: int, plan, thread) -> cute.Tensor:
 
 
 @cute.jit
-def wait_for_dq(buffer: cute.Tensor | None):
-    """Before a CTA ends: until all that its threads have sent off from the buffer has arrived."""
-    if cutlass.const_expr(buffer is not None):
+def wait_for_dq(plan: cutlass.Constexpr, buffer: cute.Tensor | None):
+    """Before a CTA ends: until all that its threads have sent off from the buffer has arrived.
+
+    In order finish() has waited for it.
+    """
+    if cutlass.const_expr(buffer is not None and not plan.signature.deterministic):
         cute.arch.cp_async_bulk_wait_group(0)
 
 
@@ -136,12 +139,16 @@ class DqSums:
         number: cutlass.Constexpr[int],
     ):
         """Registers of the step's copy `number`."""
-        cute.arch.cp_async_bulk_wait_group(_sent_since(number, self.plan.config), read=True)
-        cute.arch.sync_warp()  # one lane knows of the copies before
+        config = self.plan.config
+        if cutlass.const_expr(_must_wait(number, config, self.counters is not None)):
+            sent_since = number - 1 - _before(number, config)
+            cute.arch.cp_async_bulk_wait_group(sent_since, read=True)
+            cute.arch.sync_warp()  # one lane knows of the copies before
         source = cute.make_tensor(acc, cute.make_layout((4, count // 4)))
         cute.autovec_copy(source, self._own(self._room(number), count))
         cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
+        if cutlass.const_expr(self.counters is None or number > 0):
+            cute.arch.sync_warp()  # in order the whole warpgroup meets in _wait()
 
     def _room(self, number: int) -> cute.Tensor:
         return self.buffer[None, number % self.plan.config.dq_room]
@@ -226,13 +233,20 @@ def _kept(address: Int64) -> Int64:
     )
 
 
-def _sent_since(number: int, config) -> int:
-    """Copies that a warp has sent since the one whose room a step's copy `number` takes."""
+def _before(number: int, config) -> int:
+    """The copy whose room a step's copy `number` takes; those of the step before end with -1."""
     copies, room = config.dq_copies, config.dq_room
-    if number >= room:
-        return room - 1
-    before = max(i for i in range(copies) if i % room == number % room)
-    return copies - 1 - before + number
+    return max(i for i in range(-copies, number) if i % copies % room == number % room)
+
+
+def _must_wait(number: int, config, in_order: bool) -> bool:
+    """Whether a warp does not know yet that the copy before has left its room.
+
+    It does if it has waited for a later one in this step; in order, _let_next() for all before it.
+    """
+    before = _before(number, config)
+    waited_for = [_before(i, config) for i in range(number)] + [-1] * in_order
+    return all(before > i for i in waited_for)
 
 
 def _acquired(counter: cute.Pointer) -> Int32:

@@ -192,7 +192,7 @@ class BackwardSm90:
                 frag, rings, tensors, tile, keys, thread, is_storing, scalars.softmax_scale
             )
             tile = work.next(tile)
-        wait_for_dq(rings.dq)
+        wait_for_dq(plan, rings.dq)
 
     @cute.jit
     def _share(
@@ -211,13 +211,16 @@ class BackwardSm90:
         warp = cute.arch.make_warp_uniform(thread // 32)
         row, column = 16 * warp + lane // 4, 2 * (lane % 4)
         side = Side.of(plan, rings, is_first)
-        k, v, q, do = (ring.consumer() for ring in (rings.k, rings.v, rings.q, rings.do))
+        # Of K and V the one that its scores need; P's barrier, or that of the tile's last products,
+        # comes ahead of any use of the other one.
+        own, q, do = (
+            ring.consumer() for ring in (rings.k if is_first else rings.v, rings.q, rings.do)
+        )
         tile = work.first()
         while tile.is_valid:
             blocks = work.blocks_of(tile)
             side.start()
-            k.wait_and_advance()
-            v.wait_and_advance()
+            own.wait_and_advance()
             for i in cutlass.range(work.heads_per_group, unroll=1):
                 head = tile.head_kv * work.heads_per_group + i
                 sums = DqSums.of(work, tile, head, consumer, rings.dq)
@@ -236,4 +239,4 @@ class BackwardSm90:
             factor = None if is_first else scalars.softmax_scale
             store_side(side, rings, tensors, tile, keys, thread, is_storing, is_first, factor)
             tile = work.next(tile)
-        wait_for_dq(rings.dq)
+        wait_for_dq(plan, rings.dq)

@@ -19,7 +19,7 @@ from ...barriers import WARPGROUP
 from ...bwd_config import DELTA_DEPTH
 from ...elements import ELEMENT
 from ...views import convert, rows_and_columns
-from ..wgmma import issue_gemm, issue_part
+from ..wgmma import issue_gemm
 
 
 ONE_WARPGROUP = (1, 1, 1)
@@ -215,6 +215,7 @@ class BwdFragments:
         if self.plan.signature.with_dkv:
             self.acc_dV.fill(0.0)
             self.acc_dK.fill(0.0)
+        warpgroup.fence()
 
     def load_keys(self, thread):
         """What of K and V of a tile registers hold."""
@@ -231,7 +232,7 @@ class BwdFragments:
         """dP^T = V dO^T, asynchronously; less delta, if that comes in parts."""
         if self.delta is not None:
             delta = self.delta[None, None, None, stage]
-            issue_part(self.mma.delta, self.acc_dP, self.minus_one, delta, False)
+            issue_gemm(self.mma.delta, self.acc_dP, self.minus_one, delta, False, commits=False)
         do = self.do[None, None, None, stage]
         issue_gemm(self.mma.dp, self.acc_dP, self.v, do, self.delta is not None)
 
@@ -279,10 +280,11 @@ class BwdFragments:
         store(self.mma.scores, values, self.acc_dP, target[None, None, buffer], thread)
 
     def issue_dv(self, p: cute.Tensor | None, stage):
-        """dV += P^T dO, asynchronously, if it is wanted."""
+        """dV += P^T dO, asynchronously, if it is wanted; early as a group, else as part of dK's."""
         if not self.plan.signature.with_dkv:
             return
-        issue_gemm(self.mma.dv, self.acc_dV, p, self.do_by_rows[None, None, None, stage], True)
+        do = self.do_by_rows[None, None, None, stage]
+        issue_gemm(self.mma.dv, self.acc_dV, p, do, True, commits=self.plan.config.dv_early)
 
     def issue_dk(self, ds: cute.Tensor, stage):
         """dK += dS^T Q, asynchronously, if it is wanted."""

@@ -9,6 +9,10 @@ channels in the rows both operands of each come from there.  dS is made of P in 
 
 P and dS have one buffer each and a barrier of both warpgroups: who arrives to say that it has
 written P has finished the products of the step before that read dS, and the other way round.
+Behind the barrier of P each knows, too, that what the other one has waited for is there.
+
+One wgmma.fence serves a step, ahead of the sums: by then the threads have read the scores of this
+step and dQ of the one before.
 """
 
 from dataclasses import dataclass
@@ -99,6 +103,7 @@ class Side:
         """Before the first query block of a tile."""
         if self.plan.signature.with_dkv:
             self.acc_sums.fill(0.0)
+        warpgroup.fence()
 
     def issue_scores(self, stage):
         """S or dP, asynchronously."""
@@ -166,17 +171,17 @@ def make_p_and_dv(
         m_block = phase.m_end - 1
         while m_block >= phase.m_begin:
             query = q.wait_and_advance()
-            warpgroup.fence()
             side.issue_scores(query.index)
             warpgroup.wait_group(0)
             lse = rings.q.of_rows(query.index, rows.row)
             scores.apply(side.acc_scores, m_block, phase.is_masked)
             side.write(scores.exponentiate(side.acc_scores, lse), side.p_buffer, thread)
             side.plan.barriers.p_written()
-            query.release()
-            dout = do.wait_and_advance()
+            dout = do.current_handle()  # full: the other side has waited for it
+            do.advance()
             warpgroup.fence()
             side.issue_sums(dout.index)
+            query.release()
             side.plan.barriers.ds_written()
             _add_dq(side, dq_sums, m_block, dout)
             m_block -= 1
@@ -197,7 +202,6 @@ def make_ds_and_dk(
     """The second warpgroup, of one query head.  row: as of QueryRows."""
     for j in cutlass.range(blocks.count, unroll=1):
         dout = do.wait_and_advance()
-        warpgroup.fence()
         side.issue_scores(dout.index)
         warpgroup.wait_group(0)
         delta = rings.do.of_rows(dout.index, row)
@@ -206,7 +210,8 @@ def make_ds_and_dk(
         side.differentiate(side.read_p(thread), delta)
         side.write(side.acc_scores, side.ds_buffer, thread)
         side.plan.barriers.ds_written()
-        query = q.wait_and_advance()
+        query = q.current_handle()  # full, as dO there
+        q.advance()
         warpgroup.fence()
         side.issue_sums(query.index)
         _add_dq(side, dq_sums, blocks.m_max - 1 - j, query)
@@ -225,7 +230,6 @@ def _add_dq(side: Side, dq_sums: DqSums | None, m_block: Int32, used: Any):
     else:
         for part in cutlass.range_constexpr(side.plan.config.dq_slices):
             acc_dQ = side.new_dq()
-            warpgroup.fence()
             side.issue_dq(acc_dQ, part)
             if cutlass.const_expr(part == 0):
                 warpgroup.wait_group(1)

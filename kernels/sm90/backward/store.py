@@ -9,6 +9,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.tensor_utils import LayoutEnum
 
 from ...views import convert
+from ..rings import Ring
 from .products import BwdFragments, store
 from .rings import BwdRings
 from .sides import Side
@@ -31,7 +32,7 @@ def store_gradients(
     """
     plan = frag.plan
     if cutlass.const_expr(not plan.signature.with_dkv):
-        _release(plan, (rings.k, rings.v), is_storing_warp)
+        _release(plan, rings.k, is_storing_warp)
         return
     sdK, sdV = rings.k.buffer[None, None, 0], rings.v.buffer[None, None, 0]
     dv_16 = cute.make_rmem_tensor_like(frag.acc_dV, plan.element)
@@ -50,8 +51,7 @@ def store_gradients(
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()  # a lane knows of its own store, and one releases for all
-        rings.k.release(0)
-        rings.v.release(0)
+        rings.k.release(0)  # and V: load()
 
 
 @cute.jit
@@ -72,7 +72,7 @@ def store_side(
         (rings.v, tensors.dv, plan.v_tile) if is_first else (rings.k, tensors.dk, plan.k_tile)
     )
     if cutlass.const_expr(not plan.signature.with_dkv):
-        _release(plan, (ring,), is_storing_warp)
+        _release(plan, ring, is_storing_warp)
         return
     space = ring.buffer[None, None, 0]
     if cutlass.const_expr(factor is not None):
@@ -93,12 +93,11 @@ def store_side(
 
 
 @cute.jit
-def _release(plan: cutlass.Constexpr[Any], rings: tuple, is_storing_warp: Any):
-    """K and V, where nothing is stored."""
+def _release(plan: cutlass.Constexpr[Any], ring: Ring, is_storing_warp: Any):
+    """K or V, where nothing is stored."""
     plan.barriers.products_done()
     if is_storing_warp:
-        for ring in rings:
-            ring.release(0)
+        ring.release(0)
 
 
 def _to_memory(operand: Any, smem: cute.Tensor, keys: Any, tile: Any, shape):
