@@ -176,13 +176,19 @@ def ampere_backward() -> list[Variant]:
 
 
 def every_ampere() -> list[Variant]:
-    """Each config of the tables of Ampere with each mask, and once with all that a call may ask."""
+    """Each config of the tables of Ampere with each mask, and once with all that a call may ask.
+
+    Of the backward pass with softcap, too, which has configs of its own.
+    """
     found = []
     for arch, mask in product(("sm_80", "sm_89"), MASKS):
         plain = [Signature("bf16", *dims, mask) for dims in sorted(tuning.FORWARD)]
         plain += [BwdSignature("bf16", *dims, mask) for dims in sorted(tuning.BACKWARD)]
         found += [Variant(signature, arch) for signature in plain]
-        if mask == "local":
+        if mask != "local":
+            back = [s for s in plain if isinstance(s, BwdSignature)]
+            found += [Variant(replace(s, score="softcap"), arch) for s in back]
+        else:
             more = [replace(s, is_ragged=True, score="softcap") for s in plain]
             found += [
                 Variant(replace(s, deterministic=True), arch)

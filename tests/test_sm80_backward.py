@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from fa3 import emulator
+from fa3 import autograd, emulator
 from fa3.call.mask import MaskSpec
 from fa3.emulator.mutation import Judge
 from fa3.inspect.cli import inspect
@@ -120,14 +120,32 @@ def test_keys_that_no_query_sees_have_no_gradient(device, ampere):
     assert (dv[:, unseen:] != 0).any(dim=-1).all()
 
 
-def test_gradients_of_some_inputs(device, ampere):
-    """Without dQ."""
+SEVERAL_TILES = BackwardCase("fp16", s_q=70, s_k=200, h_k=1, causal=True, num_ctas=1)
+SPLIT_QUERIES = BackwardCase("fp16", 192, 128, s_q=70, s_k=110, h_k=1, num_ctas=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [(SEVERAL_TILES, "kv"), (SEVERAL_TILES, "q"), (SPLIT_QUERIES, "q")],
+    ids=["dk and dv", "dq", "dq, two warps a key"],
+)
+def test_gradients_of_some_inputs(case, names, device, ampere, monkeypatch):
+    """The bits of the whole pass: one CTA adds its tiles to dQ one after the other."""
     ampere(LARGE)
-    case = BackwardCase("fp16", s_q=70, s_k=90, causal=True)
-    q, k, v = _inputs(case, device)
-    wanted = gradients(attention(case, q, k, v, device), (q, k, v), torch.ones_like(q))
-    given = gradients(attention(case, q.detach(), k, v, device), (k, v), torch.ones_like(q))
-    assert torch.equal(given[0], wanted[1]) and torch.equal(given[1], wanted[2])
+    signatures, made = [], autograd.signature_of
+    monkeypatch.setattr(
+        autograd, "signature_of", lambda *x: signatures.append(made(*x)) or signatures[-1]
+    )
+    inputs = dict(zip("qkv", _inputs(case, device), strict=True))
+    results = attention(case, *inputs.values(), device)
+    dout = torch.randn_like(results[0])
+    whole = dict(zip("qkv", gradients(results, [*inputs.values()], dout), strict=True))
+    given = [x if name in names else x.detach() for name, x in inputs.items()]
+    results = attention(case, *given, device)
+    some = gradients(results, [inputs[name] for name in names], dout)
+    assert all(torch.equal(x, whole[name]) for name, x in zip(names, some, strict=True))
+    last = signatures[-1]
+    assert (last.with_dq, last.with_dkv) == ("q" in names, "kv" == names)
 
 
 @pytest.mark.skipif(HOPPER, reason="a GPU has one schedule, its own")

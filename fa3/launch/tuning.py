@@ -109,15 +109,15 @@ BACKWARD_SOFTCAP = {
 FORWARD_SM80 = {
     (64, 64): (Sm80Config(tile_n=64, num_stages=2),),  # 7.7
     (96, 96): (
-        Sm80Config(tile_n=64, num_stages=2),  # 9.0; 72 KiB
-        Sm80Config(tile_n=64),  # 8.9
+        Sm80Config(tile_n=64, num_stages=2),  # 8.9; 72 KiB
+        Sm80Config(tile_n=64),  # 8.8
     ),
     (128, 128): (  # 48 keys spill
-        Sm80Config(tile_n=32, num_stages=2),  # 11.4; 64 KiB
+        Sm80Config(tile_n=32, num_stages=2),  # 11.3; 64 KiB
         Sm80Config(tile_n=32),  # 11.0
     ),
     (192, 128): (
-        Sm80Config(tile_n=32),  # 13.3; 68 KiB
+        Sm80Config(tile_n=32),  # 12.6; 68 KiB
         Sm80Config(64, 8, rows_per_warp=16, ctas_per_sm=1, q_in_registers=192),
     ),
     (192, 192): (
@@ -126,7 +126,7 @@ FORWARD_SM80 = {
     ),
     (256, 256): (
         Sm80Config(64, 8, ctas_per_sm=1, warps_per_row=2),  # 17.2; 145 KiB
-        Sm80Config(32, 8, 16, ctas_per_sm=1),  # 20.3
+        Sm80Config(32, 8, 16, ctas_per_sm=1),  # 19.6
         Sm80Config(32, rows_per_warp=16, ctas_per_sm=1),  # beside a head dim of 96
     ),
 }

@@ -70,7 +70,7 @@ class RowCopy:
     @staticmethod
     def thread_offset(layout: TileLayout, thread) -> Int32:
         """Of the thread's first chunk in shared memory, in bytes from the tile."""
-        return kept(2 * layout.offset(thread // layout.chunks, thread % layout.chunks))
+        return 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
 
     @staticmethod
     @cute.jit

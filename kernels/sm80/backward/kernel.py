@@ -23,7 +23,7 @@ Registers of a thread at head dim 128: sums 128, scores 64.  From 192 on two war
 Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -235,6 +235,9 @@ class BackwardSm80:
 
     def _work(self, tensors: BwdTensors, scalars: BwdScalars, order) -> BwdWork:
         cta, num_ctas = kept(cute.arch.block_idx()[0]), kept(cute.arch.grid_dim()[0])
+        if self.plan.signature.mask == "causal" and isinstance(order, TileOrder):
+            # A round's number of tiles, and how many rounds there are, would be kept, and spill.
+            order = replace(order, heads_per_group=kept(order.heads_per_group))
         schedule = Schedule.of(order, cta, num_ctas)
         return BwdWork.of(self.plan, tensors, tensors.q, tensors.k, scalars, schedule)
 
@@ -318,7 +321,7 @@ class BackwardSm80:
 
 def _copy(layout, thread, matrix, length, pointer) -> RowCopy:
     """By one side's threads. A row of the tables may serve head dims far below its tile's."""
-    offset = 2 * layout.offset(thread // layout.chunks, thread % layout.chunks)
+    offset = RowCopy.thread_offset(layout, thread)
     return RowCopy.of(layout, SIDE, thread, matrix, length, pointer, offset, layout.blocks)
 
 

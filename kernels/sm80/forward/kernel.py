@@ -300,10 +300,10 @@ class ForwardSm80:
         threads = plan.config.num_threads
         q = queries.matrix(tensors.q, tile.head)
         k, v = (keys.matrix(t, tile.head_kv) for t in (tensors.k, tensors.v))
-        of_qk = RowCopy.thread_offset(plan.k, thread)
+        of_qk = kept(RowCopy.thread_offset(plan.k, thread))
         of_v = of_qk
         if plan.v.columns != plan.k.columns:
-            of_v = RowCopy.thread_offset(plan.v, thread)
+            of_v = kept(RowCopy.thread_offset(plan.v, thread))
         return Loads(
             plan.config.num_stages,
             RowCopy.of(plan.q, threads, thread, q, queries.length, space.q, of_qk),
