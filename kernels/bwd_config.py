@@ -24,8 +24,7 @@ class BwdConfig:
     tile_n: int = 128  # keys per CTA
     num_mma_warpgroups: int = 2
     dv_early: bool = False  # dV += P^T dO ahead of the arithmetic of dS; needs registers, P in them
-    k_in_registers: bool = False  # S^T = K Q^T reads K from there; a warpgroup has its own keys
-    v_in_registers: bool = False  # the same of dP^T = V dO^T
+    v_in_registers: bool = False  # dP^T = V dO^T reads V from there; a warpgroup has its own keys
     delta_in_parts: bool = False  # the product that makes dP subtracts delta, in three 16-bit parts
     num_stages: int = 2  # of the rings of Q and dO; of shared channels buffers of dS and P, too
     dq_in_bulk: bool = False  # dQ is added to its sums from shared memory, else from registers
@@ -120,7 +119,7 @@ class BwdConfig:
             expected = f"less: accumulators are {count} registers, of {ACCUMULATORS}"
             yield "tile_m", count <= ACCUMULATORS, expected
         yield "dv_early", self.splits_keys or not self.dv_early, "False where P has no registers"
-        for name in ("k_in_registers", "v_in_registers", "delta_in_parts"):
+        for name in ("v_in_registers", "delta_in_parts"):
             own = self.splits_keys or not getattr(self, name)
             yield name, own, "False where warpgroups share the keys"
         whole = self.dq_channels(d) % 16 == 0 and self.dq_slices > 0

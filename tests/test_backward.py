@@ -252,7 +252,7 @@ def test_without_dq(case, device, monkeypatch):
     monkeypatch.setattr(autograd, "plan_of", lambda *x: plans.append(plan_of(*x)) or plans[-1])
     out.sum().backward()  # dO is an expanded scalar
     assert torch.equal(k.grad, wanted[1]) and q.grad is None and v.grad is None
-    assert plans[0].workspace[1:3] == (None, None)  # no sums, no counters
+    assert plans[0].workspace[2:4] == (None, None)  # no sums, no counters
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ class BackwardSm90:
             frag.start()
             k.wait_and_advance()
             v.wait_and_advance()
-            frag.load_keys(thread)
+            frag.load_v(thread)
             for i in cutlass.range(work.heads_per_group, unroll=1):
                 head = tile.head_kv * work.heads_per_group + i
                 sums = DqSums.of(work, tile, head, thread, rings.dq)

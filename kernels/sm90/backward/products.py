@@ -45,12 +45,9 @@ class BwdMma:
         by_keys = sources.RMEM if config.splits_keys else sources.SMEM
         d, dv, dtype = signature.head_dim, signature.head_dim_v, signature.dtype
         parts = ("bf16", k_major, k_major, ONE_WARPGROUP, config.score_columns)
-        of_k, of_v = (
-            sources.RMEM if x else sources.SMEM
-            for x in (config.k_in_registers, config.v_in_registers)
-        )
+        of_v = sources.RMEM if config.v_in_registers else sources.SMEM
         return BwdMma(
-            scores=product(dtype, k_major, k_major, own, config.score_columns, of_k),
+            scores=product(dtype, k_major, k_major, own, config.score_columns),
             dp=product(dtype, k_major, k_major, own, config.score_columns, of_v),
             delta=product(*parts) if config.delta_in_parts else None,
             dv=product(dtype, k_major, mn_major, own, config.channels(dv), by_keys),
@@ -136,9 +133,8 @@ class BwdFragments:
 
     plan: cutlass.Constexpr[Any]
     mma: BwdMma
-    k: cute.Tensor  # (MMA, 1, d / 16) descriptors, or 16-bit registers
+    k: cute.Tensor  # (MMA, 1, d / 16) descriptors
     v: cute.Tensor  # (MMA, 1, dv / 16) descriptors, or 16-bit registers
-    k_buffer: cute.Tensor  # (tile_n, d)
     v_buffer: cute.Tensor  # (tile_n, dv)
     q: cute.Tensor  # (MMA, 1, d / 16, num_stages) descriptors
     do: cute.Tensor  # (MMA, 1, dv / 16, num_stages) descriptors
@@ -190,9 +186,8 @@ class BwdFragments:
             mma=mma,
             minus_one=minus_one,
             delta=delta,
-            k=_fragment(scores, k, plan.config.k_in_registers),
+            k=scores.make_fragment_A(scores.partition_A(k)),
             v=_fragment(dp, v, plan.config.v_in_registers),
-            k_buffer=k,
             v_buffer=v,
             q=scores.make_fragment_B(scores.partition_B(q)),
             do=dp.make_fragment_B(dp.partition_B(do)),
@@ -215,14 +210,12 @@ class BwdFragments:
         if self.plan.signature.with_dkv:
             self.acc_dV.fill(0.0)
             self.acc_dK.fill(0.0)
-        warpgroup.fence()
 
-    def load_keys(self, thread):
-        """What of K and V of a tile registers hold."""
-        if self.plan.config.k_in_registers:
-            _load(self.mma.scores, self.k_buffer, self.k, thread)
+    def load_v(self, thread):
+        """V of a tile, if registers hold it, ahead of the tile's first product."""
         if self.plan.config.v_in_registers:
             _load(self.mma.dp, self.v_buffer, self.v, thread)
+        warpgroup.fence()
 
     def issue_scores(self, stage):
         """S^T = K Q^T, asynchronously."""
