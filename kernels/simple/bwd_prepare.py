@@ -44,7 +44,9 @@ class PrepareTensors:
 
         out, dout = (permute(t, [1, 3, 2, 0]) for t in (x.out, x.dout))
         lse, dlse = (permute(t, [2, 1, 0]) for t in (x.lse, x.dlse))
-        workspace = (reversed_modes(t) for t in (x.row_stats, x.delta_parts, x.dq_sums, x.dq_counters))
+        workspace = (
+            reversed_modes(t) for t in (x.row_stats, x.delta_parts, x.dq_sums, x.dq_counters)
+        )
         return PrepareTensors(out, dout, lse, dlse, *workspace)
 
 

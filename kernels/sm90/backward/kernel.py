@@ -116,7 +116,7 @@ class BackwardSm90:
             for atom in tensors.tma_atoms:
                 cpasync.prefetch_descriptor(atom)
         rings = BwdRings.of(plan, SmemAllocator())
-        rings.start(cute.arch.thread_idx()[0])
+        rings.start(plan, cute.arch.thread_idx()[0])
         work = self._work(tensors, scalars, order)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -181,9 +181,7 @@ class BackwardSm90:
                         frag, rings, q, do, blocks, scores, sums, thread, buffer
                     )
                 else:
-                    q, do = differentiate_channels(
-                        frag, rings, q, do, blocks, scores, sums, thread
-                    )
+                    q, do = differentiate_channels(frag, rings, q, do, blocks, scores, sums, thread)
                 if cutlass.const_expr(sums is not None):
                     sums.finish(blocks.m_min)
             keys = work.sequence_of(tile).keys

@@ -21,7 +21,6 @@ from ...elements import ELEMENT
 from ...views import convert, rows_and_columns
 from ..wgmma import issue_gemm
 
-
 ONE_WARPGROUP = (1, 1, 1)
 
 

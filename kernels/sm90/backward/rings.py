@@ -150,25 +150,30 @@ class BwdRings:
         )
 
     @cute.jit
-    def start(self, thread):
+    def start(self, plan: cutlass.Constexpr, thread):
         """What is read before anybody wrote it, by the CTA's threads ahead of a barrier of them."""
-        if cutlass.const_expr(self.minus_one is not None):
-            rows = cute.size(self.minus_one, mode=[0])
+        if cutlass.const_expr(plan.config.delta_in_parts):
+            rows, tile_m = cute.size(self.minus_one, mode=[0]), plan.config.tile_m
             if thread < rows:
-                for column in cutlass.range_constexpr(DELTA_DEPTH):
-                    number = -1.0 if column < NUM_PARTS else 0.0
-                    self.minus_one[thread, column] = Float32(number).to(BFloat16)
-            if thread < cute.size(self.delta, mode=[0]):
-                for stage in cutlass.range_constexpr(cute.size(self.delta, mode=[2])):
-                    for column in cutlass.range_constexpr(PARTS, DELTA_DEPTH):
-                        self.delta[thread, column, stage] = Float32(0.0).to(BFloat16)
+                _store(self.minus_one.iterator, thread, [-1.0] * NUM_PARTS)
+                _store(self.minus_one.iterator, rows + thread, [])
+            if thread < tile_m:
+                for stage in cutlass.range_constexpr(plan.config.stages_of_do):
+                    _store(self.delta[None, None, stage].iterator, tile_m + thread, [])
+        if cutlass.const_expr(plan.config.splits_keys and plan.signature.with_dq):
             # The first product of dQ is of no block: of the buffer that no step has filled.
-            zeros = cute.make_rmem_tensor(8, self.ds.element_type)
-            zeros.fill(0.0)
-            size = cute.size(self.ds, mode=[0]) * cute.size(self.ds, mode=[1])
-            first = self.ds[None, None, 1].iterator + 8 * thread
+            size = plan.config.tile_m * plan.config.tile_n
             if thread < WARPGROUP:
-                for i in cutlass.range_constexpr(size // (8 * WARPGROUP)):
-                    place = (first + 8 * WARPGROUP * i).align(16)
-                    cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(8)))
-            cute.arch.fence_view_async_shared()
+                for i in cutlass.range_constexpr(size // (PARTS * WARPGROUP)):
+                    _store(self.ds[None, None, 1].iterator, i * WARPGROUP + thread, [])
+        cute.arch.fence_view_async_shared()
+
+
+def _store(first: cute.Pointer, index, numbers: list[float]):
+    """To the index-th 16 bytes: these numbers in 16 bits, and zeros."""
+    values = cute.make_rmem_tensor(PARTS, first.dtype)
+    values.fill(0.0)
+    for i, number in enumerate(numbers):
+        values[i] = Float32(number).to(first.dtype)
+    target = cute.make_tensor((first + PARTS * index).align(16), cute.make_layout(PARTS))
+    cute.autovec_copy(values, target)

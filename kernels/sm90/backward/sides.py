@@ -33,6 +33,7 @@ from .dq import DqSums
 from .products import ONE_WARPGROUP, dq_mma, product, store, transposed
 from .rings import BwdRings
 
+
 @dataclass(frozen=True)
 class SideMma:
     scores: cute.TiledMma  # S = Q K^T or dP = dO V^T
