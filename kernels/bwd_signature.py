@@ -40,3 +40,9 @@ class BwdSignature:
             raise ValueError("with_dq and with_dkv are False, and no gradient is left")
         if self.score not in (None, "softcap"):
             raise ValueError(f"score={self.score!r} is neither None nor 'softcap'")
+
+    @property
+    def depth(self) -> int:
+        """Of all matrix products: FLOPs, by half of a tile of scores."""
+        d, dv = self.head_dim, self.head_dim_v
+        return d + dv + self.with_dkv * (d + dv) + self.with_dq * d

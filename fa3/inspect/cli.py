@@ -74,7 +74,10 @@ class Inspection:
         """Of the timing model, for a long sequence on an H100; it knows no other GPU."""
         if self.is_ampere:
             return None
-        settings = Settings(consumers=self.config.num_mma_warpgroups)
+        c, flops = self.config, None
+        if self.is_backward:
+            flops = 2 * c.tile_m * c.tile_n * self.signature.depth
+        settings = Settings(consumers=c.num_mma_warpgroups, flops=flops)
         return predict_report(self.report, settings)
 
     @cached_property

@@ -98,13 +98,24 @@ class Prepare:
             if column == 0:
                 stats[row] = log2_sum
                 stats[self.tile_m + row] = delta
-                if cutlass.const_expr(tensors.delta_parts is not None):
-                    _split(delta, tensors.delta_parts[None, block, head, entry], row)
+                self._split(delta, tensors.delta_parts, (block, head, entry), row)
         self._clear(tensors.dq_sums, (block, head, entry), thread)
         if cutlass.const_expr(tensors.dq_counters is not None):
             counters = tensors.dq_counters[None, block, head, entry]
             if thread < cute.size(counters):
                 counters[thread] = 0
+
+    def _split(self, number: Float32, parts: cute.Tensor | None, place: tuple, row):
+        """number = the sum of the PARTS elements of a row; behind its parts are zeros."""
+        if parts is None:
+            return
+        values = cute.make_rmem_tensor(PARTS, BFloat16)
+        values.fill(0.0)
+        for i in range(NUM_PARTS):
+            values[i] = number.to(BFloat16)
+            number -= values[i].to(Float32)
+        first = parts[(None, *place)].iterator + PARTS * row
+        cute.autovec_copy(values, cute.make_tensor(first.align(16), cute.make_layout(PARTS)))
 
     def _clear(self, sums: cute.Tensor | None, place: tuple, thread: Int32):
         if sums is None:
@@ -116,17 +127,6 @@ class Prepare:
         for i in range(cute.size(sums) // step):
             target = cute.make_tensor(sums.iterator + i * step + 4 * thread, cute.make_layout(4))
             cute.autovec_copy(zeros, target)
-
-
-def _split(number: Float32, target: cute.Tensor, row):
-    """number = the sum of the PARTS elements of a row of the target; behind its parts are zeros."""
-    parts = cute.make_rmem_tensor(PARTS, BFloat16)
-    parts.fill(0.0)
-    for i in range(NUM_PARTS):
-        parts[i] = number.to(BFloat16)
-        number -= parts[i].to(Float32)
-    place = cute.make_tensor((target.iterator + PARTS * row).align(16), cute.make_layout(PARTS))
-    cute.autovec_copy(parts, place)
 
 
 def _dot(a: cute.Tensor, b: cute.Tensor, row, column) -> Float32:

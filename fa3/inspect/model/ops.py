@@ -186,9 +186,10 @@ def _barrier_kind(x: Instruction, consumers: int) -> str:
 
 
 def is_ring(x: Instruction) -> bool:
-    """A named barrier of whole warpgroups whose number is in a register."""
+    """A named barrier of several warpgroups whose number is in a register."""
     number, threads = _barrier(x)
-    return number.startswith("R") and int(threads, 0) % 128 == 0
+    count = int(threads, 0)
+    return number.startswith("R") and count > 128 and count % 128 == 0
 
 
 def _barrier(x: Instruction) -> list[str]:

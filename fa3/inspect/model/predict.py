@@ -31,6 +31,7 @@ class Settings:
     tail: float = TAIL
     iterations: int = ITERATIONS
     consumers: int | None = None  # warpgroups; None: all of the launch but one
+    flops: int | None = None  # of attention, per iteration; None: those of all matrix products
     transposers: int = WARPS  # of the producer's warps; 0: what if V needed no transpose
     ahead: int = AHEAD  # blocks of V that they may be before the consumers
     rescale_always: bool = False  # run what the steady state jumps over or leaves out, see trace
@@ -154,7 +155,8 @@ def _simulate(
     report: Report, traces: list[Trace], settings: Settings, producer: Beside | None
 ) -> Result:
     all_begin = _all_begin(report)
-    return simulate(traces, settings.machine, settings.iterations, producer, all_begin)
+    result = simulate(traces, settings.machine, settings.iterations, producer, all_begin)
+    return result if settings.flops is None else replace(result, flops=settings.flops)
 
 
 def traces_of(report: Report, settings: Settings) -> list[Trace]:

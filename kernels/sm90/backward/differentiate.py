@@ -30,10 +30,10 @@ def differentiate(
 
     dQ is a step late: that of a block is multiplied when the next block's dS is written.  So a
     warpgroup needs what the other one wrote a step before, which is there, and computes while the
-    other one multiplies.  The first step's product is of no block and is dropped.
+    other one multiplies.  The first step's product is of no block and is dropped: a branch around a
+    product would cost more.
 
-    buffer: of dS of the next step; the one after it takes the other.  Each product of dQ is a turn
-    of both: see BwdBarriers.wait_for_ds.
+    buffer: of dS of the next step; the one after it takes the other.
 
     One wgmma.fence serves the products that follow each other: what they use is ready by then.  S
     and dP follow those of the step before: threads had read theirs by then.

@@ -11,21 +11,23 @@ P is computed again from Q, K and lse.  A CTA has a tile of tile_n keys of one k
 all blocks of tile_m queries that see them, of every query head that reads the key head:
 
     producer   warp 0 of warpgroup 0     TMA: K, V of a tile; rings of Q with lse, dO with delta
-    consumers  warpgroups 1, 2           S^T = K Q^T            P^T = exp2(S^T scale - lse)
-                                         dP^T = V dO^T          dS^T = P^T (dP^T - delta)
-                                         dV += P^T dO           dK += dS^T Q         in registers
-                                         dQ = dS K              added to fp32 in global memory
+    consumers  warpgroups 1, 2           S^T = K Q^T             P^T = exp2(S^T scale - lse)
+                                         dP^T = V dO^T - delta   dS^T = P^T dP^T
+                                         dV += P^T dO            dK += dS^T Q        in registers
+                                         dQ = dS K               added to fp32 in global memory
 
-    tensor cores | S^T  | dP^T        |                     | dV     | dK     | dQ     |
-    a consumer   | wait | P^T = exp2 ..    | dS^T, to shared | all    | wait            | dQ to L2 |
+    tensor cores | dQ    dV    dK    S^T    dP^T  | those of the other warpgroup  |
+    a consumer   |       dQ to L2                 | P^T = exp2 ..  dS^T to shared |
 
-dQ of a block needs dS of all warpgroups: one barrier of the consumers per step, and as many buffers
-of dS as Q has stages.  dQ leaves in the order of the accumulators: each warp writes its part to
-shared memory and has it added in bulk (dq.py).
+dQ of a block needs dS of both warpgroups.  It is multiplied a step late, when the other one's dS
+has long been there: neither waits for the other, and one computes while the other multiplies
+(differentiate.py).  dQ leaves in the order of the accumulators: each warp writes its part to shared
+memory and has it added in bulk (dq.py).  dP is less delta because a product says so: of minus one
+by three 16-bit parts of delta, a k-step more of the same accumulators.
 
 Registers of a consumer thread at head dim 128: dK and dV 128, S and dP 64 or P and dS in 16 bits
-and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on the two
-warpgroups have products of their own, not keys (sides.py).
+and dQ 64.  At 64, with blocks of 128 queries: 64 and 128.  From 192 on the two warpgroups have
+products of their own, not keys (sides.py).
 
 Sources: FlashAttention-2 (arXiv 2307.08691), section 3.1; FlashAttention-3 (arXiv 2407.08608),
 section 3.1.

@@ -103,7 +103,7 @@ class BwdSmem:
 
 
 def parts_layout(rows: int, num_stages: int) -> cute.Layout:
-    """(rows, DELTA_DEPTH, num_stages), not swizzled: the first 8 columns of all rows, the others."""
+    """(rows, DELTA_DEPTH, num_stages), not swizzled: 8 columns of all rows, then the others."""
     kind = warpgroup.SmemLayoutAtomKind.K_INTER
     atom = warpgroup.make_smem_layout_atom(kind, BFloat16)
     return cute.tile_to_shape(atom, (rows, DELTA_DEPTH, num_stages), (0, 1, 2))
