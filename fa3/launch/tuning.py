@@ -75,7 +75,9 @@ FORWARD_WIDENED = {
 # Of the backward pass; figures of its loop without a mask.  Head dims between these take the wider
 # row, whose columns beyond TMA fills with zeros.
 BACKWARD = {
-    (64, 64): BwdConfig(tile_m=128, delta_in_parts=True, dq_in_bulk=True),  # 600; dv_early spills
+    (64, 64): BwdConfig(  # 599; dv_early spills
+        tile_m=128, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
+    ),
     (96, 96): BwdConfig(  # 659
         tile_m=64, dv_early=True, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
     ),
