@@ -10,6 +10,7 @@ from ..call.options import Options
 from ..call.scales import NO_DESCALES
 from ..emulator import options, profile
 from ..emulator.profiling import LaunchProfile
+from ..kernels.bwd_config import DELTA_DEPTH
 from ..kernels.bwd_signature import BwdSignature
 from ..launch import counters, jit
 from ..ops import NO_LENGTHS, WHOLE
@@ -123,7 +124,8 @@ def _names_of_backward(launch: LaunchProfile) -> dict[str, str]:
 
 
 def _products_of_backward(events: list[str]) -> dict[str, str]:
-    """Each warpgroup makes S and dP before any other product, and these two are alike.
+    """Each warpgroup makes S and dP before any other product, and these two are alike, but for a
+    k-step or more operands of dP where that is less delta.
 
     Where warpgroups split the products all have the keys as columns, and as many instructions make
     dK as S, or dV as dP: head dims that are not alike tell the two apart.
@@ -132,16 +134,26 @@ def _products_of_backward(events: list[str]) -> dict[str, str]:
     different = list(dict.fromkeys(events))
     if len(different) == 3 and len({x.rsplit("x", 1)[0] for x in different}) == 1:
         return dict(zip(different, ("S, dK", "dP, dV", "dQ"), strict=True))
-    for name in events:
-        words = ["S\u1d40, dP\u1d40"] * (name == of_scores)
+    of_dp = next((x for x in different if _is_less_delta(x, of_scores)), of_scores)
+    others = {x for x in different if "registers" not in x} - {of_scores, of_dp}
+    for name in different:
+        words = ["S\u1d40"] * (name == of_scores) + ["dP\u1d40"] * (name == of_dp)
         if "registers" in name:
             words = ["dV, dK"]
-        elif name != of_scores:
+        elif not words:
             words = ["dQ"] if any("registers" in x for x in events) else ["dV, dK, dQ"]
-        elif {x for x in events if "registers" not in x} == {of_scores}:
+        elif name == of_scores and not others:
             words += ["dQ"]
         found[name] = ", ".join(words)
     return found
+
+
+def _is_less_delta(name: str, of_scores: str) -> bool:
+    """Of products of more than one kind, or with a k-step more than the scores."""
+    if name.endswith("wgmmas"):
+        return True
+    (rows, columns, depth), scores = (x.split(",")[0].split("x") for x in (name, of_scores))
+    return [rows, columns, str(int(depth) - DELTA_DEPTH)] == scores
 
 
 def write_timeline(inspection, launch: LaunchProfile, path: Path, **stretch) -> None:

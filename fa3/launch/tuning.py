@@ -102,6 +102,9 @@ BACKWARD_SOFTCAP = {
     (256, 256): BwdConfig(tile_m=64, tile_n=64),  # no space for dQ
 }
 
+# Sequences with lengths and windows of their own, where V in registers spills.
+BACKWARD_RAGGED_LOCAL = {(64, 64): replace(BACKWARD[64, 64], v_in_registers=False)}
+
 
 # Of Ampere and Ada, as BACKWARD: the first config of a row that fits.  In the comment issue slots
 # per exponential of the steady loop, by SASS; FlashAttention-2's C++ has 8.6, 10.4, 13.0, 17.3 and
@@ -242,7 +245,9 @@ def backward(signature: BwdSignature, capability: tuple[int, int] = (9, 0)) -> A
     if capability[0] != 9:
         row = BACKWARD_SM80_SOFTCAP.get(tiles) if has_softcap else None
         return _first_that_fits(row or BACKWARD_SM80[tiles], signature, capability)
-    return (BACKWARD_SOFTCAP.get(tiles) if has_softcap else None) or BACKWARD[tiles]
+    is_ragged_local = signature.is_ragged and signature.mask == "local"
+    others = BACKWARD_SOFTCAP if has_softcap else BACKWARD_RAGGED_LOCAL if is_ragged_local else {}
+    return others.get(tiles) or BACKWARD[tiles]
 
 
 def _forward_sm80(signature: Signature, capability: tuple[int, int]) -> Sm80Config:
