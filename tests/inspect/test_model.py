@@ -13,7 +13,7 @@ from fa3.inspect.model.calibrate import Case, evaluate
 from fa3.inspect.model.cli import machine
 from fa3.inspect.model.machine import Machine
 from fa3.inspect.model.ops import decode, decode_all
-from fa3.inspect.model.predict import bound, tflops
+from fa3.inspect.model.predict import all_begin, bound, tflops
 from fa3.inspect.model.producer import Beside, loaded_per_step, transpose, v_bytes
 from fa3.inspect.model.simulate import kv_bytes, simulate
 from fa3.inspect.model.trace import TAKEN, trace
@@ -184,6 +184,43 @@ def test_a_turn_waits_for_the_warpgroup_before():
     assert result.stalls["barrier"] > 0.01
     without = [whatif.no_barriers(steps) for steps in pingpong(2)]
     assert "barrier" not in simulate(without, Machine(), 24).stalls
+
+
+@pytest.mark.parametrize(
+    ("ahead", "wanted"),
+    [
+        ("", False),
+        ("BAR.ARV R6, 0x100", True),
+        ("BAR.ARV R6, 0x80", False),  # of one warpgroup alone
+        ("@P6 BRA ->on\n BAR.ARV R6, 0x100\n on:", False),  # a ping-pong's first turn
+    ],
+)
+def test_turns_of_which_every_warpgroup_has_one_ahead(ahead, wanted):
+    code = program(f"{ahead}\n{PINGPONG}")
+    flow = Flow(code)
+    (loop,) = main_loops(flow)
+    assert all_begin(flow, loop) == wanted
+
+
+def test_where_all_may_begin_a_warpgroup_needs_the_turn_before():
+    """Each needs what the other one did a step before, and both may be in a turn at once."""
+    turn = f"BAR.SYNC.DEFER_BLOCKING R5, 0x100\n{repeat(100, 'NOP')}\nBAR.ARV R6, 0x100"
+    steps = straight(turn, stall=4)
+    ring, free = (simulate([steps, steps], Machine(), 24, all_begin=x) for x in (False, True))
+    assert ring.cycles > 2 * 400 and 400 < free.cycles < 500
+    (barrier,) = straight("BAR.SYNC.DEFER_BLOCKING R5, 0x80")
+    assert decode(barrier, Machine()).kind == "control"
+
+
+def test_a_copy_that_adds_is_not_jumped_over():
+    """Of a block around it that is no elected lane's."""
+    copy = "@P5 BRA ->dropped\n UBLKRED.G.S.ADD.F32.RN [UR26], [UR30], UR28\n dropped:"
+    (steps,) = backward(copy)
+    assert [x.base for x in steps].count("UBLKRED") == 1
+    (without,) = backward(
+        copy.replace("UBLKRED.G.S.ADD.F32.RN [UR26], [UR30], UR28", "IADD3 R4, R4, R5, RZ")
+    )
+    assert len(without) < len(steps)
 
 
 def test_warps_that_wait_for_each_other_forever_are_a_deadlock():

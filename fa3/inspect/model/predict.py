@@ -154,8 +154,8 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
 def _simulate(
     report: Report, traces: list[Trace], settings: Settings, producer: Beside | None
 ) -> Result:
-    all_begin = _all_begin(report)
-    result = simulate(traces, settings.machine, settings.iterations, producer, all_begin)
+    free = all_begin(Flow(report.program), report.steady)
+    result = simulate(traces, settings.machine, settings.iterations, producer, free)
     return result if settings.flops is None else replace(result, flops=settings.flops)
 
 
@@ -180,13 +180,12 @@ def traces_of(report: Report, settings: Settings) -> list[Trace]:
     return traces
 
 
-def _all_begin(report: Report) -> bool:
+def all_begin(flow: Flow, loop: MainLoop) -> bool:
     """Every warpgroup passes on a turn ahead of its loop, where in a ping-pong only one does."""
-    flow, loop = Flow(report.program), report.steady
     header = flow.block_of(loop.head)
     return any(
         flow.dominates(flow.block_of(i), header)
-        for i, x in enumerate(report.program.code[: loop.head])
+        for i, x in enumerate(flow.program.code[: loop.head])
         if x.opcode.startswith("BAR.ARV") and is_ring(x) and not x.predicate
     )
 
