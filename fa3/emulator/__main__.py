@@ -228,13 +228,15 @@ CASES: dict[str, Callable[[], Run]] = {
     ),
     "backward-full": _backward((200, 256), (300, 150), d=64),
     "backward-causal": _backward((330, 300), (70, 200), causal=True),
-    "backward-local": _backward((330, 300), d=64, window_left=130, window_right=20),
+    # its first tile has two blocks masked on one side, one unmasked, one masked on the other side
+    "backward-local": _backward((400, 150), d=64, window_left=50, window_right=270),
     "backward-192": _backward((200, 150), d=192, dv=128),
     "backward-256": _backward((200, 150), dtype="float16", d=256),
     # on three CTAs, each of which waits for those before it: the emulator runs one after another
-    "backward-in-order": _backward((200, 300), (200, 450), d=64, deterministic=True, sm_margin=129),
+    "backward-in-order": _backward((300, 450), d=64, deterministic=True, sm_margin=129),
+    # the first two tiles end with the same block: the second one waits for the first one's end
     "backward-causal-in-order": _backward(
-        (400, 400), d=64, deterministic=True, causal=True, sm_margin=129
+        (400, 450), d=64, deterministic=True, causal=True, sm_margin=129
     ),
     "quantize-block": _quantize(hadamard=True),
     "quantize-channel": _quantize(v_per_channel=True, smooth_k=True),

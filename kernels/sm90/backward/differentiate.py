@@ -36,7 +36,8 @@ def differentiate(
     buffer: of dS of the next step; the one after it takes the other.
 
     One wgmma.fence serves the products that follow each other: what they use is ready by then.  S
-    and dP follow those of the step before: threads had read theirs by then.
+    and dP follow those of the step before: threads had read theirs by then.  The last dQ needs
+    none, as no thread has used its registers before.
     """
     plan, own = frag.plan, thread // WARPGROUP
     with_dq, with_dkv = plan.signature.with_dq, plan.signature.with_dkv
@@ -82,7 +83,6 @@ def differentiate(
         if blocks.m_min < blocks.m_max:
             plan.barriers.wait_for_ds(own, buffer)
             acc_dQ = frag.new_dq()
-            warpgroup.fence()
             frag.issue_dq(acc_dQ, 1 - buffer)
             warpgroup.wait_group(0)
             buffer = 1 - buffer

@@ -120,7 +120,6 @@ class BackwardSm90:
         rings = BwdRings.of(plan, SmemAllocator())
         rings.start(plan, cute.arch.thread_idx()[0])
         work = self._work(tensors, scalars, order)
-        cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
         if warp < 4:

@@ -151,7 +151,10 @@ class BwdRings:
 
     @cute.jit
     def start(self, plan: cutlass.Constexpr, thread):
-        """What is read before anybody wrote it, by the CTA's threads ahead of a barrier of them."""
+        """What is read before anybody wrote it, by the CTA's threads ahead of a barrier of them.
+
+        The fence serves the mbarriers, too, which the same threads have initialised.
+        """
         if cutlass.const_expr(plan.config.delta_in_parts):
             rows, tile_m = cute.size(self.minus_one, mode=[0]), plan.config.tile_m
             if thread < rows:
