@@ -111,7 +111,7 @@ class BwdConfig:
             yield "splits_products", can, expected
         else:
             yield "tile_n", self.tile_n in (64, 64 * warpgroups), f"64 or {64 * warpgroups}"
-            enough = "at least 2, as one barrier guards a step"
+            enough = "at least 2, or loads would wait for the step before"
             yield "num_stages", self.num_stages >= 2, enough
             expected = "that of num_stages without splits_products, as dO is released with Q"
             yield "do_stages", self.stages_of_do == self.num_stages, expected
