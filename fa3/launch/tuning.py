@@ -78,7 +78,7 @@ BACKWARD = {
     (64, 64): BwdConfig(  # 599; dv_early spills
         tile_m=128, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
     ),
-    (96, 96): BwdConfig(  # 659
+    (96, 96): BwdConfig(  # 658
         tile_m=64, dv_early=True, v_in_registers=True, delta_in_parts=True, dq_in_bulk=True
     ),
     (128, 128): BwdConfig(tile_m=64, dv_early=True, delta_in_parts=True, dq_in_bulk=True),  # 698

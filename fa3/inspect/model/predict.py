@@ -45,6 +45,7 @@ class Prediction:
     traces: list[Trace]  # one steady iteration of each consumer warpgroup
     transpose: Transpose | None  # of V in shared memory
     producer: Beside | None  # what it takes meanwhile
+    all_begin: bool  # as of Simulation
     result: Result
 
     @property
@@ -122,7 +123,7 @@ class Prediction:
         for steal, slow, clock in RIVALS:
             machine = replace(self.settings.machine, steal=steal, slow=slow)
             changed = replace(self.settings, machine=machine)
-            result = _simulate(self.report, self.traces, changed, self.producer)
+            result = _simulate(self.traces, changed, self.producer, self.all_begin)
             rates.append(self._rate(result, clock))
         return rates
 
@@ -147,14 +148,15 @@ def predict_report(report: Report, settings: Settings) -> Prediction:
         made = (kv_bytes if found.widens else v_bytes)(traces[0])
         steps = found.share(made, settings.transposers)
         producer = Beside(steps, settings.transposers, settings.ahead)
-    result = _simulate(report, traces, settings, producer)
-    return Prediction(report, settings, traces, found, producer, result)
+    free = all_begin(Flow(report.program), report.steady)
+    result = _simulate(traces, settings, producer, free)
+    return Prediction(report, settings, traces, found, producer, free, result)
 
 
 def _simulate(
-    report: Report, traces: list[Trace], settings: Settings, producer: Beside | None
+    traces: list[Trace], settings: Settings, producer: Beside | None, free: bool
 ) -> Result:
-    free = all_begin(Flow(report.program), report.steady)
+    """free: as all_begin of Simulation."""
     result = simulate(traces, settings.machine, settings.iterations, producer, free)
     return result if settings.flops is None else replace(result, flops=settings.flops)
 
