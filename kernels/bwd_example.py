@@ -26,15 +26,10 @@ def backward_example(plan: Any) -> tuple:
         strides = cute.sym_int64(), cute.sym_int64(), 1
         return make_fake_tensor(Float32, (batch, heads_q, s_q), strides, assumed_align=4)
 
-    def blocks(width):
-        strides = (cute.sym_int64(divisibility=4) for _ in range(2))
+    def blocks(width, element=Float32):
+        strides = (cute.sym_int64(divisibility=128 // element.width) for _ in range(2))
         shape, strides = (batch, heads_q, m_blocks, width), (*strides, width, 1)
-        return make_fake_tensor(Float32, shape, strides, assumed_align=16)
-
-    def parts(width):
-        strides = (cute.sym_int64(divisibility=8) for _ in range(2))
-        shape, strides = (batch, heads_q, m_blocks, width), (*strides, width, 1)
-        return make_fake_tensor(BFloat16, shape, strides, assumed_align=16)
+        return make_fake_tensor(element, shape, strides, assumed_align=16)
 
     def counters(width):
         strides = (cute.sym_int64(), cute.sym_int64(), width, 1)
@@ -52,7 +47,7 @@ def backward_example(plan: Any) -> tuple:
         dk=tensor(batch_k, s_k, heads_k, d) if signature.with_dkv else None,
         dv=tensor(batch_k, s_k, heads_k, dv) if signature.with_dkv else None,
         row_stats=blocks(2 * tile_m),
-        delta_parts=parts(PARTS * tile_m) if plan.config.delta_in_parts else None,
+        delta_parts=blocks(PARTS * tile_m, BFloat16) if plan.config.delta_in_parts else None,
         dq_sums=blocks(tile_m * signature.head_dim) if signature.with_dq else None,
         dq_counters=counters(plan.config.dq_counters) if signature.deterministic else None,
         **dict(zip(LENGTHS, plan.lengths.example(), strict=True)),
